@@ -1,0 +1,77 @@
+"""Everything that llm_gym raises on purpose, and the one place that decides "data or crash".
+
+    LLMGymError
+    ├── SettingError        a bad setting: raised at start, before any model loads
+    │   ├── ConfigError     a configuration key or value
+    │   ├── DataError       a data set, its path, split or columns
+    │   ├── TemplateError   a chat template that cannot be extended exactly
+    │   └── RewardError     a reward function that returns something that is no reward
+    ├── PolicyError         the engine failed for one request
+    └── CheckpointError     a run folder or checkpoint that cannot be read
+
+A bad *setting* is a crash with one clear sentence. A bad *rollout* is data: `boundary` turns the
+exception of one episode into the `StopReason` it ends with, or re-raises what must stop the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from llm_gym.core import StopReason
+
+
+class LLMGymError(Exception):
+    """Base of every error that llm_gym raises on purpose; its text is one sentence for a person."""
+
+
+class SettingError(LLMGymError, ValueError):
+    """A setting that cannot work, found before anything expensive was started."""
+
+
+class ConfigError(SettingError):
+    """An unknown configuration key, or a value of the wrong type or range."""
+
+
+class DataError(SettingError):
+    """A data set that cannot be found or read, or lacks a column."""
+
+
+class TemplateError(SettingError):
+    """A chat template that is missing, or that cannot be extended without re-encoding history."""
+
+
+class RewardError(SettingError):
+    """A reward that is neither a finite number nor a mapping of names to finite numbers."""
+
+
+class PolicyError(LLMGymError):
+    """The engine could not complete one request; the episode ends, the run goes on."""
+
+
+class CheckpointError(LLMGymError):
+    """A run folder or checkpoint that is missing, incomplete or of another run."""
+
+
+def boundary(error: BaseException, *, policy: bool) -> StopReason:
+    """The stop reason of an episode in which `error` was raised; re-raises what must stop the run.
+
+    Args:
+        error: what the environment (`policy=False`) or the policy (`policy=True`) raised.
+        policy: whether the exception came out of the policy.
+
+    Raises:
+        BaseException: `error` itself, if it is a `SettingError` (a user's mistake that every episode
+            would repeat) or no `Exception` at all (Ctrl-C, cancellation, interpreter exit).
+    """
+    if isinstance(error, SettingError) or not isinstance(error, Exception):
+        raise error
+    return StopReason.POLICY_ERROR if policy else StopReason.ENV_ERROR
+
+
+def unknown(argument: str, value: object, valid: Iterable[str]) -> str:
+    """One sentence naming the argument, the value received and the nearest valid one."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}."
+    return f"{argument}: unknown value {value!r}; {hint}"
