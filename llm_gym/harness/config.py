@@ -1,0 +1,322 @@
+"""One typed, frozen configuration: dataclasses in Python, YAML on disk, `a.b=c` on the command line.
+
+`load` builds any frozen dataclass (nested ones included) from a mapping; a key that does not exist or
+a value of the wrong type is refused with one sentence before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from llm_gym.core import Sampling
+from llm_gym.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What one trained token contributes."""
+
+    name: str = "ppo_clip"
+    """A row of `losses.LOSSES`, or "package.module:function"."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high (DAPO: 0.28)."""
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    """Estimator of the KL divergence to the reference, added to the loss."""
+    kl_coef: float = 0.0
+    """Weight of the KL term."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    normaliser: Literal["token_global", "sequence", "constant"] = "token_global"
+    """What the summed loss is divided by: all trained tokens, each sequence's own, or a constant length."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How a gradient becomes a step."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the hidden matrices, AdamW for the rest."""
+    lr: float | None = None
+    """Peak learning rate; None: 1e-6, 1e-5 with LoRA, 2e-4 for the embedded model."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the Muon matrices."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """Never applied to norms, biases or adapters."""
+    clip_norm: float = 1.0
+    """The gradient's global L2 norm is clipped to this."""
+    warmup_steps: int = 5
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the schedule after the warm-up."""
+    floor: float = 0.0
+    """Fraction of the peak at which the decay ends."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters; rank 0 trains every weight."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 switches LoRA off."""
+    alpha: float = 32.0
+    """Scale of the adapters (alpha / rank multiplies their output)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Which layers get one."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on unseen seeds, always before the first and after the last step."""
+
+    every: int = 0
+    """Also after every so many steps; 0: only first and last."""
+    episodes: int = 512
+    """Episodes of one evaluation, played once greedily and once sampled; 0 switches it off."""
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    """Over `env_args` for evaluation (the environment's own `eval_args` come first)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The engine that samples."""
+
+    engine: str = "auto"
+    """A row of `policies.ENGINES`."""
+    max_rows: int = 256
+    """Sequences decoded at once."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    env: str = "Arithmetic-v0"
+    """Environment id; short ids mean `llm_gym/...`, `module:id` imports the module first."""
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    model: str | None = None
+    """Folder or hub id of the model; None: the embedded one."""
+    seed: int = 0
+    """Decides the tasks, the sampling and everything random."""
+    steps: int = 120
+    """Optimizer steps."""
+    prompts_per_step: int = 16
+    """Tasks (groups) per step."""
+    group_size: int = 8
+    """Episodes per task."""
+    advantage: str = "group_norm"
+    """A row of `advantages.ADVANTAGES`, or "package.module:function"."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How training episodes are sampled."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    token_budget: int = 16384
+    """Most tokens in one micro-batch; the gradient does not depend on it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; the weights that are trained are float32 either way."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    threads: int | None = None
+    """CPU threads of torch; None: torch's own choice (1 for the embedded model: its matrices are tiny)."""
+    time_limit: float | None = None
+    """Seconds an episode may take."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "group_size", "token_budget"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
+        if not self.sampling.full_support:
+            raise ConfigError(
+                "sampling: training needs the full distribution (temperature > 0, top_k=0, top_p=1, min_p=0), "
+                f"or the log-probabilities would be of another one; got {self.sampling}."
+            )
+        if (self.loss.kl == "none") != (self.loss.kl_coef == 0):
+            raise ConfigError(f"loss.kl_coef: got {self.loss.kl_coef} with loss.kl={self.loss.kl!r}; set both or none.")
+
+    def resolved(self) -> TrainConfig:
+        """The configuration with every None that depends on other settings filled in."""
+        lr = self.optimizer.lr
+        if lr is None:
+            lr = 2e-4 if self.model is None else 1e-5 if self.lora.rank else 1e-6
+        threads = 1 if self.threads is None and self.model is None else self.threads
+        return dataclasses.replace(self, threads=threads, optimizer=dataclasses.replace(self.optimizer, lr=lr))
+
+
+def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:
+    """Builds a configuration: defaults, then the YAML file, then keyword arguments, then `a.b=c` strings.
+
+    Args:
+        cls: a (frozen) dataclass such as `TrainConfig`.
+        file: a YAML file.
+        sets: assignments with dotted keys; values are YAML scalars.
+        given: top-level fields; None means "not given".
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    data = _read(Path(file)) if file is not None else {}
+    data |= {key: value for key, value in given.items() if value is not None}
+    for assignment in sets:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: got {assignment!r}, want key=value such as loss.clip_high=0.28.")
+        _assign(data, key.strip().split("."), parse_scalar(text))
+    return from_dict(cls, data)
+
+
+def parse_scalar(text: str) -> Any:
+    """A YAML scalar or flow collection; text that is no YAML is a string, and `1e-4` is a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return _number(value) if isinstance(value, str) else value
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a mapping, nested ones included.
+
+    Raises:
+        ConfigError: names the key, the value received and the nearest valid one.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in names:
+            raise ConfigError(unknown(f"{where or 'configuration'} key", key, names))
+    try:
+        return cls(**{key: _coerce(value, hints[key], f"{where}{key}") for key, value in data.items()})
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain form of a configuration, complete, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def dump(config: Any) -> str:
+    """YAML that `load` reads back to an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"config file: cannot read {str(file)!r} ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file: {str(file)!r} is not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file: {str(file)!r} holds a {type(data).__name__}, want a mapping of settings.")
+    return data
+
+
+def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        data = data[key]
+    data[path[-1]] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) and "_" not in text else text
+    except ValueError:
+        return text
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or a ConfigError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, args, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(unknown(where, value, map(str, args)))
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        _require(isinstance(value, Mapping), where, value, "a mapping of settings")
+        return from_dict(typing.cast(type, hint), value, f"{where}.")
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), where, value, "a list")
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        _require(inner is not None or len(value) == len(args), where, value, f"{len(args)} values")
+        return tuple(_coerce(v, inner or args[i], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping), where, value, "a mapping")
+        return dict(value)
+    return _coerce_scalar(value, hint, where)
+
+
+def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    concrete = [option for option in options if option is not type(None)]
+    for option in concrete[:-1]:
+        try:
+            return _coerce(value, option, where)
+        except ConfigError:
+            continue
+    return _coerce(value, concrete[-1], where)
+
+
+def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float:
+        value = _number(value) if isinstance(value, str) else value
+        _require(isinstance(value, int | float) and not isinstance(value, bool), where, value, "a number")
+        return float(value)
+    if hint is int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        _require(whole and not isinstance(value, bool), where, value, "a whole number")
+        return int(value)
+    if hint in (bool, str):
+        _require(isinstance(value, hint), where, value, {bool: "true or false", str: "text"}[hint])
+    return value
+
+
+def _require(ok: bool, where: str, value: Any, want: str) -> None:
+    if not ok:
+        raise ConfigError(f"{where}: got {value!r}, want {want}.")
