@@ -1,0 +1,115 @@
+"""The run folder: everything a run leaves behind, written so that a kill at any moment loses at most a step.
+
+    config.yaml                    complete, re-runnable
+    metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
+    episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
+    checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
+    report.html
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_gym.core import Episode
+from llm_gym.errors import CheckpointError
+
+
+class RunFolder:
+    """Reads and writes one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+
+    def start(self, config_yaml: str) -> None:
+        """Begins a new run here.
+
+        Raises:
+            CheckpointError: the folder already holds one.
+        """
+        if self.metrics_file.exists() or self.config_file.exists():
+            raise CheckpointError(f"out: {str(self.path)!r} already holds a run; pass --resume, or another folder.")
+        for folder in ("episodes", "checkpoints"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config_file, config_yaml)
+
+    def rewind(self, step: int) -> None:
+        """Forgets every row and episode file after `step`, and what a kill left half-written."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.metrics_file, "".join(_line(row) for row in rows))
+        for file in (self.path / "episodes").glob("*.jsonl*"):
+            if file.suffix != ".jsonl" or int(file.stem.split("_")[1]) > step:
+                file.unlink()
+        for folder in (self.path / "checkpoints").glob(".partial-*"):
+            shutil.rmtree(folder)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows written so far; a last line cut by a kill is ignored."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; values that JSON has no number for become null."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
+        """Writes episodes, one JSON object a line, as `episodes/<name>.jsonl`."""
+        text = "".join(json.dumps(episode.to_dict()) + "\n" for episode in episodes)
+        write_atomically(self.path / "episodes" / f"{name}.jsonl", text)
+
+    def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+        """Writes the checkpoint of `step` through `write(folder)`: it appears whole or not at all."""
+        final = self.path / "checkpoints" / f"step_{step:06d}"
+        partial = final.with_name(f".partial-{final.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync(final.parent)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder holds."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replaces `file` whole: a kill leaves the old one or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, file)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean) + "\n"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
