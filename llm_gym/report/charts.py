@@ -1,0 +1,218 @@
+"""Metrics as chart geometry; `page.html` turns it into SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from llm_gym.report.run import Run, Series
+from llm_gym.report.scale import labels, short, smooth, ticks
+
+WIDTH, HEIGHT = 460, 220
+LEFT, RIGHT, TOP, BOTTOM = 48, 452, 10, 194
+"""The plot's box inside WIDTH x HEIGHT."""
+MOST_POINTS = 400
+"""A longer curve keeps the least and the greatest of each stretch."""
+MOST_HOVERS = 150
+"""Columns that show their values under the pointer."""
+SMOOTH_FROM = 12
+"""Shorter curves are drawn as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A round number and where it lies on its axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve: the points as logged and, for long ones, the smoothed line."""
+
+    name: str
+    raw: str
+    """SVG path through the points."""
+    smooth: str
+    """SVG path of the smoothed curve; equal to `raw` for short curves."""
+    dots: list[tuple[float, float]]
+    """The points to mark; none on long curves."""
+    first: str
+    last: str
+    """The ends of the smoothed curve, as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hover:
+    """A column of the chart that shows its values under the pointer."""
+
+    left: float
+    width: float
+    x: float
+    marks: list[tuple[int, float]]
+    """(index of the line, y) of each value."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The ranges of both axes, mapped onto the plot's box."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def px(self, step: float) -> float:
+        """Where a step lies from left to right."""
+        return round(LEFT + (step - self.x[0]) / (self.x[1] - self.x[0]) * (RIGHT - LEFT), 1)
+
+    def py(self, value: float) -> float:
+        """Where a value lies from top to bottom."""
+        return round(BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (BOTTOM - TOP), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One chart, in SVG units."""
+
+    title: str
+    note: str
+    lines: list[Line]
+    x: list[Tick]
+    y: list[Tick]
+    hovers: list[Hover]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """What to draw: title, explanation, and the metrics with the names of their curves."""
+
+    title: str
+    note: str
+    metrics: tuple[tuple[str, str], ...]
+
+
+def _one(title: str, note: str, metric: str) -> Plot:
+    return Plot(title, note, ((metric, ""),))
+
+
+MAIN = (
+    Plot(
+        "Reward on unseen problems",
+        "the same held-out problems each time",
+        (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")),
+    ),
+    _one("Training reward", "mean of the episodes of each step", "reward/mean"),
+)
+MORE = (
+    _one("Entropy", "nats per sampled token", "policy/entropy"),
+    _one("Gradient norm", "before clipping", "policy/grad_norm"),
+    Plot(
+        "Log-probability gap",
+        "sampler against learner, same weights, nats",
+        (("sampler/logprob_gap_mean", "mean"), ("sampler/logprob_gap_max", "max")),
+    ),
+    Plot(
+        "Tokens per second",
+        "while that phase runs",
+        (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train", "train")),
+    ),
+    _one("Episode length", "sampled tokens per episode", "episode/tokens_mean"),
+    _one("Turns", "completions per episode", "episode/turns_mean"),
+    _one("Truncated", "fraction of episodes that a limit ended", "episode/truncated_fraction"),
+    _one("Reward spread", "standard deviation over the episodes of a step", "reward/std"),
+    _one("Loss", "its value means little in policy-gradient training", "policy/loss"),
+    _one("KL to the reference", "nats per token", "policy/kl"),
+    _one("Clipped", "fraction of tokens outside the trust region", "policy/clip_fraction"),
+    Plot(
+        "Seconds per step",
+        "by phase",
+        (("time/rollout", "rollout"), ("time/train", "train"), ("time/sync", "sync")),
+    ),
+)
+
+
+def main_charts(run: Run) -> list[Chart]:
+    """The two charts that say whether the run learned."""
+    return _charts(run, MAIN)
+
+
+def constants(run: Run) -> dict[str, str]:
+    """The metrics that never changed over several steps; a line of text serves them better than a chart."""
+    return {
+        name: short(series.values[0])
+        for name, series in run.metrics.items()
+        if len(series.values) > 1 and min(series.values) == max(series.values) and not name.startswith("eval/")
+    }
+
+
+def more_charts(run: Run) -> list[Chart]:
+    """Every other chart: reward components, the known metrics, then whatever else was logged and varies."""
+    shown = {name for plot in MAIN + MORE for name, _ in plot.metrics}
+    same = constants(run)
+    rest = [name for name in run.metrics if name not in shown and name not in same]
+    parts = [name for name in rest if name.startswith("reward/")]
+    plots = [_one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
+    plots += MORE
+    plots += [_one(name, "", name) for name in rest if name not in parts]
+    return _charts(run, [plot for plot in plots if any(name not in same for name, _ in plot.metrics)])
+
+
+def _charts(run: Run, plots: Sequence[Plot]) -> list[Chart]:
+    drawn = [chart(p.title, p.note, {name: run.series(metric) for metric, name in p.metrics}) for p in plots]
+    return [c for c in drawn if c is not None]
+
+
+def chart(title: str, note: str, named: Mapping[str, Series]) -> Chart | None:
+    """The geometry of a chart of named series; None if none of them has a value."""
+    named = {name: series for name, series in named.items() if series}
+    if not named:
+        return None
+    values = [v for series in named.values() for v in series.values]
+    steps = [s for series in named.values() for s in series.steps]
+    y = ticks(min(values), max(values))
+    y = y if min(values) < 0 else [t for t in y if t >= 0]
+    x = (min(steps), max(steps)) if min(steps) < max(steps) else (min(steps) - 1, max(steps) + 1)
+    frame = Frame(x, (y[0], y[-1]))
+    return Chart(
+        title=title,
+        note=note,
+        lines=[_line(name, series, frame) for name, series in named.items()],
+        x=[Tick(frame.px(t), f"{t:,.0f}") for t in ticks(*x, 5) if x[0] <= t <= x[1] and t == int(t)],
+        y=[Tick(frame.py(t), text) for t, text in zip(y, labels(y), strict=True)],
+        hovers=_hovers(named, frame),
+    )
+
+
+def _line(name: str, series: Series, frame: Frame) -> Line:
+    long = len(series.values) >= SMOOTH_FROM
+    level = smooth(series.values) if long else series.values
+    raw = [(frame.px(s), frame.py(v)) for s, v in zip(series.steps, series.values, strict=True)]
+    line = [(frame.px(s), frame.py(v)) for s, v in zip(series.steps, level, strict=True)]
+    return Line(name, _path(raw), _path(line), [] if long else raw, short(level[0]), short(level[-1]))
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    """An SVG path through the points, thinned to its extremes if there are very many."""
+    if len(points) > MOST_POINTS:
+        size = -(-len(points) // (MOST_POINTS // 2))
+        stretches = [points[i : i + size] for i in range(0, len(points), size)]
+        ends = [(min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])) for s in stretches]
+        points = [point for pair in ends for point in sorted(set(pair))]
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def _hovers(named: Mapping[str, Series], frame: Frame) -> list[Hover]:
+    """A column for each logged step (for every k-th of very many)."""
+    tables = {name: dict(zip(series.steps, series.values, strict=True)) for name, series in named.items()}
+    steps = sorted({step for table in tables.values() for step in table})
+    steps = steps[:: -(-len(steps) // MOST_HOVERS)]
+    middles = [(frame.px(a) + frame.px(b)) / 2 for a, b in pairwise(steps)]
+    hovers = []
+    for step, (left, right) in zip(steps, pairwise([LEFT, *middles, RIGHT]), strict=True):
+        here = [(i, name, table[step]) for i, (name, table) in enumerate(tables.items()) if step in table]
+        text = ", ".join(f"{name} {short(value)}".strip() for _, name, value in here)
+        marks = [(i, frame.py(value)) for i, _, value in here]
+        hovers.append(Hover(round(left, 1), round(right - left, 1), frame.px(step), marks, f"step {step:,}: {text}"))
+    return hovers
