@@ -1,1 +1,60 @@
-"""Gymnasium for language models, and a trainer that any Gymnasium user can read."""
+"""Gymnasium for language models, and a trainer that any Gymnasium user can read.
+
+Importing this registers the environments (`gymnasium.make("llm_gym/GSM8K-v0")`). The public names
+are imported when they are first used, so that this costs no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llm_gym.envs import register
+
+if TYPE_CHECKING:
+    from llm_gym.chat import Chat, load_tokenizer
+    from llm_gym.core import Completion, Episode, Group, Message, Messages, Row, Sampling, StopReason, Turn
+    from llm_gym.env import Reply, TextEnv
+    from llm_gym.errors import LLMGymError
+    from llm_gym.policies import make_policy
+    from llm_gym.rollout import rollout
+    from llm_gym.spaces import Tokens
+    from llm_gym.testing import check_environment
+    from llm_gym.vector import TextVectorEnv
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "chat": ("Chat", "load_tokenizer"),
+    "core": ("Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn"),
+    "env": ("Reply", "TextEnv"),
+    "errors": ("LLMGymError",),
+    "policies": ("make_policy",),
+    "rollout": ("rollout",),
+    "spaces": ("Tokens",),
+    "testing": ("check_environment",),
+    "vector": ("TextVectorEnv",),
+}
+_HOME = {name: f"llm_gym.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (sorted by module, as the table above)
+    "Chat", "load_tokenizer",
+    "Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn",
+    "Reply", "TextEnv", "LLMGymError", "make_policy", "rollout", "Tokens", "check_environment", "TextVectorEnv",
+]  # fmt: skip
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'llm_gym' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted([*globals(), *__all__])

@@ -1,1 +1,56 @@
-"""The registered environments."""
+"""The registered environments: a table of strings, so that nothing heavy is imported to list them.
+
+Each row is `name -> (module:Class, one line about it)`; the id is `llm_gym/<name>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import gymnasium
+
+from llm_gym.errors import SettingError, unknown
+
+NAMESPACE = "llm_gym"
+
+TABLE: dict[str, tuple[str, str]] = {
+    "Arithmetic-v0": ("llm_gym.envs.arithmetic:Arithmetic", "procedural sums: difficulty knobs, unseen problems by hash"),
+    "Dataset-v0": ("llm_gym.envs.dataset:Dataset", "any data set and a reward function, both by name"),
+    "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
+    "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),
+}
+
+
+def register() -> None:
+    """Puts the table into Gymnasium's registry; doing it twice changes nothing."""
+    for name, (entry_point, _) in TABLE.items():
+        env_id = f"{NAMESPACE}/{name}"
+        if env_id not in gymnasium.registry:
+            gymnasium.register(env_id, entry_point, vector_entry_point=f"llm_gym.vector:{env_id}")
+
+
+def resolve(env_id: str) -> str:
+    """The full id that `gymnasium.make` takes, for a full or a short one.
+
+    `GSM8K-v0` means `llm_gym/GSM8K-v0`. `my_pkg.module:me/Guess-v0` imports the module, which
+    registers the id. An id of Gymnasium's own is left alone.
+
+    Raises:
+        SettingError: no such id (the nearest one is named), or its module cannot be imported.
+    """
+    module, _, bare = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise SettingError(f"env: cannot import {module!r} of {env_id!r}: {error}.") from error
+    for full in (bare, f"{NAMESPACE}/{bare}"):
+        if full in gymnasium.registry:
+            return full
+    raise SettingError(unknown("env", bare, [*TABLE, *(i for i in gymnasium.registry if "/" in i)]))
+
+
+def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
+    """`gymnasium.make` for a full or short id, without Gymnasium's checker around every step."""
+    return gymnasium.make(resolve(env_id), disable_env_checker=True, **kwargs)

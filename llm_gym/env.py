@@ -1,0 +1,284 @@
+"""`TextEnv`: a Gymnasium environment over token ids, written as two hooks of plain text.
+
+    class Echo(TextEnv):
+        def open(self):              # the first messages; draws only from self.np_random
+            self.word = str(self.np_random.choice(["one", "two"]))
+            return [{"role": "user", "content": f"Say {self.word}."}]
+
+        def reply(self, text):       # what the model said -> what follows
+            return Reply(reward=float(self.word in text), done=True)
+
+Outside, `reset` and `step` speak token ids: an observation is the whole context, ready for the
+policy's next token; an action is the completion that was sampled. Text is decoded for the hooks
+and only new messages are encoded, so nothing the policy sampled is ever tokenised again.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Real
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+
+from llm_gym.chat import Chat, load_tokenizer
+from llm_gym.core import Ids, Message, Messages, StopReason
+from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
+from llm_gym.spaces import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an environment answers to one completion."""
+
+    messages: Sequence[Message] = ()
+    """New messages for the model (a tool's result, the next question); on the last step a closing word."""
+    reward: float | Mapping[str, float] = 0.0
+    """A finite number (the component `reward`), or named components, of this step alone."""
+    done: bool = False
+    """Whether the task is over."""
+    stop_reason: StopReason | None = None
+    """Why it is over, if not simply `answered`; giving one ends the episode."""
+    rewrite: Messages | None = None
+    """The whole chat from here on, if history is rewritten (thinking dropped, a summary); else None."""
+
+
+class TextEnv(gymnasium.Env[Ids, Ids]):
+    """Base of text environments; subclasses write `open` and `reply`.
+
+    Args:
+        tokenizer: a path, a hub id or a tokenizer object; None: the embedded model's.
+        max_turns: most completions in an episode; None: as many as the context holds.
+        max_tokens: most tokens in one completion.
+        max_context: tokens of context; an episode ends when the next context would reach it.
+        system_prompt: a system message put before the messages of `open`.
+        reward_weights: component name -> weight in the reward; unnamed components weigh 1.
+        render_mode: None or "ansi" (`render` returns the chat as text).
+
+    Spaces: an action is int32 [1..max_tokens]; an observation is int32, at most `max_context`
+    tokens while the episode lasts, and the last one also holds the last action.
+
+    Raises:
+        ConfigError: a limit below 1, an unknown render mode, or a weight for a component that
+            `reward_names` does not list.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "blocking": False}  # noqa: RUF012 (Gymnasium's own shape)
+    reward_names: ClassVar[tuple[str, ...] | None] = None
+    """Names of every component the environment can give; None: not known in advance."""
+    eval_args: ClassVar[Mapping[str, Any]] = {}
+    """Keyword arguments that give the environment's unseen problems."""
+    task: int | None = None
+    """The row asked for by `reset(options={"task": i})`, for `open` to honour; None: draw one."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Any = None,
+        max_turns: int | None = None,
+        max_tokens: int = 256,
+        max_context: int = 4096,
+        system_prompt: str | None = None,
+        reward_weights: Mapping[str, float] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        limits = {"max_turns": max_turns, "max_tokens": max_tokens, "max_context": max_context}
+        for name, limit in limits.items():
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least 1.")
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ConfigError(unknown("render_mode", render_mode, self.metadata["render_modes"]))
+        self.chat = shared_chat(tokenizer)
+        self.max_turns, self.max_tokens, self.max_context = max_turns, max_tokens, max_context
+        self.system_prompt, self.render_mode = system_prompt, render_mode
+        self.reward_weights = _checked_weights(reward_weights, self.reward_names)
+        self.action_space = Tokens(self.chat.vocab_size, max_tokens, min_length=1)
+        self.observation_space = Tokens(self.chat.vocab_size, max_context + max_tokens)
+        self._stop_ids = frozenset(self.chat.stop_ids)
+        self._context: Ids | None = None
+        self._messages: Messages = []
+        self._rewards: dict[str, float] = {}
+        self._turn = 0
+
+    def open(self) -> Messages:
+        """The first messages of a new episode; every random draw comes from `self.np_random`."""
+        raise NotImplementedError(f"{type(self).__name__} must define open().")
+
+    def reply(self, text: str) -> Reply:
+        """What follows the completion `text`, of which only the final stop token was removed."""
+        raise NotImplementedError(f"{type(self).__name__} must define reply().")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Ids, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+            seed: fixes the task and everything random after it.
+            options: `{"task": i}` picks row i.
+
+        Returns:
+            The first context, int32 [t], and `{"messages": ...}`.
+
+        Raises:
+            SettingError: an unknown option.
+            LLMGymError: the first context leaves no room in `max_context`.
+        """
+        super().reset(seed=None if seed is None else operator.index(seed))
+        self.task = _task_option(options)
+        self._context = None
+        self._messages = [dict(message) for message in self.open()]
+        if self.system_prompt is not None:
+            self._messages.insert(0, {"role": "system", "content": self.system_prompt})
+        context = self.chat.open(self._messages)
+        if len(context) >= self.max_context:
+            raise LLMGymError(
+                f"The first context has {len(context)} tokens; max_context={self.max_context} is too small."
+            )
+        self._rewards, self._turn, self._context = {}, 0, context
+        return context.copy(), {"messages": self._copy_messages()}
+
+    def step(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+        """Takes the sampled completion, int32 [n], its stop token included.
+
+        Returns:
+            The next context, this step's weighted reward, terminated, truncated, and the info:
+            `messages`; `rewritten` where history was; on the last step `stop_reason` and `rewards`.
+
+        Raises:
+            ResetNeeded: the episode is over, or none was started.
+            RewardError: `reply` gave a reward that is no finite number.
+        """
+        if self._context is None:
+            raise ResetNeeded(f"{type(self).__name__}.step() was called before reset() or after the episode ended.")
+        action = _ids(action)
+        text = self.chat.text(action)
+        self._messages.append({"role": "assistant", "content": text})
+        self._turn += 1
+        reply = self.reply(text)
+        reward = self._add_rewards(reply.reward)
+        self._messages.extend(dict(message) for message in reply.messages)
+        stop = self._stop_reason(reply, action)
+        if stop is None:
+            context, stop = self._extend(reply, action)
+        if stop is None:
+            self._context = context
+            info: dict[str, Any] = {"messages": self._copy_messages()}
+            if reply.rewrite is not None:
+                info["rewritten"] = True
+            return context.copy(), reward, False, False, info
+        final = np.concatenate([self._context, action])
+        self._context = None
+        info = {"messages": self._copy_messages(), "stop_reason": stop, "rewards": dict(self._rewards)}
+        return final, reward, stop.terminated, not stop.terminated, info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The chat so far as text, for `render_mode="ansi"`."""
+        if self.render_mode is None:
+            return None
+        return "\n".join(f"[{message['role']}] {message.get('content') or ''}" for message in self._messages)
+
+    def draw_task(self, size: int) -> int:
+        """The row this episode is about: the one asked for by `options`, else one drawn from `size` rows.
+
+        Raises:
+            SettingError: the row asked for does not exist.
+        """
+        if self.task is None:
+            return int(self.np_random.integers(size))
+        if not 0 <= self.task < size:
+            raise SettingError(f"options['task']: got {self.task}, want a row from 0 to {size - 1}.")
+        return self.task
+
+    def _stop_reason(self, reply: Reply, action: Ids) -> StopReason | None:
+        """Why the episode ends here, or None if it goes on."""
+        if reply.stop_reason is not None:
+            return StopReason(reply.stop_reason)
+        if len(action) >= self.max_tokens and int(action[-1]) not in self._stop_ids:
+            return StopReason.TOKEN_LIMIT
+        if reply.done:
+            return StopReason.ANSWERED
+        if self.max_turns is not None and self._turn >= self.max_turns:
+            return StopReason.TURN_LIMIT
+        return None
+
+    def _extend(self, reply: Reply, action: Ids) -> tuple[Ids, StopReason | None]:
+        """The next context, and `token_limit` if it does not fit."""
+        assert self._context is not None
+        if reply.rewrite is None:
+            context = np.concatenate([self._context, action, self.chat.extend(action, list(reply.messages))])
+        else:
+            self._messages = [dict(message) for message in reply.rewrite]
+            context = self.chat.open(self._messages)
+        return context, StopReason.TOKEN_LIMIT if len(context) >= self.max_context else None
+
+    def _add_rewards(self, reward: float | Mapping[str, float]) -> float:
+        """Books the named components of one step and returns their weighted sum."""
+        parts = reward if isinstance(reward, Mapping) else {"reward": reward}
+        total = 0.0
+        for name, value in parts.items():
+            number = _number(self, name, value)
+            self._rewards[name] = self._rewards.get(name, 0.0) + number
+            total += self.reward_weights.get(name, 1.0) * number
+        return total
+
+    def _copy_messages(self) -> Messages:
+        return [dict(message) for message in self._messages]
+
+
+@lru_cache(maxsize=8)
+def shared_chat(tokenizer: Any) -> Chat:
+    """The chat of a tokenizer; environments of one process share it (a template is checked once)."""
+    return Chat(load_tokenizer(tokenizer))
+
+
+def _ids(action: Any) -> Ids:
+    """An action as int32 [n].
+
+    Raises:
+        InvalidAction: it is empty or no 1-D array of integers.
+    """
+    array = np.asarray(action)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+        raise gymnasium.error.InvalidAction(
+            f"action: got an array of shape {array.shape} and dtype {array.dtype}, want token ids, int32 [n >= 1]."
+        )
+    return array.astype(np.int32, copy=False)
+
+
+def _task_option(options: Mapping[str, Any] | None) -> int | None:
+    """Row number in the reset options, if any."""
+    if not options:
+        return None
+    for name in options:
+        if name != "task":
+            raise SettingError(unknown("options", name, ["task"]))
+    return operator.index(options["task"])
+
+
+def _checked_weights(weights: Mapping[str, float] | None, names: Sequence[str] | None) -> dict[str, float]:
+    """The reward weights as a dict of floats, names checked where they are known."""
+    for name, weight in (weights or {}).items():
+        if names is not None and name not in names:
+            raise ConfigError(unknown("reward_weights", name, names))
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ConfigError(f"reward_weights: got {weight!r} for {name!r}, want a finite number.")
+    return {name: float(weight) for name, weight in (weights or {}).items()}
+
+
+def _number(env: TextEnv, name: object, value: object) -> float:
+    """A reward component as a float.
+
+    Raises:
+        RewardError: it is no finite number.
+    """
+    if isinstance(value, (Real, np.bool_)) and isinstance(name, str):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    where = env.spec.id if env.spec is not None else type(env).__name__
+    raise RewardError(f"{where}: reward component {name!r} is {value!r}, want a finite number.")
