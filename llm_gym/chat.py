@@ -1,0 +1,406 @@
+"""Messages to tokens and back: the one place that knows chat templates.
+
+The invariant is append-only contexts: `context[t + 1] = context[t] + sampled + extend(sampled, messages)`.
+Rendering the whole chat again would break it: many templates drop thinking, move the system text or
+strip earlier replies, and sampled ids do not survive decoding and encoding. So only what is new is
+encoded, by the *sentinel cut*:
+
+1. Render `[user, assistant(SENTINEL), *new messages]` with the generation prompt.
+2. Drop everything up to the sentinel; what is left begins with what the template puts behind a reply.
+3. Encode from the token that ends the reply (its *terminator*), then drop that token if it was sampled.
+
+Step 3 keeps what follows a stop token: the newline of ChatML, which a policy never samples.
+A template for which this is not exact is refused at construction.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_gym import embedded
+from llm_gym.core import Ids, Message, Messages
+from llm_gym.errors import SettingError, TemplateError
+
+Tool = dict[str, Any]
+"""A tool schema in the function-calling form: `{"type": "function", "function": {...}}`."""
+SENTINEL = "SENTINELqzREPLY"
+"""Stands for a reply in a dummy render; user and tool text that contains it is split like a control token."""
+SPLIT = "\ufdd0"
+"""A Unicode noncharacter: text is encoded piecewise around it, and it is dropped."""
+DATE = datetime(2025, 1, 1)
+"""What templates get for "today": a context must be a function of the seed, not of the day."""
+TRUSTED = frozenset({"system", "developer", "assistant"})
+"""Roles whose text may contain control tokens: the environment's author wrote it."""
+CACHED_OPENINGS = 1024
+"""Opened contexts kept: the episodes of a group open the same one."""
+
+
+def load_tokenizer(source: Any = None) -> Any:
+    """A Hugging Face tokenizer, loaded once per process; torch is not imported.
+
+    Args:
+        source: None for the embedded model's, a folder, a hub id, or a tokenizer object (returned as it is).
+
+    Raises:
+        SettingError: there is no tokenizer at that path or hub id.
+    """
+    if source is None:
+        source = embedded.PATH
+    return _load(str(source)) if isinstance(source, str | Path) else source
+
+
+@lru_cache(maxsize=32)
+def _load(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    valid = "pass a folder, a hub id, a tokenizer object, or None for the embedded one."
+    if not Path(source).expanduser().exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise SettingError(f"tokenizer: got {source!r}, but there is no such folder; {valid}")
+    try:
+        return AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if Path(source).exists() else source)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise SettingError(f"tokenizer: got {source!r}, which cannot be loaded ({reason}); {valid}") from error
+
+
+def load_chat(tokenizer: Any = None, tools: Sequence[Tool] | None = None) -> Chat:
+    """The `Chat` for a tokenizer (anything `load_tokenizer` takes) and tools, shared by a process's environments."""
+    return _shared_chat(load_tokenizer(tokenizer), json.dumps(tools or None))
+
+
+@lru_cache(maxsize=64)
+def _shared_chat(tokenizer: Any, tools: str) -> Chat:
+    return Chat(tokenizer, json.loads(tools))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How one kind of new messages follows a reply; found once with placeholders, then used for every text."""
+
+    arguments: str | None
+    """Form of the dummy reply's tool calls: `dict`, `json`, or None for a reply without calls."""
+    tools: Sequence[Tool] | None
+    """Tool schemas passed to the template: None where it renders the messages without them."""
+    terminator: str
+    """The control token that ends the reply."""
+    opens: bool
+    """Whether that token also opens the next message (GLM's `<|user|>`), so that it must be there."""
+
+
+class Chat:
+    """One tokenizer's chat template, as three exact operations on token ids.
+
+    Control tokens spelled out in user or tool text (`<|im_end|>` in a web page) are encoded as ordinary
+    text: the text is split after the token's first character and both parts are encoded on their own,
+    so it decodes to itself. Text without such tokens is encoded in one piece, as transformers does.
+    Lone surrogates become U+FFFD.
+
+    Thread-safe, and picklable where the tokenizer is.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None = None) -> None:
+        """Finds out how the template ends a reply.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer with a chat template.
+            tools: schemas shown to the model; an empty sequence is the same as None.
+
+        Raises:
+            TemplateError: there is no template, or it cannot be extended exactly.
+        """
+        self.tokenizer = tokenizer
+        self.tools = list(tools) if tools else None
+        self._template = _renderer(tokenizer, self.tools)
+        self._coder = _Coder(tokenizer)
+        self._stops = _declared_stops(tokenizer)
+        self._as_parts = False
+        user = self._user_plan()
+        primary = self._learn_stop(user)
+        if self.tools:
+            self._learn_stop(self._find_plan(("tool",), None))
+        self._coder.anchor = user.terminator
+        self._plan = lru_cache(maxsize=256)(self._find_plan)
+        self._open = lru_cache(maxsize=CACHED_OPENINGS)(self._encode_opening)
+        self.vocab_size = self._coder.vocab_size
+        """One more than the largest id."""
+        self.stop_ids = (primary, *(i for i in self._stops if i != primary))
+        """Ids that end a completion; the first is the one that the template itself puts behind a reply."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chat, (self.tokenizer, self.tools)
+
+    def open(self, messages: Messages) -> Ids:
+        """A whole new context, ending in the generation prompt, int32 [n].
+
+        Raises:
+            TemplateError: the template refuses these messages (a system role, an order of roles).
+        """
+        return self._open(json.dumps(messages)).copy()
+
+    def extend(self, sampled: Sequence[int] | npt.NDArray[Any], messages: Messages) -> Ids:
+        """What follows `sampled` in the context, int32 [n].
+
+        That is the reply's terminator if it was cut before it, the new messages, and the generation
+        prompt. Pass all results of one reply's tool calls together: templates merge them into one turn.
+
+        Args:
+            sampled: the reply's ids as sampled, stop token included, shape [m].
+            messages: user or tool messages that answer it.
+
+        Raises:
+            TemplateError: the template drops, moves or refuses such messages after a reply.
+        """
+        last = int(sampled[-1]) if len(sampled) else -1
+        stop = last if last in self._stops else None
+        plan = self._plan(tuple(m["role"] for m in messages), stop)
+        text = self._after_reply(self._safe(messages), plan.arguments, plan.tools)
+        ids = self._coder.encode(text[text.index(plan.terminator) :])
+        ended = stop is not None and (stop == ids[0] or not plan.opens)
+        return np.array(ids[1:] if ended else ids, np.int32)
+
+    def text(self, sampled: Sequence[int] | npt.NDArray[Any]) -> str:
+        """The reply's text, control tokens included, without its one final stop token.
+
+        Ids beyond the vocabulary (a padded model head can sample them) are left out.
+        """
+        ids = np.asarray(sampled).tolist()
+        return self._coder.decode(ids[:-1] if ids and ids[-1] in self._stops else ids)
+
+    def encode_reply(self, text: str) -> Ids:
+        """What a policy that says `text` would have sampled: its ids and the stop token, int32 [n]."""
+        return np.array([*self._coder.encode(text), self.stop_ids[0]], np.int32)
+
+    def _encode_opening(self, messages: str) -> Ids:
+        return np.array(self._coder.encode(self._render(self._safe(json.loads(messages)), self.tools)), np.int32)
+
+    def _safe(self, messages: Messages) -> Messages:
+        """The messages with control tokens in user and tool text split."""
+        return [m if m["role"] in TRUSTED else {**self._coder.split(m), "role": m["role"]} for m in messages]
+
+    def _render(self, messages: Messages, tools: Sequence[Tool] | None, prompt: bool = True) -> str:
+        if self._as_parts:
+            messages = [_in_parts(m) for m in messages]
+        try:
+            return self._template(messages, tools, prompt)
+        except Exception as error:  # a template raises whatever its expressions raise
+            roles = [m["role"] for m in messages]
+            raise TemplateError(f"chat template: it refuses messages of roles {roles}: {error}") from error
+
+    # The sentinel cut
+
+    def _after_reply(
+        self, new: Messages, arguments: str | None, tools: Sequence[Tool] | None, prompt: bool = True
+    ) -> str:
+        """What the template renders behind a dummy reply that `new` answers."""
+        reply: Message = {"role": "assistant", "content": SENTINEL}
+        if arguments is not None:
+            reply = {"role": "assistant", "content": "", "tool_calls": self._dummy_calls(new, arguments)}
+        text = self._render([{"role": "user", "content": "q"}, reply, *new], tools, prompt)
+        _, found, after = text.rpartition(SENTINEL)
+        if not found:
+            raise TemplateError("chat template: it does not render the text of a reply.")
+        return after
+
+    def _dummy_calls(self, new: Messages, arguments: str) -> list[dict[str, Any]]:
+        """As many tool calls as `new` has tool results (at least one), with their ids and names."""
+        name = self.tools[0]["function"]["name"] if self.tools else "f"
+        value: Any = {"x": SENTINEL} if arguments == "dict" else json.dumps({"x": SENTINEL})
+        results = [m for m in new if m["role"] == "tool"] or [_placeholder("tool", 0)]
+        return [
+            {
+                "id": m.get("tool_call_id", f"call{i:05d}"),
+                "type": "function",
+                "function": {"name": m.get("name", name), "arguments": value},
+            }
+            for i, m in enumerate(results)
+        ]
+
+    def _find_plan(self, roles: tuple[str, ...], stop: int | None) -> _Plan:
+        """The first dummy reply that is exact for messages of these roles after this stop token."""
+        new = [_placeholder(role, i) for i, role in enumerate(roles)]
+        why: TemplateError | None = None
+        for arguments in ("dict", "json", None) if "tool" in roles else (None,):
+            for tools in (None, self.tools) if self.tools else (None,):
+                try:
+                    head = _head(self._after_reply(new, arguments, tools), new)
+                    terminator = self._terminator(head, stop, guess=arguments is None)
+                except TemplateError as error:
+                    why = error
+                else:
+                    rest = head.partition(terminator)[2].lstrip()
+                    opens = not rest.startswith(self._coder.first_control(rest) or " ")
+                    return _Plan(arguments, tools, terminator, opens)
+        raise TemplateError(f"chat template: no exact extension by messages of roles {list(roles)}: {why}") from why
+
+    def _terminator(self, head: str, stop: int | None, *, guess: bool) -> str:
+        """The text of the token that ends a reply: the sampled one if it stands in `head`, else the first
+        stop token there, else (`guess`) the first control token (gpt-oss: `<|return|>` becomes `<|end|>`)."""
+        if stop is not None and self._stops[stop] in head:
+            return self._stops[stop]
+        found = _first(self._stops.values(), head) or (self._coder.first_control(head) if guess else "")
+        if not found:
+            raise TemplateError("no stop token stands between a reply and the next message.")
+        return found
+
+    # Construction
+
+    def _user_plan(self) -> _Plan:
+        """The plan for a user's answer; turns to contents in parts for templates that read nothing else."""
+        try:
+            return self._find_plan(("user",), None)
+        except TemplateError as error:
+            self._as_parts = True
+            try:
+                return self._find_plan(("user",), None)
+            except TemplateError:
+                raise error from None
+
+    def _learn_stop(self, plan: _Plan) -> int:
+        """Adds the template's own terminator to the stop ids; returns the id that ends a last reply.
+
+        One that only stands inside a chat is none that a policy samples at the end: gpt-oss ends a
+        reply with `<|return|>` and writes `<|end|>` in its place afterwards.
+        """
+        try:
+            tail = self._after_reply([], plan.arguments, plan.tools, prompt=False)
+        except TemplateError:  # it wants the last message to be a user's
+            tail = ""
+        if plan.terminator in tail or not _first(self._stops.values(), tail):
+            self._stops.setdefault(self._coder.encode(plan.terminator)[0], plan.terminator)
+        last = _first(self._stops.values(), tail) or plan.terminator
+        return next(i for i, text in self._stops.items() if text == last)
+
+
+class _Coder:
+    """Text to ids and back on a private copy of the tokenizer's Rust backend, where it has one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        self.vocab_size = max(len(tokenizer), *(i + 1 for i in added), 1)
+        self.anchor = ""
+        """A control token to encode later pieces behind, so that they get no prefix space."""
+        self._tokenizer, self._backend = tokenizer, copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+        if self._backend is not None:  # settings of earlier calls must not leak into contexts
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.encode_special_tokens = False
+        control = sorted((str(t.content) for t in added.values() if t.special), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        splittable = [SENTINEL, *(text for text in control if len(text) > 1)]
+        self._splittable = re.compile("|".join(map(re.escape, splittable)))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, control tokens read as such; pieces between `SPLIT`s are encoded one by one."""
+        if SPLIT not in text:
+            return self._encode(text)
+        first, *rest = text.split(SPLIT)
+        ids = self._encode(first)
+        for piece in rest:
+            ids += self._encode(self.anchor + piece)[1:]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control tokens included; ids out of range are left out."""
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        if self._backend is not None:
+            return str(self._backend.decode(known, skip_special_tokens=False))
+        return str(self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def first_control(self, text: str) -> str:
+        """The first control token in `text`, or nothing."""
+        found = self._control.search(text)
+        return found[0] if found else ""
+
+    def split(self, value: Any) -> Any:
+        """`value` (text, or a tree of dicts and lists) with every control token in it split by `SPLIT`."""
+        if isinstance(value, str):
+            while self._splittable.search(value):  # again: splitting one may leave another that overlapped it
+                value = self._splittable.sub(lambda m: m[0][0] + SPLIT + m[0][1:], value)
+            return value
+        if isinstance(value, list):
+            return [self.split(v) for v in value]
+        return {k: self.split(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # pairs of surrogates are joined, lone ones become U+FFFD
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _renderer(tokenizer: Any, tools: Sequence[Tool] | None) -> Callable[[Messages, Sequence[Tool] | None, bool], str]:
+    """The compiled template as a function of (messages, tools, whether to add the generation prompt)."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        source = tokenizer.get_chat_template(None, tools)
+    except Exception as error:
+        raise TemplateError(f"tokenizer: {getattr(tokenizer, 'name_or_path', '')!r} has no chat template.") from error
+    render = _compile_jinja_template(source).render
+    fixed = {**tokenizer.special_tokens_map, "documents": None, "strftime_now": DATE.strftime}
+
+    def rendered(messages: Messages, tools: Sequence[Tool] | None, prompt: bool) -> str:
+        return str(render(messages=messages, tools=tools, add_generation_prompt=prompt, **fixed))
+
+    return rendered
+
+
+def _declared_stops(tokenizer: Any) -> dict[int, str]:
+    """Stop ids and their texts: those of generation_config.json beside the tokenizer, else its EOS token."""
+    from transformers.utils import cached_file
+
+    ids: Any = None
+    if name := getattr(tokenizer, "name_or_path", ""):
+        quiet = {
+            f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+        }
+        try:
+            path = cached_file(name, "generation_config.json", **quiet)
+        except OSError:  # a name that is neither a folder nor a hub id
+            path = None
+        ids = json.loads(Path(path).read_text("utf-8")).get("eos_token_id") if path else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    texts = {i: tokenizer.convert_ids_to_tokens(i) for i in ids}
+    return {i: str(text) for i, text in texts.items() if text is not None}
+
+
+def _placeholder(role: str, index: int) -> Message:
+    """A message whose content is easy to find in a render."""
+    message = {"role": role, "content": f"CONTENTqz{index}NEW"}
+    return {**message, "name": "f", "tool_call_id": f"call{index:05d}"} if role == "tool" else message
+
+
+def _head(after: str, new: Messages) -> str:
+    """The part of `after` before the first of the `new` placeholders; all of them must be there, in order."""
+    places = [after.find(m["content"]) for m in new]
+    if -1 in places or places != sorted(places):
+        raise TemplateError("a message behind a reply is dropped or moved.")
+    return after[: places[0]] if places else after
+
+
+def _first(texts: Iterable[str], where: str) -> str:
+    """That of `texts` which stands first in `where` (the longest, if several start there), or nothing."""
+    found = [(where.index(text), -len(text), text) for text in texts if text in where]
+    return min(found)[2] if found else ""
+
+
+def _in_parts(message: Message) -> Message:
+    """The message with its text as a list of parts, the form that templates of some vision models want."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
