@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llm_gym.envs import register
 
 if TYPE_CHECKING:
-    from llm_gym.chat import Chat, load_tokenizer
+    from llm_gym.chat import Chat, load_chat, load_tokenizer
     from llm_gym.core import Completion, Episode, Group, Message, Messages, Row, Sampling, StopReason, Turn
     from llm_gym.env import Reply, TextEnv
     from llm_gym.errors import LLMGymError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "chat": ("Chat", "load_tokenizer"),
+    "chat": ("Chat", "load_chat", "load_tokenizer"),
     "core": ("Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn"),
     "env": ("Reply", "TextEnv"),
     "errors": ("LLMGymError",),
@@ -38,7 +38,7 @@ _MODULES = {
 _HOME = {name: f"llm_gym.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
-    "Chat", "load_tokenizer",
+    "Chat", "load_chat", "load_tokenizer",
     "Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn",
     "Reply", "TextEnv", "LLMGymError", "make_policy", "rollout", "Tokens", "check_environment", "TextVectorEnv",
 ]  # fmt: skip

@@ -19,7 +19,6 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from llm_gym.chat import Chat, load_tokenizer
+from llm_gym.chat import load_chat
 from llm_gym.core import Ids, Message, Messages, StopReason
 from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
 from llm_gym.spaces import Tokens
@@ -94,7 +93,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
                 raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least 1.")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(unknown("render_mode", render_mode, self.metadata["render_modes"]))
-        self.chat = shared_chat(tokenizer)
+        self.chat = load_chat(tokenizer)
         self.max_turns, self.max_tokens, self.max_context = max_turns, max_tokens, max_context
         self.system_prompt, self.render_mode = system_prompt, render_mode
         self.reward_weights = _checked_weights(reward_weights, self.reward_names)
@@ -228,12 +227,6 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
     def _copy_messages(self) -> Messages:
         return [dict(message) for message in self._messages]
-
-
-@lru_cache(maxsize=8)
-def shared_chat(tokenizer: Any) -> Chat:
-    """The chat of a tokenizer; environments of one process share it (a template is checked once)."""
-    return Chat(load_tokenizer(tokenizer))
 
 
 def _ids(action: Any) -> Ids:

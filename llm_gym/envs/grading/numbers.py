@@ -20,7 +20,7 @@ NUMBER = re.compile(
     (?<![\w.,/^:*{{])(?<![\w)\]]-)(?<![\w)\]]\+)   # not glued to a word, and no term of an expression
     (?P<sign>[-+]?)\s?{_CURRENCY}?(?P<inner>[-+]?)(?P<value>{_UNSIGNED})
     (?:/(?P<over>\d+))?
-    (?!\w|[.,:/^*][\w(]|[*/^])                   # whole: not 5abc, 1,00, 5:30, 2^3, 3*4
+    (?!\w|[.,:]\d|[*/^\\])                        # whole: not 5abc, 1,00, 5:30, 2^3, 3*4, 4\\sqrt{{2}}
     """,
     re.VERBOSE | re.ASCII,
 )

@@ -1,0 +1,427 @@
+"""The conformance suite: `check_environment` runs any environment, ours or yours, against the contract.
+
+    from llm_gym.testing import check_environment
+    check_environment("my_pkg:me/GuessNumber-v0")
+
+It plays short scripted episodes and raises an `AssertionError` that names the check and what was
+found. It needs no model and takes well under a second for a cheap environment.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env, data_equivalence
+
+from llm_gym.core import Ids, StopReason
+from llm_gym.envs import resolve
+from llm_gym.spaces import Tokens
+
+Env = gymnasium.Env[Any, Any]
+SEEDS = tuple(range(16))
+STEP_LIMIT = 500
+"""An episode must end within so many steps."""
+GRACE_SECONDS = 5.0
+"""How long what `close` stops may take to disappear."""
+WORDS = ("42", "Answer: 7", "no idea", "I think it is 50.", "#### 12", "\\boxed{3}", "", "50", "25", "75")
+
+
+def check_environment(env: str | Env | Callable[..., Env], **kwargs: Any) -> None:
+    """Checks an environment against the contract of this package.
+
+    Args:
+        env: a registered id (full or short), a class or function that makes an environment, or an instance.
+        kwargs: arguments of the environment, for an id, class or function.
+
+    Raises:
+        AssertionError: it breaks the contract; the text says which check, and what was found.
+        SettingError: an unknown id.
+    """
+    subject = _Subject(*_maker(env, kwargs))
+    for check in CHECKS:
+        try:
+            check(subject)
+        except AssertionError as error:
+            label = check.__name__.removeprefix("check_").replace("_", " ")
+            raise AssertionError(f"{subject.name}: {label}: {error}") from error
+
+
+class Step(NamedTuple):
+    """One call of `reset` (no action) or `step`, as a copy of what it returned."""
+
+    action: Ids | None
+    obs: Ids
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is being checked."""
+
+    name: str
+    make: Callable[[], Env]
+
+    def played(self, seed: int = 0) -> list[Step]:
+        """One whole episode of a new environment."""
+        env = self.make()
+        try:
+            return play(env, seed)
+        finally:
+            env.close()
+
+
+def play(env: Env, seed: int, *, spoil: bool = False) -> list[Step]:
+    """One scripted episode: the reset and every step until the end.
+
+    Args:
+        env: the environment.
+        seed: of the reset and, together with the turn, of the script.
+        spoil: overwrite every observation and info after recording it, as a careless caller would.
+    """
+    obs, info = env.reset(seed=seed)
+    steps = [copy.deepcopy(Step(None, obs, 0.0, False, False, info))]
+    while not (steps[-1].terminated or steps[-1].truncated):
+        if len(steps) > STEP_LIMIT:
+            raise AssertionError(f"an episode of seed {seed} did not end within {STEP_LIMIT} steps.")
+        if spoil:
+            _spoil(obs, info)
+        action = scripted_action(env, seed, len(steps))
+        obs, reward, terminated, truncated, info = env.step(action.copy())
+        steps.append(copy.deepcopy(Step(action, obs, reward, terminated, truncated, info)))
+    return steps
+
+
+def scripted_action(env: Env, seed: int, turn: int) -> Ids:
+    """The script's completion: one of a few sentences, now and then random tokens; a function of its arguments."""
+    rng = np.random.default_rng([seed, turn])
+    chat = getattr(env.unwrapped, "chat", None)
+    if chat is None or rng.random() < 0.25:
+        env.action_space.seed(int(rng.integers(2**31)))
+        return np.asarray(env.action_space.sample())
+    reply: Ids = chat.encode_reply(WORDS[rng.integers(len(WORDS))])
+    return reply[-getattr(env.unwrapped, "max_tokens", len(reply)) :]
+
+
+def check_gymnasium(subject: _Subject) -> None:
+    """Gymnasium's own `check_env`, its warnings taken as failures."""
+    env = subject.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*Not able to test alternative render modes.*")
+        try:
+            check_env(env.unwrapped)
+        except (Warning, gymnasium.error.Error, TypeError, AttributeError) as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+        finally:
+            env.close()
+
+
+def check_spaces(subject: _Subject) -> None:
+    """Both spaces are `Tokens`; every observation and scripted action is a member, contexts are int32."""
+    env = subject.make()
+    for name in ("observation_space", "action_space"):
+        _require(isinstance(getattr(env, name), Tokens), f"{name} is {getattr(env, name)}, want Tokens.")
+    for seed in SEEDS:
+        for i, step in enumerate(play(env, seed)):
+            _require(getattr(step.obs, "dtype", None) == np.int32, f"step {i}: the observation is not int32.")
+            _require(step.obs in env.observation_space, f"step {i}, seed {seed}: observation not in the space.")
+    env.close()
+
+
+def check_append_only(subject: _Subject) -> None:
+    """Each context begins with the last one and the action, unless `info["rewritten"]` is True."""
+    for seed in SEEDS:
+        steps = subject.played(seed)
+        for i, (last, step) in enumerate(zip(steps, steps[1:], strict=False), 1):
+            assert step.action is not None
+            known = np.concatenate([last.obs, step.action])
+            rewritten = step.info.get("rewritten", False)
+            _require(isinstance(rewritten, bool), f"step {i}: info['rewritten'] is {rewritten!r}, want a bool.")
+            _require(
+                rewritten or np.array_equal(step.obs[: len(known)], known),
+                f"step {i}, seed {seed}: the observation does not begin with the last one and the action.",
+            )
+            if step.terminated or step.truncated:
+                _require(len(step.obs) == len(known), f"step {i}: the last observation is not context + action.")
+
+
+def check_info(subject: _Subject) -> None:
+    """Rewards are finite numbers; infos hold the chat, and on the last step why it ended and for what."""
+    env = subject.make()
+    weights = getattr(env.unwrapped, "reward_weights", {})
+    for seed in SEEDS:
+        steps = play(env, seed)
+        for i, step in enumerate(steps):
+            _check_step(step, f"step {i}, seed {seed}")
+        last = steps[-1]
+        total = sum(weights.get(name, 1.0) * value for name, value in last.info["rewards"].items())
+        returned = sum(step.reward for step in steps)
+        _require(
+            math.isclose(total, returned, rel_tol=1e-6, abs_tol=1e-6),
+            f"seed {seed}: the weighted components of info['rewards'] sum to {total}, the step rewards to {returned}.",
+        )
+        if not any(step.info.get("rewritten") for step in steps):
+            said = sum(message["role"] == "assistant" for message in last.info["messages"])
+            asked = sum(message["role"] == "assistant" for message in steps[0].info["messages"])
+            _require(
+                said - asked == len(steps) - 1,
+                f"seed {seed}: info['messages'] holds {said - asked} replies after {len(steps) - 1} steps.",
+            )
+    env.close()
+
+
+def check_determinism(subject: _Subject) -> None:
+    """A seed and a script give the same episode: again, after other seeds, and in another instance."""
+    env = subject.make()
+    for seed in SEEDS[:4]:
+        first = play(env, seed)
+        play(env, seed + 1)
+        _same(first, play(env, seed), f"seed {seed}, played again in the same environment")
+        _same(first, subject.played(seed), f"seed {seed}, in another instance")
+    env.close()
+
+
+def check_seeds(subject: _Subject) -> None:
+    """Seeds matter: not every seed gives the same episode."""
+    env = subject.make()
+    script = play(env, SEEDS[0])
+    for seed in SEEDS[1:]:
+        obs, info = env.reset(seed=seed)
+        steps = [Step(None, obs, 0.0, False, False, info)]
+        for step in script[1:]:
+            if steps[-1].terminated or steps[-1].truncated:
+                break
+            steps.append(Step(step.action, *env.step(step.action)))
+        if len(steps) != len(script) or _difference(script, steps) is not None:
+            env.close()
+            return
+    raise AssertionError(f"seeds {SEEDS[0]} to {SEEDS[-1]} all give the same episode; is the seed ignored?")
+
+
+def check_task_option(subject: _Subject) -> None:
+    """`reset(options={"task": 0})` is accepted, and with a seed it fixes the episode's start."""
+    env, other = subject.make(), subject.make()
+    for e in (env, other):
+        e.reset(seed=5)
+    first, second = (e.reset(seed=3, options={"task": 0}) for e in (env, other))
+    _require(data_equivalence(first, second, exact=True), "two resets to task 0 with seed 3 differ.")
+    env.close()
+    other.close()
+
+
+def check_fresh_data(subject: _Subject) -> None:
+    """What is returned belongs to the caller: overwriting it changes nothing later."""
+    clean = subject.played(1)
+    env = subject.make()
+    _same(clean, play(env, 1, spoil=True), "seed 1, with every returned observation and info overwritten")
+    env.close()
+
+
+def check_independence(subject: _Subject) -> None:
+    """Two instances stepped in turn play the same episodes as each alone."""
+    alone = {seed: subject.played(seed) for seed in (2, 3)}
+    envs = {seed: subject.make() for seed in alone}
+    together = {seed: [Step(None, *_reset(env, seed))] for seed, env in envs.items()}
+    for turn in range(1, max(len(steps) for steps in alone.values())):
+        for seed, env in envs.items():
+            if turn < len(alone[seed]):
+                together[seed].append(Step(alone[seed][turn].action, *env.step(alone[seed][turn].action)))
+    for seed in alone:
+        _same(alone[seed], together[seed], f"seed {seed}, with another instance beside it")
+        envs[seed].close()
+
+
+def check_order(subject: _Subject) -> None:
+    """`step` before `reset` and after the end raises `ResetNeeded`; `reset` starts anew at any time."""
+    env = subject.make().unwrapped
+    action = scripted_action(env, 0, 1)
+    _require(_refuses(env, action), "step() before reset() did not raise ResetNeeded.")
+    whole = play(env, 0)
+    _require(_refuses(env, action), "step() after the end did not raise ResetNeeded.")
+    env.reset(seed=9)
+    _same(whole, play(env, 0), "seed 0, after a reset in the middle of an episode")
+    env.close()
+
+
+def check_length_limit(subject: _Subject) -> None:
+    """A completion of `max_tokens` tokens without a stop token is graded, and ends the episode as cut."""
+    env = subject.make()
+    limit, chat = (getattr(env.unwrapped, name, None) for name in ("max_tokens", "chat"))
+    if limit is not None and chat is not None:
+        filler = next(i for i in range(chat.vocab_size) if i not in chat.stop_ids)
+        env.reset(seed=0)
+        *_, terminated, truncated, info = env.step(np.full(limit, filler, np.int32))
+        ended = (bool(terminated), bool(truncated), info.get("stop_reason"))
+        want = (False, True, StopReason.TOKEN_LIMIT)
+        _require(ended == want, f"a cut completion gives {ended}, want {want}.")
+    env.close()
+
+
+def check_spec(subject: _Subject) -> None:
+    """A registered environment's spec survives pickling and makes the same environment."""
+    env = subject.make()
+    if env.spec is not None:
+        try:
+            twin = pickle.loads(pickle.dumps(env.spec)).make()
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+        _require(
+            data_equivalence(env.reset(seed=4), twin.reset(seed=4), exact=True),
+            "the environment made from the pickled spec starts differently.",
+        )
+        twin.close()
+    env.close()
+
+
+def check_close(subject: _Subject) -> None:
+    """`close` may be called twice, at any time, and leaves no thread, process or socket behind."""
+    subject.make().close()  # what the process loads once is no leak
+    before = _held()
+    env = subject.make()
+    play(env, 0)
+    env.reset(seed=1)
+    env.close()
+    env.close()
+    patience = time.monotonic() + GRACE_SECONDS
+    while (left := _held() - before) and time.monotonic() < patience:
+        time.sleep(0.01)
+    _require(not left, f"left behind: {', '.join(sorted(left))}.")
+
+
+CHECKS: tuple[Callable[[_Subject], None], ...] = (
+    check_gymnasium,
+    check_spaces,
+    check_append_only,
+    check_info,
+    check_determinism,
+    check_seeds,
+    check_task_option,
+    check_fresh_data,
+    check_independence,
+    check_order,
+    check_length_limit,
+    check_spec,
+    check_close,
+)
+
+
+def _maker(env: str | Env | Callable[..., Env], kwargs: Mapping[str, Any]) -> tuple[str, Callable[[], Env]]:
+    """A name and a function that makes a new instance."""
+    if isinstance(env, str):
+        full = resolve(env)
+        return full, lambda: gymnasium.make(full, disable_env_checker=True, **kwargs)
+    if isinstance(env, gymnasium.Env):
+        _require(not kwargs, f"{env}: keyword arguments are for an id or a class, not for an instance.")
+        spec = env.spec
+        name = spec.id if spec is not None else type(env.unwrapped).__name__
+        return name, (lambda: copy.deepcopy(env)) if spec is None else spec.make
+    return getattr(env, "__name__", repr(env)), lambda: env(**kwargs)
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise AssertionError(what)
+
+
+def _reset(env: Env, seed: int) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+    """A reset in the form of a step."""
+    obs, info = env.reset(seed=seed)
+    return obs, 0.0, False, False, info
+
+
+def _refuses(env: Env, action: Ids) -> bool:
+    try:
+        env.step(action)
+    except ResetNeeded:
+        return True
+    return False
+
+
+def _check_step(step: Step, where: str) -> None:
+    """The types and the info of one step."""
+    _require(
+        isinstance(step.reward, float | int | np.floating) and math.isfinite(step.reward),
+        f"{where}: the reward is {step.reward!r}, want a finite float.",
+    )
+    for name in ("terminated", "truncated"):
+        _require(isinstance(getattr(step, name), bool), f"{where}: {name} is {getattr(step, name)!r}, want a bool.")
+    messages = step.info.get("messages")
+    _require(
+        isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages),
+        f"{where}: info['messages'] is {messages!r:.80}, want a list of chat messages.",
+    )
+    reason = step.info.get("stop_reason")
+    if not (step.terminated or step.truncated):
+        _require(reason is None, f"{where}: info['stop_reason'] is {reason!r} before the end.")
+        return
+    _require(isinstance(reason, StopReason), f"{where}: info['stop_reason'] is {reason!r}, want a StopReason.")
+    ends = (reason.terminated, not reason.terminated)
+    _require(
+        (step.terminated, step.truncated) == ends,
+        f"{where}: {reason} wants (terminated, truncated) = {ends}, got {(step.terminated, step.truncated)}.",
+    )
+    rewards = step.info.get("rewards")
+    _require(
+        isinstance(rewards, dict) and all(math.isfinite(value) for value in rewards.values()),
+        f"{where}: info['rewards'] is {rewards!r}, want finite numbers by name.",
+    )
+
+
+def _same(one: list[Step], two: list[Step], what: str) -> None:
+    difference = _difference(one, two)
+    _require(difference is None, f"{what}, the episode differs: {difference}.")
+
+
+def _difference(one: list[Step], two: list[Step]) -> str | None:
+    """Where two episodes first differ."""
+    for i, (a, b) in enumerate(zip(one, two, strict=False)):
+        for name, left, right in zip(Step._fields, a, b, strict=True):
+            if not data_equivalence(left, right, exact=True):
+                return f"step {i}, {name}: {left!r:.120} and {right!r:.120}"
+    return None if len(one) == len(two) else f"{len(one) - 1} and {len(two) - 1} steps"
+
+
+def _spoil(obs: Ids, info: dict[str, Any]) -> None:
+    """Overwrites everything a caller could reach."""
+    obs[:] = 0
+    for message in info.get("messages", ()):
+        message.clear()
+    for value in info.values():
+        if isinstance(value, list | dict):
+            value.clear()
+    info.clear()
+
+
+def _held() -> set[str]:
+    """Threads, child processes and sockets of this process, by name."""
+    held = {f"thread {thread.name!r}" for thread in threading.enumerate()}
+    held |= {f"process {child.pid}" for child in multiprocessing.active_children()}
+    tasks, files = Path("/proc/self/task"), Path("/proc/self/fd")
+    for task in tasks.iterdir() if tasks.exists() else ():
+        children = task / "children"
+        held |= {f"process {pid}" for pid in (children.read_text().split() if children.exists() else ())}
+    for file in files.iterdir() if files.exists() else ():
+        try:
+            target = os.readlink(file)
+        except OSError:  # the folder's own descriptor, closed by now
+            continue
+        if target.startswith("socket:"):
+            held.add(target)
+    return held
