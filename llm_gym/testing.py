@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def check_append_only(subject: _Subject) -> None:
     """Each context begins with the last one and the action, unless `info["rewritten"]` is True."""
     for seed in SEEDS:
         steps = subject.played(seed)
-        for i, (last, step) in enumerate(zip(steps, steps[1:], strict=False), 1):
+        for i, (last, step) in enumerate(pairwise(steps), 1):
             assert step.action is not None
             known = np.concatenate([last.obs, step.action])
             rewritten = step.info.get("rewritten", False)
