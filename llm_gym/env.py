@@ -68,7 +68,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             `reward_names` does not list.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "blocking": False}  # noqa: RUF012 (Gymnasium's own shape)
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1, "blocking": False}  # noqa: RUF012
     reward_names: ClassVar[tuple[str, ...] | None] = None
     """Names of every component the environment can give; None: not known in advance."""
     eval_args: ClassVar[Mapping[str, Any]] = {}
