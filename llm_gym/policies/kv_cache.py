@@ -1,0 +1,163 @@
+"""The key-value cache of the built-in engine, and the attention that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from llm_gym.errors import SettingError
+
+ATTENTION = "llm_gym_slots"
+"""Name of `attend` in the table of attention implementations of transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What one cached token consists of."""
+
+    layers: int
+    heads: int
+    """Key-value heads."""
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes, all layers together."""
+        return self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class SlotCache(Cache):
+    """Keys and values of many sequences, one row each, in two buffers [layers, rows + 1, heads, length, dim].
+
+    One kind of forward serves prefill, the next turn and decoding: `aim` says which rows are fed and at which
+    positions; `update` (which each attention layer calls) writes there and returns the rows' keys and values.
+    The extra row takes what padding writes; nothing reads it.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layers=[])
+        self.layout, self.rows, self.length = layout, 0, 0
+        self._allocate()
+
+    def __len__(self) -> int:
+        return self.layout.layers
+
+    def _allocate(self) -> None:
+        a = self.layout
+        shape = (a.layers, self.rows + 1, a.heads, self.length)
+        # Zeros, for what a mask hides must still be finite: 0 * NaN is NaN.
+        self.keys = torch.zeros(*shape, a.key_dim, dtype=a.dtype, device=a.device)
+        self.values = torch.zeros(*shape, a.value_dim, dtype=a.dtype, device=a.device)
+
+    def resize(self, rows: int, length: int) -> None:
+        """Changes the number of rows and their length, keeping what fits."""
+        keys, values = self.keys, self.values
+        n, t = min(rows, self.rows), min(length, self.length)
+        self.rows, self.length = rows, length
+        self._allocate()
+        self.keys[:, :n, :, :t] = keys[:, :n, :, :t]
+        self.values[:, :n, :, :t] = values[:, :n, :, :t]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of one row to another."""
+        for buffer in (self.keys, self.values):
+            buffer[:, target, :, :length] = buffer[:, source, :, :length]
+
+    def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
+        """Exchanges two rows that hold `length_a` and `length_b` tokens."""
+        for buffer in (self.keys, self.values):
+            kept = buffer[:, a, :, :length_a].clone()
+            buffer[:, a, :, :length_b] = buffer[:, b, :, :length_b]
+            buffer[:, b, :, :length_a] = kept
+
+    def aim(self, rows: slice | npt.NDArray[np.integer], positions: npt.NDArray[np.int64]) -> None:
+        """Says where the next forward writes and reads.
+
+        Args:
+            rows: the n rows that are fed; a slice is read without a copy.
+            positions: int64 [n, T], the position of each new token; -1 for padding.
+        """
+        index = np.arange(self.rows)[rows] if isinstance(rows, slice) else rows
+        row = np.where(positions >= 0, index[:, None], self.rows)
+        place = (row[:, None] * self.layout.heads + np.arange(self.layout.heads)[:, None]) * self.length
+        place = place + np.maximum(positions, 0)[:, None]
+        device = self.layout.device
+        self._place = torch.from_numpy(place.reshape(-1)).to(device)
+        self._rows = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(device)
+        self._span = int(positions.max()) + 1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values ([n, heads, T, dim]) of a layer; returns the rows' ([n, heads, span, dim])."""
+        read = []
+        for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            dim = buffer.shape[-1]
+            buffer.view(-1, dim).index_copy_(0, self._place, new.to(buffer.dtype).reshape(-1, dim))
+            read.append(buffer[self._rows, :, : self._span])
+        return read[0], read[1]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Grouped-query attention without repeating keys and values: a group's query heads become query positions.
+
+    Args:
+        module: the attention layer; not used.
+        query: [n, heads, T, dim].
+        key: [n, key-value heads, L, dim].
+        value: [n, key-value heads, L, value dim].
+        attention_mask: additive [n, 1, T, L].
+        scaling: multiplies the scores.
+        **kwargs: refused where they would change the result.
+
+    Returns:
+        [n, T, heads, value dim], and no attention weights.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise SettingError(f"policy: the built-in engine cannot serve a model whose attention uses {name!r}.")
+    rows, heads, new, _ = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is not None and new > 1:
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    folded = query.to(key.dtype).reshape(rows, key.shape[1], groups * new, -1)
+    mixed = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(rows, heads, new, -1).transpose(1, 2).to(query.dtype), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@contextmanager
+def attention(model: nn.Module, name: str) -> Iterator[None]:
+    """`model` with another attention implementation; its own comes back at the end.
+
+    The learner shares the module, and its choice must not change.
+    """
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
