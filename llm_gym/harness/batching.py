@@ -1,0 +1,207 @@
+"""Training rows to packed micro-batches, with every denominator fixed beforehand.
+
+A micro-batch is one flat row of tokens: sequences laid end to end, no padding. The layout is
+deterministic (longest first, ties in the order given), so a run can be repeated bit for bit.
+
+The loss of a step is `sum(weight * per-token loss)` over all its micro-batches. The weights come from
+a normaliser that sees the WHOLE step before the first micro-batch is made; hence the gradient is the
+same however the rows were split, ordered or spread over ranks. A sequence whose gradient is known to be
+zero (advantage 0, no KL or entropy term) is counted there but never computed, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llm_gym.core import Group, Row, StopReason
+from llm_gym.harness.named import by_name
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row and the credit it carries."""
+
+    row: Row
+    advantage: float | Floats
+    """One value for the row, or one per token [n] (read where the token is trained)."""
+    episode: int
+    """Which episode it belongs to; the rows of one episode share that episode's weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One packed row: N input tokens of S sequences, M trained tokens."""
+
+    tokens: Tensor
+    """Input ids, int64 [N]; a sequence ends before its last trained token, which is only a target."""
+    positions: Tensor
+    """Position ids, int64 [N], from 0 in every sequence."""
+    lengths: tuple[int, ...]
+    """Input tokens of each sequence, longest first; they sum to N."""
+    source: Tensor
+    """Index into N of the hidden state that predicts each trained token, int64 [M]."""
+    target: Tensor
+    """Ids of the trained tokens, int64 [M]."""
+    old_logprobs: Tensor
+    """The sampler's log-probabilities, float32 [M]."""
+    advantages: Tensor
+    """float32 [M]."""
+    weight: Tensor
+    """Weight of each token's loss, float32 [M]."""
+    sequence: Tensor
+    """Index into S of each trained token's sequence, int64 [M]."""
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same on another device."""
+        moved = (getattr(self, name).to(device) for name in self.__slots__ if name != "lengths")
+        tokens, positions, *rest = moved
+        return MicroBatch(tokens, positions, self.lengths, *rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything of one optimizer step."""
+
+    micro: tuple[MicroBatch, ...]
+    tokens: int
+    """Trained tokens, those of sequences not computed included: the denominator of token means."""
+    episodes: int
+    """Episodes with at least one trained token."""
+
+
+Normaliser = Callable[[Counts, int], Floats]
+"""(trained tokens of each episode [E], constant length) -> weight of each of its tokens [E]."""
+
+
+def token_global(counts: Counts, length: int) -> Floats:
+    """1 / all trained tokens of the step: every token weighs the same (DAPO, https://arxiv.org/abs/2503.14476)."""
+    return np.full(len(counts), 1.0 / max(1, counts.sum()))
+
+
+def sequence(counts: Counts, length: int) -> Floats:
+    """1 / (episodes * tokens of the episode): every episode weighs the same (GRPO, arXiv 2402.03300)."""
+    return 1.0 / (max(1, len(counts)) * np.maximum(counts, 1))
+
+
+def constant(counts: Counts, length: int) -> Floats:
+    """1 / (episodes * constant length): no length bias (Dr. GRPO, https://arxiv.org/abs/2503.20783)."""
+    return np.full(len(counts), 1.0 / (max(1, len(counts)) * length))
+
+
+NORMALISERS: dict[str, Normaliser] = {"token_global": token_global, "sequence": sequence, "constant": constant}
+
+
+def samples(groups: Iterable[Group], advantages: Floats, *, train_truncated: bool = True) -> list[Sample]:
+    """The rows that a step trains on.
+
+    A failed episode gives none (it carries no token into any denominator either). With
+    `train_truncated=False` neither does an episode that was cut by a limit (DAPO's overlong filtering):
+    it keeps its place in its group's baseline, and is left out of the loss.
+
+    Args:
+        groups: P groups of G episodes.
+        advantages: [P, G].
+        train_truncated: whether episodes cut by length or time are trained on.
+    """
+    chosen = []
+    cut = (StopReason.TOKEN_LIMIT, StopReason.TIME_LIMIT)
+    number = 0
+    for group, credits in zip(groups, advantages, strict=True):
+        for episode, credit in zip(group.episodes, credits, strict=True):
+            number += 1
+            if episode.stop_reason.failed or (not train_truncated and episode.stop_reason in cut):
+                continue
+            chosen += [Sample(row, float(credit), number - 1) for row in episode.rows()]
+    return chosen
+
+
+def pack(
+    rows: Sequence[Sample],
+    *,
+    max_tokens: int,
+    normaliser: str = "token_global",
+    constant_length: int = 256,
+    skip_zero: bool = False,
+) -> Batch:
+    """Lays rows into micro-batches of at most `max_tokens` input tokens (a longer row goes alone).
+
+    Args:
+        rows: the step's samples; those without a trained token are dropped.
+        max_tokens: token budget of a micro-batch.
+        normaliser: a name in `NORMALISERS`, or `package.module:function`.
+        constant_length: see `constant`.
+        skip_zero: leave out sequences whose advantages are all 0. Exact if no other loss term is on.
+
+    Raises:
+        ValueError: a row whose first token is trained (nothing predicts it).
+        ConfigError: an unknown normaliser.
+    """
+    kept = [s for s in rows if s.row.trained.any()]
+    for s in kept:
+        if s.row.trained[0]:
+            raise ValueError(f"rows: the first token of a row of episode {s.episode} is trained; nothing predicts it.")
+    numbers, of_row = np.unique([s.episode for s in kept], return_inverse=True)
+    per_row = np.array([s.row.trained.sum() for s in kept], np.int64)
+    counts = np.bincount(of_row, weights=per_row, minlength=len(numbers)).astype(np.int64)
+    fn: Normaliser = by_name("loss.normaliser", normaliser, NORMALISERS)
+    weights = fn(counts, constant_length)
+    live = [i for i, s in enumerate(kept) if not skip_zero or np.any(_credits(s) != 0)]
+    live.sort(key=lambda i: -_length(kept[i]))  # stable: neighbours of like length need little attention padding
+    micro = tuple(_micro([(kept[i], weights[of_row[i]]) for i in part]) for part in _cut(kept, live, max_tokens))
+    return Batch(micro, int(counts.sum()), len(numbers))
+
+
+def _cut(kept: Sequence[Sample], order: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive runs of `order` within the budget, each with at least one row."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not parts or _length(kept[i]) > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(i)
+        room -= _length(kept[i])
+    return parts
+
+
+def _length(sample: Sample) -> int:
+    """Input tokens that matter: what follows the last trained token, and that token itself, predict nothing."""
+    return int(np.flatnonzero(sample.row.trained)[-1])
+
+
+def _credits(sample: Sample) -> Floats:
+    """The advantage of each trained token."""
+    credits = np.broadcast_to(np.asarray(sample.advantage, np.float64), sample.row.tokens.shape)
+    return credits[sample.row.trained]
+
+
+def _micro(rows: Sequence[tuple[Sample, float]]) -> MicroBatch:
+    """Samples and their token weights, end to end."""
+    lengths = [_length(s) for s, _ in rows]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    where = [np.flatnonzero(s.row.trained) for s, _ in rows]
+    trained = [len(w) for w in where]
+
+    def flat(parts: Iterable[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> Tensor:
+        return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype))
+
+    return MicroBatch(
+        tokens=flat((s.row.tokens[:n] for (s, _), n in zip(rows, lengths, strict=True)), np.int64),
+        positions=flat((np.arange(n) for n in lengths), np.int64),
+        lengths=tuple(lengths),
+        source=flat((start + w - 1 for start, w in zip(starts, where, strict=True)), np.int64),
+        target=flat((s.row.tokens[w] for (s, _), w in zip(rows, where, strict=True)), np.int64),
+        old_logprobs=flat((s.row.logprobs[w] for (s, _), w in zip(rows, where, strict=True)), np.float32),
+        advantages=flat((_credits(s) for s, _ in rows), np.float32),
+        weight=torch.from_numpy(np.repeat([w for _, w in rows], trained).astype(np.float32)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(rows)), trained)),
+    )

@@ -1,0 +1,305 @@
+"""Loading a causal language model for training, and its two halves: body and head."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from llm_gym import embedded
+from llm_gym.errors import ConfigError
+from llm_gym.harness.batching import MicroBatch
+from llm_gym.harness.packing import NAME, Layout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter; `all-linear`: every one but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank: got {self.rank!r}, want a value >= 1.")
+
+
+def load_model(
+    path: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    lora: LoraSettings | None = None,
+) -> Any:
+    """A causal language model, ready to train.
+
+    Args:
+        path: a folder in the Hugging Face layout, or a hub id; None: the embedded model.
+        dtype: of the master weights. Keep float32 unless the model is frozen under adapters: an update of
+            1e-6 vanishes when added to a bfloat16 weight.
+        device: where the weights live.
+        lora: adapters to add; they are float32 whatever `dtype` is.
+
+    Returns:
+        A transformers model, or a peft model around it, in eval mode (no dropout, ever).
+
+    Raises:
+        ConfigError: `path` is no model, said before anything is loaded.
+    """
+    config = _config(embedded.PATH if path is None else path)
+    hf_logging.disable_progress_bar()
+    source = str(embedded.PATH if path is None else path)
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    return prepare(model, device=device, lora=lora)
+
+
+def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | str = "cpu") -> Any:
+    """A freshly initialised float32 model of a Hugging Face config given as a mapping (`model_type` and fields).
+
+    Raises:
+        ConfigError: the mapping names no known model type.
+    """
+    fields = dict(config)
+    try:
+        hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"init: want a config with a known model_type, got {config!r}.") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    return prepare(model, device=device)
+
+
+def prepare(model: Any, *, device: torch.device | str = "cpu", lora: LoraSettings | None = None) -> Any:
+    """Faster norms, adapters if wanted, eval mode, on the device."""
+    fuse_norms(model)
+    if lora is not None:
+        import peft
+
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+    return model.to(device).eval()
+
+
+def _config(path: str | Path) -> Any:
+    """The model's config; one sentence if there is none."""
+    folder = Path(path)
+    local = folder.exists() or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
+    if local and not (folder / "config.json").is_file():
+        what = "no such folder" if not folder.exists() else "it has no config.json"
+        raise ConfigError(f"model: {str(path)!r} is not a model folder: {what}.")
+    try:
+        return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model: {str(path)!r} is neither a model folder nor a hub id that can be read ({reason})."
+        ) from error
+
+
+# --- norms ------------------------------------------------------------------------------------------------
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Gives the usual RMSNorm layers torch's own `rms_norm`, and returns how many.
+
+    Transformers writes the norm as five elementwise operations, which on CPU cost a fifth of a small model's
+    step. A layer is changed only if the result is equal to 1e-6 on a random input, so norms of another form
+    (1 + weight, no weight, ...) are left alone. Unlike the original it also keeps float64 in float64.
+    """
+    changed = 0
+    for module in model.modules():
+        if _is_rms_norm(module):
+            module.__class__ = _fused(type(module))
+            changed += 1
+    return changed
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, Tensor):
+        return False
+    if weight.dtype not in (torch.float32, torch.float64) or weight.device.type == "meta":
+        return False
+    probe = torch.linspace(-3, 3, weight.numel(), device=weight.device, dtype=torch.float32)
+    with torch.no_grad():
+        ours = nn.functional.rms_norm(probe, weight.shape, weight.float(), eps)
+        return torch.allclose(module(probe).float(), ours, rtol=1e-6, atol=1e-6)
+
+
+_FUSED: dict[type, type] = {}
+
+
+def _fused(cls: type) -> type:
+    """A subclass of a transformers norm that computes the same in one call."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    if cls not in _FUSED:
+        _FUSED[cls] = type(f"Fused{cls.__name__}", (cls,), {"forward": forward})
+    return _FUSED[cls]
+
+
+# --- body and head ----------------------------------------------------------------------------------------
+
+
+class Body:
+    """A causal LM as two halves: token ids to hidden states, and the weights that make logits of them.
+
+    On construction a few random tokens go through the whole model, once plainly and once packed. If the
+    logits disagree (sliding windows, recurrent layers, attention sinks, ...), rows are padded instead; if
+    even then they are not `scale * (hidden @ weight.T + bias)`, the model is refused.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.decoder = self.causal.get_decoder()
+        self.config = self.causal.config.get_text_config()
+        self.scale = 1.0
+        """Factor between `hidden @ weight.T + bias` and the model's logits."""
+        self.packed = self._packs()
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Last hidden states of a micro-batch's input tokens, [N, H]."""
+        return self._packed(batch) if self.packed else self._padded(batch)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Head weight [V, H] and bias ([V] or None) as they act now, adapters included."""
+        head = self.causal.get_output_embeddings()
+        if hasattr(head, "modules_to_save"):  # a fully trained copy under peft
+            head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+        if not hasattr(head, "base_layer"):
+            return head.weight, head.bias
+        weight = head.base_layer.weight
+        if not head.disable_adapters:
+            weight = sum((head.get_delta_weight(name) for name in head.active_adapters), start=weight)
+        return weight, head.base_layer.bias
+
+    def without_adapters(self) -> AbstractContextManager[Any]:
+        """The base model while the context lasts (a no-op for a model without adapters)."""
+        manager: AbstractContextManager[Any] = (
+            self.model.disable_adapter() if hasattr(self.model, "peft_config") else nullcontext()
+        )
+        return manager
+
+    def _packed(self, batch: MicroBatch) -> Tensor:
+        tokens = batch.tokens
+        layout = Layout.of(batch.lengths, tokens.device)
+        unread = torch.full((1, 1, 1, 1), torch.nan, device=tokens.device)
+        out = self.decoder(
+            input_ids=tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=unread,
+            use_cache=False,
+            layout=layout,
+        )
+        if layout.seen != self.config.num_hidden_layers:
+            raise RuntimeError(
+                f"packing: {layout.seen} of {self.config.num_hidden_layers} layers read the layout; "
+                f"the attention implementation is {self.causal.config._attn_implementation!r}, want {NAME!r}."
+            )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _padded(self, batch: MicroBatch) -> Tensor:
+        width = max(batch.lengths)
+        real = torch.tensor(batch.lengths, device=batch.tokens.device)[:, None] > torch.arange(
+            width, device=batch.tokens.device
+        )
+        rows = batch.tokens.new_zeros(real.shape).masked_scatter_(real, batch.tokens)
+        out = self.decoder(input_ids=rows, attention_mask=real.long(), use_cache=False)
+        hidden: Tensor = out.last_hidden_state[real]
+        return hidden
+
+    @torch.no_grad()
+    def _packs(self) -> bool:
+        """Whether packing is exact here; sets `scale` and the attention implementation."""
+        lengths = (7, 5)
+        device = next(self.causal.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.config.vocab_size, (sum(lengths),), generator=generator).to(device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        empty = tokens[:0]
+        batch = MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
+        self.causal.set_attn_implementation("sdpa")
+        plain = torch.cat(
+            [self.causal(input_ids=part[None]).logits[0] for part in torch.split(tokens, lengths)]
+        ).float()
+        self.scale = self._scale(self._logits(self._padded(batch)), plain)
+        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        if kinds == {"full_attention"}:
+            self.causal.set_attn_implementation(NAME)
+            try:
+                if _close(self._logits(self._packed(batch)), plain):
+                    return True
+            except RuntimeError as error:
+                log.debug("packing: %s", error)
+            self.causal.set_attn_implementation("sdpa")
+        log.warning("packing is not exact for %s (layers: %s): rows are padded.", type(self.causal).__name__, kinds)
+        return False
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.head()
+        return self.scale * nn.functional.linear(hidden, weight, bias).float()
+
+    def _scale(self, linear: Tensor, logits: Tensor) -> float:
+        """The factor between them (Granite and Cohere have one); 1.0 exactly where there is none."""
+        if linear.shape == logits.shape:
+            factor = float((linear * logits).sum() / (linear * linear).sum())
+            factor = 1.0 if abs(factor - 1) < 1e-3 else factor
+            if _close(factor * linear, logits):
+                return factor
+        raise ConfigError(
+            f"model: the logits of {type(self.causal).__name__} are not a linear map of its last hidden states "
+            "(a soft cap?); such heads are not supported."
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, of half precision at worst; other sequences' tokens change logits far more."""
+    return bool((a - b).abs().max() <= 2e-2 * b.abs().max())
+
+
+# --- out ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def named_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights under their Hugging Face names, adapters folded in.
+
+    The model itself is only read: merging in place and back would leave rounding errors in the base.
+    """
+    if not hasattr(model, "peft_config"):
+        yield from model.state_dict().items()
+        return
+    merged = copy.deepcopy(model).merge_and_unload()
+    yield from merged.state_dict().items()
+
+
+def export(model: Any, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes a Hugging Face folder with the adapters folded in; the model is only read."""
+    plain = copy.deepcopy(model)
+    if hasattr(plain, "peft_config"):
+        plain = plain.merge_and_unload()
+    if dtype is not None:
+        plain = plain.to(dtype)
+    plain.save_pretrained(str(folder))
