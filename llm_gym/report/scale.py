@@ -62,7 +62,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         pad = abs(low) / 2 or 1.0
-        return [low - pad, low, low + pad]
+        return [float(low - pad), float(low), float(low + pad)]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = min((1, 2, 5, 10), key=lambda m: abs(math.log(m * power / raw))) * power

@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from llm_gym.core import Episode
+import numpy as np
+
+from llm_gym.core import Episode, Row
 from llm_gym.report.run import Record, Run, episodes
 from llm_gym.report.scale import short
 
@@ -98,9 +101,7 @@ def compare(run: Run, decode: Decode | None = None) -> Comparison | None:
     steps = list(run.eval_files)
     if len(steps) < 2:
         return None
-    first, last = (
-        {(e.get("seed"), e.get("member", 0)): e for e in episodes(run.eval_files[s])} for s in (steps[0], steps[-1])
-    )
+    first, last = _by_problem(run.eval_files[steps[0]]), _by_problem(run.eval_files[steps[-1]])
     both = [(first[key], last[key]) for key in first if key in last]
     if not both:
         return None
@@ -162,6 +163,10 @@ def _components(rewards: Mapping[str, float], total: float) -> str:
     return ", ".join(f"{name} {short(float(value))}" for name, value in rewards.items())
 
 
+def _by_problem(file: Path) -> dict[tuple[Any, Any], Record]:
+    return {(e.get("seed"), e.get("member", 0)): e for e in episodes(file)}
+
+
 def _range(records: Sequence[Record]) -> tuple[float, float]:
     """Least and greatest reward; at least [0, 1], so that a lone 0 looks bad and a lone 1 good."""
     finite = [r for r in map(_reward, records) if math.isfinite(r)]
@@ -190,26 +195,30 @@ def _spans(record: Record, decode: Decode) -> list[Span]:
     spans: list[Span] = []
     left = MOST_TOKENS
     for row in Episode.from_dict(record).rows():
-        tokens, trained = row.tokens.tolist(), row.trained.tolist()
         start = 0
-        while start < len(tokens) and left > 0:
-            stop = start + 1
-            if trained[start]:
-                # A byte-level token may be part of a character: take as many as make whole ones.
-                while (
-                    stop < len(tokens) and trained[stop] and stop < start + 6 and "\ufffd" in decode(tokens[start:stop])
-                ):
-                    stop += 1
-                spans.append(_sampled(decode(tokens[start:stop]), row.logprobs[start:stop].tolist()))
+        while start < len(row.tokens) and left > 0:
+            if row.trained[start]:
+                stop = _character(row, start, decode)
+                spans.append(_sampled(decode(row.tokens[start:stop].tolist()), row.logprobs[start:stop].tolist()))
                 left -= stop - start
             else:
-                while stop < len(tokens) and not trained[stop]:
-                    stop += 1
-                spans.append(Span("environment" if start else "prompt", decode(tokens[start:stop])))
+                ahead = np.flatnonzero(row.trained[start:])
+                stop = start + int(ahead[0]) if len(ahead) else len(row.tokens)
+                spans.append(Span("environment" if start else "prompt", decode(row.tokens[start:stop].tolist())))
             start = stop
     if left <= 0:
         spans.append(Span("cut", f"… only the first {MOST_TOKENS:,} sampled tokens are shown"))
     return spans
+
+
+def _character(row: Row, start: int, decode: Decode) -> int:
+    """Where the tokens from `start` on make whole characters: a byte-level token may hold a part of one."""
+    for stop in range(start + 1, min(start + 4, len(row.tokens)) + 1):
+        if not row.trained[stop - 1]:
+            break
+        if "\ufffd" not in decode(row.tokens[start:stop].tolist()):
+            return stop
+    return start + 1
 
 
 def _sampled(text: str, logprobs: Sequence[float]) -> Span:

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from run_folders import decode, episode, run
+
+from llm_gym import report
+from llm_gym.errors import CheckpointError
+
+
+class Page(HTMLParser):
+    """A page's text and elements; fails on a tag that is not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def find(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+def page(path: Path, **kwargs: object) -> Page:
+    written = report.write(path, **kwargs)  # type: ignore[arg-type]
+    assert written == path / "report.html"
+    return Page(written.read_text("utf-8"))
+
+
+def test_says_before_and_after(tmp_path: Path) -> None:
+    run(tmp_path / "r")
+    words = " ".join(page(tmp_path / "r").text.split())
+    assert "0.25 → 0.875 greedy reward" in re.sub(r"\s*→\s*", " → ", words).replace("0.875greedy", "0.875 greedy")
+    assert "11 better, 0 worse, 1 unchanged" in words
+    assert "before 3" in words
+    assert "after 3" in words
+    assert "before 10" not in words, "only the first ten pairs are shown"
+    assert "3k" in words, "tokens sampled"
+    assert "6 s" in words, "wall time"
+
+
+def test_needs_nothing_from_outside(tmp_path: Path) -> None:
+    run(tmp_path / "r")
+    found = page(tmp_path / "r", decode=decode)
+    assert not found.find("script")
+    assert not found.find("link")
+    assert not found.find("img")
+    html = (tmp_path / "r" / "report.html").read_text("utf-8")
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_hostile_text_stays_text(tmp_path: Path, tokenised: bool) -> None:
+    hostile = '</div><script>alert(1)</script><img src=x onerror="alert(2)">&amp;]]>\ud800'
+    folder = run(tmp_path / "r")
+    bad = episode(
+        0,
+        hostile.replace("\ud800", ""),
+        1.0,
+        question="</title><script>",
+        messages=(
+            {"role": "user", "content": hostile},
+            {"role": '"><script>', "content": [{"type": "text", "text": hostile}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "</pre><script>"}}]},
+        ),
+        rewards={"<script>": 0.5, "b": 0.5},
+        error=hostile,
+    )
+    for name in ("step_000003", "eval_000000", "eval_000003"):
+        folder.write_episodes(name, [bad])
+    folder.log({"step": 4, "reward/<script>": 0.1, "<script>": 1.0})
+    folder.log({"step": 5, "reward/<script>": 0.2, "<script>": 2.0})
+    found = page(tmp_path / "r", decode=decode if tokenised else None)
+    assert not found.find("script")
+    assert not found.find("img")
+    assert "<script>alert(1)</script>" in found.text
+
+
+def test_tokens_are_told_apart(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", 1)
+    folder.write_episodes("step_000001", [episode(1, "call é", 1.0, tool="[result]")])
+    html = report.write(tmp_path / "r", decode=decode).read_text("utf-8")
+    assert '<span class="prompt">1+1?</span>' in html
+    assert '<span class="environment">[result]</span>' in html
+    assert '<span class="p1" title="p = 0.607">c</span>' in html
+    assert '<span class="p2" title="p = 0.368">é</span>' in html, "two byte tokens make one character, p multiplies"
+    assert '<span class="p3" title="p = 0.0498">d</span>' in html
+
+
+METRICS = {
+    "empty": "",
+    "cut by a kill": '{"step": 1, "reward/mean": 0.5}\n{"step": 2, "rew',
+    "not finite": '{"step": 1, "reward/mean": NaN, "x": Infinity, "y": null}\n',
+    "a gap": '{"step": 1, "a": 1}\n{"step": 2, "a": NaN}\n{"step": 3, "a": 2}\n',
+    "no rows": '[1]\n3\n"x"\n{"step": null, "a": true, "b": "c"}\n',
+    "huge and tiny": '{"step": 1, "a": 1e300, "b": 1e-300}\n{"step": 2, "a": -1e300, "b": 0}\n',
+    "one step": '{"step": 1, "reward/mean": 0.5}\n',
+}
+
+
+@pytest.mark.parametrize("text", METRICS.values(), ids=METRICS)
+def test_any_metrics(tmp_path: Path, text: str) -> None:
+    run(tmp_path / "r", 1, evaluated=False)
+    (tmp_path / "r" / "metrics.jsonl").write_text(text)
+    html = report.write(tmp_path / "r").read_text("utf-8")
+    Page(html)
+    assert not re.search(r"\b(nan|inf|infinity)\b", html.lower())
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "episodes/step_000001.jsonl"])
+def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
+    run(tmp_path / "r", 1, evaluated=False)
+    (tmp_path / "r" / missing).unlink()
+    page(tmp_path / "r")
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.yaml", "a: ["), ("episodes/step_000001.jsonl", '\n{"turns"')])
+def test_any_file_may_be_broken(tmp_path: Path, file: str, text: str) -> None:
+    run(tmp_path / "r", 1, evaluated=False)
+    (tmp_path / "r" / file).write_text(text)
+    page(tmp_path / "r")
+
+
+def test_one_evaluation_has_no_before(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", 1, evaluated=False)
+    folder.log({"step": 2, "eval/greedy_reward": 0.5})
+    folder.write_episodes("eval_000002", [episode(0, "only", 1.0)])
+    text = page(tmp_path / "r").text
+    assert "greedy reward" in text
+    assert "Before and after" not in text
+
+
+def test_long_run_stays_small(tmp_path: Path) -> None:
+    run(tmp_path / "r", 1, evaluated=False)
+    rows = "".join(f'{{"step": {s}, "a": {s % 7}, "b": {s % 11}, "c": {s}}}\n' for s in range(20_000))
+    (tmp_path / "r" / "metrics.jsonl").write_text(rows)
+    assert report.write(tmp_path / "r").stat().st_size < 500_000
+
+
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds neither"):
+        report.write(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        report.write(tmp_path / "missing")
