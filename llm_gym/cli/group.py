@@ -1,0 +1,88 @@
+"""The command group: finds commands by name, and turns what went wrong into one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import click
+
+from llm_gym.errors import LLMGymError, SettingError
+
+COMMANDS = ("train", "eval", "sft", "envs", "config", "view")
+"""In the order of `--help`; each is `llm_gym.cli.<name>:command`."""
+
+EXIT_SETTING, EXIT_INTERRUPTED = 2, 130
+
+
+class OneSentence(click.ClickException):
+    """An error shown as `Error: <one sentence>`, without a traceback."""
+
+    exit_code = EXIT_SETTING
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the sentence, on one line whatever it was made of."""
+        click.echo(f"Error: {' '.join(self.message.split())}", err=True)
+
+
+class Commands(click.Group):
+    """Imports a command's file when the command is asked for; files import torch only inside functions."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command called `cmd_name`."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"llm_gym.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; LLMGYM_DEBUG=1 lets errors through with their traceback."""
+        try:
+            return super().invoke(ctx)
+        except LLMGymError as error:
+            if os.environ.get("LLMGYM_DEBUG"):
+                raise
+            raise OneSentence(str(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Wraps the part of a command that only reads settings: what fails there is a bad setting, not a bug.
+
+    Raises:
+        SettingError: in place of a `ValueError`, `OSError` or `ImportError`.
+    """
+    try:
+        yield
+    except LLMGymError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise SettingError(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llm-gym", message="llm-gym %(version)s")
+def llmgym() -> None:
+    """Gymnasium for language models: train, measure and look at policies in text environments.
+
+    `llmgym train` alone trains the embedded model on a laptop's CPU in a few minutes.
+    """
+
+
+def main() -> None:
+    """The entry point of the `llmgym` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # Curves and models' text are Unicode; a terminal that is not must not end the run.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    llmgym(prog_name="llmgym")
