@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llm_gym.core import Completion, Ids, Sampling
+from llm_gym.errors import SettingError, unknown
 
 if TYPE_CHECKING:
     import torch
+
+ENGINES = {
+    "transformers": "llm_gym.policies.transformers:TransformersPolicy",
+    "vllm": "llm_gym.policies.vllm:VLLMPolicy",
+}
+"""Engine name -> its class, imported when it is asked for."""
 
 
 @runtime_checkable
@@ -35,3 +45,32 @@ class Policy(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: str = "auto", **options: Any) -> Policy:
+    """An engine that serves `model`.
+
+    Args:
+        model: a folder, a hub id, a transformers module (served in place), or None: the embedded model.
+        engine: a name of `ENGINES`; "auto" is vLLM for a named model where vLLM and a CUDA device are at
+            hand, else the built-in engine.
+        **options: the engine's own keyword arguments.
+
+    Raises:
+        SettingError: an unknown engine, an option it does not have, or a model it cannot serve.
+    """
+    name = _automatic(model) if engine == "auto" else engine
+    if name not in ENGINES:
+        raise SettingError(unknown("engine", engine, ["auto", *ENGINES]))
+    module, _, attribute = ENGINES[name].partition(":")
+    policy: Policy = getattr(importlib.import_module(module), attribute)(model, **options)
+    return policy
+
+
+def _automatic(model: str | Path | torch.nn.Module | None) -> str:
+    """The engine that suits `model` and this machine."""
+    if not isinstance(model, str | Path) or importlib.util.find_spec("vllm") is None:
+        return "transformers"
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "transformers"

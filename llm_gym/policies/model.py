@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from llm_gym.embedded import PATH
 from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.kv_cache import ATTENTION, Layout, SlotCache, attention
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 """Most difference between cached and plain logits, in standard deviations of the logits; 0.2 in half precision."""
+
+
+def load_model(source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model, in evaluation mode.
+
+    Args:
+        source: a folder or hub id; None: the embedded model.
+        device: None: CUDA if there is one, else the CPU.
+        dtype: None: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        SettingError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
+    return model.to(device).eval()
 
 
 def max_context_of(model: nn.Module, wanted: int | None) -> int:

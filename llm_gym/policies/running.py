@@ -1,10 +1,12 @@
-"""Running a coroutine from code that is not asynchronous."""
+"""Between asynchronous code and code that is not: running a coroutine to its end, and blocking calls in a thread."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,3 +56,54 @@ def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     if errors:
         raise errors[0]
     return outcome[0]
+
+
+class Worker:
+    """A daemon thread that runs one call after another: a blocking environment's, all in the same thread."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="llm_gym-env", daemon=True)
+        self._thread.start()
+
+    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            try:
+                value = function(*args, **kwargs)
+            except BaseException as error:
+                _tell(loop, future, error=error)
+            else:
+                _tell(loop, future, value=value)
+
+        self._calls.put(call)
+        return await future
+
+    def stop(self, last: Callable[[], None], *, wait: bool) -> None:
+        """Runs `last` after the calls under way, then ends the thread; `wait` for that."""
+        self._calls.put(last)
+        self._calls.put(None)
+        if wait:
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], **outcome: Any) -> None:
+    """Settles `future` from another thread, unless it was cancelled or its loop is gone."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if "error" in outcome:
+            future.set_exception(outcome["error"])
+        else:
+            future.set_result(outcome["value"])
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(settle)

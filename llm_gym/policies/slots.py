@@ -95,6 +95,11 @@ class Slots:
         self.rows["used"][row] = self.clock
         self._swap(row, self.active)
 
+    def forget(self) -> None:
+        """Empties the idle rows."""
+        self.known[self.active :] = -1
+        self.rows["filled"][self.active :] = 0
+
     def _least_recently_used(self) -> int:
         """The row to give up: an empty one, or the idle one used longest ago."""
         idle = self.rows[self.active :]

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from llm_gym.core import Completion, FinishReason, Ids, Sampling
 from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.kv_cache import ATTENTION, SlotCache, attention
-from llm_gym.policies.model import copy_weights, evaluating, max_context_of, probe, stop_ids_of
+from llm_gym.policies.model import copy_weights, evaluating, load_model, max_context_of, probe, stop_ids_of
 from llm_gym.policies.running import run_here
 from llm_gym.policies.sampling import Knobs, draw, uniforms
 from llm_gym.policies.slots import MOST_STOPS, Slots
@@ -52,13 +53,16 @@ class TransformersPolicy:
     without gradients and in evaluation mode, and leaves its mode and attention implementation as they were.
 
     Args:
-        model: a causal language model of transformers with full attention in every layer (LoRA welcome).
+        model: a causal language model of transformers with full attention in every layer (LoRA welcome); or a
+            folder or hub id to load one from; None: the embedded model.
         tokenizer: only asked for its end-of-sequence id, one more default stop id.
         max_context: most tokens of context and completion together; None: the model's own limit.
         max_rows: most requests in flight at once; more wait in line.
         cache_bytes: most memory of the key-value cache (a single request may exceed it).
         prefill_tokens: most tokens, padding included, in one prefill forward.
         autocast_dtype: compute in this dtype by `torch.autocast`; None: in the parameters' dtype.
+        device, dtype: where to load a model to, and as what; None: CUDA in bfloat16 if there is one, else the
+            CPU in float32. Of no use for a module.
         version: version of the weights.
 
     Raises:
@@ -67,7 +71,7 @@ class TransformersPolicy:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | Path | None = None,
         tokenizer: Any = None,
         *,
         max_context: int | None = None,
@@ -75,8 +79,11 @@ class TransformersPolicy:
         cache_bytes: int = 4 << 30,
         prefill_tokens: int = 8192,
         autocast_dtype: torch.dtype | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
         version: int = 0,
     ) -> None:
+        model = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
         self.model, self.version = model, version
         self.max_context = max_context_of(model, max_context)
         self.max_rows, self.cache_bytes, self.prefill_tokens = max_rows, cache_bytes, prefill_tokens
@@ -148,6 +155,14 @@ class TransformersPolicy:
         self._slots = None
         if version is not None:
             self.version = version
+
+    def forget(self) -> None:
+        """Drops the rows that are kept for a next turn; frees the cache's memory if nothing is in flight."""
+        self._drop_cancelled()
+        if not self._requests:
+            self._slots = None
+        elif self._slots is not None:
+            self._slots.forget()
 
     def close(self) -> None:
         """Cancels what is in flight and frees the cache; the module is the caller's."""
