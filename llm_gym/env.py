@@ -269,7 +269,7 @@ def _number(env: TextEnv, name: object, value: object) -> float:
     Raises:
         RewardError: it is no finite number.
     """
-    if isinstance(value, (Real, np.bool_)) and isinstance(name, str):
+    if (type(value) is float or isinstance(value, (Real, np.bool_))) and isinstance(name, str):
         number = float(value)
         if math.isfinite(number):
             return number

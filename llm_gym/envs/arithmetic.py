@@ -134,13 +134,16 @@ class Arithmetic(TextEnv):
         low, high = self.digits
         for _ in range(10_000):
             op = self.operations if len(self.operations) == 1 else self.operations[rng.integers(len(self.operations))]
-            if low == high:
-                a, b = rng.integers(10 ** (low - 1), 10**low, 2).tolist()
-            else:
-                a, b = (int(rng.integers(10 ** (d - 1), 10**d)) for d in rng.integers(low, high + 1, 2).tolist())
+            a, b = _operand(rng, low, high), _operand(rng, low, high)
             if op == "-" and a < b:
                 a, b = b, a
             problem = Problem(a, op, b)
             if split in ("all", split_of(problem)):
                 return problem
         raise ConfigError(f"split: no {split!r} problem with digits {low} to {high} and operations {self.operations!r}.")
+
+
+def _operand(rng: np.random.Generator, low: int, high: int) -> int:
+    """A whole number of `low` to `high` digits, every number of digits as likely as the others."""
+    digits = low if low == high else int(rng.integers(low, high + 1))
+    return int(rng.integers(10 ** (digits - 1), 10**digits))

@@ -79,6 +79,9 @@ _PHRASE = re.compile(
     r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)(?P<span>[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
+_DIGIT = re.compile(r"\d")
+_WORD = re.compile(r"\w")
+_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
 _TERM_FOLLOWS = re.compile(r"\s*(?:[-+*/^=×÷·]|\\times|\\cdot|\bx\b)\s*[\d(\\$]")
 
@@ -111,7 +114,7 @@ def _tag(text: str) -> Found:
 
 def _phrase(text: str) -> Found:
     """What the last "Answer: ..." or "the answer is ..." that holds a digit says, up to its sentence's end."""
-    spans = [span for span in _PHRASE.findall(text) if any(c.isdigit() for c in span)]
+    spans = [span for span in _PHRASE.findall(text) if _DIGIT.search(span)]
     return (True, _of_span(spans[-1])) if spans else _NOTHING
 
 
@@ -133,9 +136,8 @@ def _of_span(span: str) -> int | Fraction | None:
     matches = list(NUMBER.finditer(span))
     if not matches:
         return None
-    match = matches[0] if not re.search(r"\w", span[: matches[0].start()]) else matches[-1]
-    rest = span[match.end() :]
-    if _TERM_FOLLOWS.match(rest) or re.match(r"\s*(?:hundred|thousand|million|billion|trillion)", rest, re.IGNORECASE):
+    match = matches[0] if not _WORD.search(span, 0, matches[0].start()) else matches[-1]
+    if _TERM_FOLLOWS.match(span, match.end()) or _SCALE.match(span, match.end()):
         return None
     return number(match)
 
