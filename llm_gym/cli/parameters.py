@@ -1,0 +1,64 @@
+"""What keyword arguments an environment takes, read from its classes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llm_gym.errors import ConfigError, unknown
+
+
+def environment_class(env_id: str) -> type:
+    """The class behind a registered id.
+
+    Raises:
+        ConfigError: the id's entry point cannot be imported.
+    """
+    import gymnasium
+    from gymnasium.envs.registration import load_env_creator
+
+    entry = gymnasium.spec(env_id).entry_point
+    try:
+        found: Any = load_env_creator(entry) if isinstance(entry, str) else entry
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"env: cannot import {entry!r}, the entry point of {env_id!r}: {error}.") from error
+    return found if isinstance(found, type) else type(found)
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Keyword arguments by name; those that a class passes on in **kwargs are its parents'."""
+    found: dict[str, inspect.Parameter] = {}
+    for parent in cls.__mro__[:-1]:
+        if "__init__" not in vars(parent):
+            continue
+        own = [p for p in inspect.signature(parent.__init__).parameters.values() if p.name != "self"]  # type: ignore[misc]
+        found |= {p.name: p for p in own if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def notes(cls: type) -> dict[str, str]:
+    """What the `Args:` sections of the docstrings say, by argument name; a subclass's word goes first."""
+    found: dict[str, str] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        section = re.search(r"^Args:\n((?:[ \t]+.*\n?)+)", inspect.cleandoc(vars(parent).get("__doc__") or ""), re.M)
+        entries = re.split(r"^ {4}(?=\w+:)", section[1], flags=re.M) if section else []
+        for entry in entries:
+            name, _, text = entry.partition(":")
+            found[name.strip()] = " ".join(text.split())
+    return found
+
+
+def check(env_id: str, given: Mapping[str, Any]) -> None:
+    """Checks the names of an environment's arguments.
+
+    Raises:
+        ConfigError: one does not exist (the nearest is named), or a required one is missing from a set that was begun.
+    """
+    known = parameters(environment_class(env_id))
+    for name in given:
+        if known and name not in known:
+            raise ConfigError(unknown(f"argument of {env_id}", name, known))
