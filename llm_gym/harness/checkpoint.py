@@ -1,10 +1,10 @@
 """The run folder: everything a run leaves behind, written so that a kill at any moment loses at most a step.
 
-    config.yaml                    complete, re-runnable
-    metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
-    episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
-    checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
-    report.html
+config.yaml                    complete, re-runnable
+metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
+episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
+checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
+report.html
 """
 
 from __future__ import annotations

@@ -18,64 +18,11 @@ import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.learner import OptimizerConfig
+from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.model import LoraConfig
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What one trained token contributes."""
-
-    name: str = "ppo_clip"
-    """A row of `losses.LOSSES`, or "package.module:function"."""
-    clip_low: float = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above 1 + clip_high (DAPO: 0.28)."""
-    kl: Literal["none", "k1", "k2", "k3"] = "none"
-    """Estimator of the KL divergence to the reference, added to the loss."""
-    kl_coef: float = 0.0
-    """Weight of the KL term."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    normaliser: Literal["token_global", "sequence", "constant"] = "token_global"
-    """What the summed loss is divided by: all trained tokens, each sequence's own, or a constant length."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How a gradient becomes a step."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the hidden matrices, AdamW for the rest."""
-    lr: float | None = None
-    """Peak learning rate; None: 1e-6, 1e-5 with LoRA, 2e-4 for the embedded model."""
-    muon_lr: float = 0.02
-    """Peak learning rate of the Muon matrices."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
-    weight_decay: float = 0.0
-    """Never applied to norms, biases or adapters."""
-    clip_norm: float = 1.0
-    """The gradient's global L2 norm is clipped to this."""
-    warmup_steps: int = 5
-    """Steps of linear warm-up."""
-    decay: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the schedule after the warm-up."""
-    floor: float = 0.0
-    """Fraction of the peak at which the decay ends."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters; rank 0 trains every weight."""
-
-    rank: int = 0
-    """Rank of the adapters; 0 switches LoRA off."""
-    alpha: float = 32.0
-    """Scale of the adapters (alpha / rank multiplies their output)."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Which layers get one."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +80,15 @@ class TrainConfig:
     sampling: Sampling = field(default_factory=Sampling)
     """How training episodes are sampled."""
     loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    """What is minimised."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(schedule="linear", warmup_steps=5))
+    """How the weights move."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters; None trains every weight."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The engine that samples."""
     token_budget: int = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; the weights that are trained are float32 either way."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     threads: int | None = None
@@ -147,7 +96,9 @@ class TrainConfig:
     time_limit: float | None = None
     """Seconds an episode may take."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on unseen seeds."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "group_size", "token_budget"):
@@ -158,14 +109,14 @@ class TrainConfig:
                 "sampling: training needs the full distribution (temperature > 0, top_k=0, top_p=1, min_p=0), "
                 f"or the log-probabilities would be of another one; got {self.sampling}."
             )
-        if (self.loss.kl == "none") != (self.loss.kl_coef == 0):
-            raise ConfigError(f"loss.kl_coef: got {self.loss.kl_coef} with loss.kl={self.loss.kl!r}; set both or none.")
+        if (self.loss.kl == "none") != (self.loss.kl_weight == 0):
+            raise ConfigError(f"loss.kl_weight: got {self.loss.kl_weight} with kl={self.loss.kl!r}; set both or none.")
 
     def resolved(self) -> TrainConfig:
         """The configuration with every None that depends on other settings filled in."""
         lr = self.optimizer.lr
         if lr is None:
-            lr = 2e-4 if self.model is None else 1e-5 if self.lora.rank else 1e-6
+            lr = 2e-4 if self.model is None else 1e-5 if self.lora else 1e-6
         threads = 1 if self.threads is None and self.model is None else self.threads
         return dataclasses.replace(self, threads=threads, optimizer=dataclasses.replace(self.optimizer, lr=lr))
 
@@ -201,19 +152,21 @@ def parse_scalar(text: str) -> Any:
     return _number(value) if isinstance(value, str) else value
 
 
-def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """A dataclass from a mapping, nested ones included.
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | None = None) -> T:
+    """A dataclass from a mapping, nested ones included; what the mapping leaves out is as in `over`, or default.
 
     Raises:
         ConfigError: names the key, the value received and the nearest valid one.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    base = {name: getattr(over, name) for name in names} if over is not None else _section_defaults(cls)
     for key in data:
         if key not in names:
             raise ConfigError(unknown(f"{where or 'configuration'} key", key, names))
+    given = {key: _coerce(value, hints[key], f"{where}{key}", base.get(key)) for key, value in data.items()}
     try:
-        return cls(**{key: _coerce(value, hints[key], f"{where}{key}") for key, value in data.items()})
+        return cls(**(base | given))
     except ConfigError:
         raise
     except ValueError as error:
@@ -266,7 +219,13 @@ def _number(text: str) -> Any:
         return text
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
+def _section_defaults(cls: type[Any]) -> dict[str, Any]:
+    """The nested sections as they are by default: a section given in part changes only that part."""
+    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
+    return {name: value for name, value in made.items() if dataclasses.is_dataclass(value)}
+
+
+def _coerce(value: Any, hint: Any, where: str, over: Any = None) -> Any:
     """`value` as the annotated type, or a ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -279,7 +238,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, typing.cast(type, hint)):
             return value
         _require(isinstance(value, Mapping), where, value, "a mapping of settings")
-        return from_dict(typing.cast(type, hint), value, f"{where}.")
+        return from_dict(typing.cast(type, hint), value, f"{where}.", over)
     if origin is tuple:
         _require(isinstance(value, list | tuple), where, value, "a list")
         inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,8 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """`adamw`, or `muon` (hidden matrices by Muon, everything else by AdamW)."""
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-6, 1e-5 with LoRA, 2e-4 for the embedded model."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -51,8 +50,14 @@ class OptimizerConfig:
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"optimizer.{name}", getattr(self, name), valid))
         for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optimizer.{name}: got {getattr(self, name)!r}, want a value >= 0.")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"optimizer.{name}: got {value!r}, want a value >= 0.")
+
+    @property
+    def peak(self) -> float:
+        """`lr`, or the careful value where nobody decided."""
+        return 1e-6 if self.lr is None else self.lr
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,19 +132,19 @@ class Learner:
             batch: from `batching.pack`.
             temperature: the sampler's, so that log-probabilities are of the distribution sampled from.
         """
-        totals: dict[str, float] = defaultdict(float)
+        totals = dict.fromkeys(_MEANS, 0.0)
         peak_gap = 0.0
         for micro in batch.micro:
             value, sums = self._backward(micro.to(self.device), temperature)
             totals["policy/loss"] += value
             peak_gap = max(peak_gap, sums.pop("gap_max", 0.0))
             for key, number in sums.items():
-                totals[key] += number
+                totals[key] = totals.get(key, 0.0) + number
         seen = sum(len(micro.target) for micro in batch.micro)
-        metrics = {key: number if key == "policy/loss" else number / max(1, seen) for key, number in totals.items()}
+        metrics = {k: v if k == "policy/loss" else v / seen if seen else math.nan for k, v in totals.items()}
         metrics["sampler/logprob_gap_max"] = peak_gap
         metrics["policy/grad_norm"] = self._apply(bool(batch.micro))
-        metrics["policy/lr"] = self.settings.lr * self._factor(self.step_count - 1)
+        metrics["policy/lr"] = self.settings.peak * self._factor(self.step_count - 1)
         metrics["tokens/trained"] = float(batch.tokens)
         return metrics
 
@@ -218,6 +223,7 @@ class Learner:
         return norm
 
 
+_MEANS = ("policy/loss", "policy/entropy", "policy/ratio_mean", "policy/clip_fraction", "sampler/logprob_gap_mean")
 _METRIC = {"ratio": "ratio_mean", "clipped": "clip_fraction"}
 
 
@@ -266,13 +272,13 @@ def _optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim
     """AdamW on what Muon does not take; `peak` in each group is the rate that the schedule scales."""
     groups = parameter_groups(model, settings)
     adamw = [
-        {"params": groups[name], "weight_decay": decay, "peak": settings.lr}
+        {"params": groups[name], "weight_decay": decay, "peak": settings.peak}
         for name, decay in (("decay", settings.weight_decay), ("plain", 0.0))
         if groups[name]
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
-        optimizers.append(torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas, eps=settings.eps))
+        optimizers.append(torch.optim.AdamW(adamw, lr=settings.peak, betas=settings.betas, eps=settings.eps))
     if groups["muon"]:
         muon = [{"params": groups["muon"], "weight_decay": settings.weight_decay, "peak": settings.muon_lr}]
         optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr))

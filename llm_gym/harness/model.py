@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSettings:
+class LoraConfig:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
 
     rank: int = 16
@@ -43,7 +43,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    lora: LoraSettings | None = None,
+    lora: LoraConfig | None = None,
 ) -> Any:
     """A causal language model, ready to train.
 
@@ -84,7 +84,7 @@ def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | st
     return prepare(model, device=device)
 
 
-def prepare(model: Any, *, device: torch.device | str = "cpu", lora: LoraSettings | None = None) -> Any:
+def prepare(model: Any, *, device: torch.device | str = "cpu", lora: LoraConfig | None = None) -> Any:
     """Faster norms, adapters if wanted, eval mode, on the device."""
     fuse_norms(model)
     if lora is not None:
@@ -242,7 +242,7 @@ class Body:
         batch = MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
         self.causal.set_attn_implementation("sdpa")
         plain = torch.cat(
-            [self.causal(input_ids=part[None]).logits[0] for part in torch.split(tokens, lengths)]
+            [self.causal(input_ids=part[None]).logits[0] for part in tokens.split(list(lengths))]
         ).float()
         self.scale = self._scale(self._logits(self._padded(batch)), plain)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 from hypothesis import given
@@ -43,7 +45,7 @@ def test_file_then_given_then_sets(tmp_path) -> None:
         (["optimizer.betas=[0.9]"], ["optimizer.betas", "2 values"]),
         (["sampling.top_p=0.9"], ["sampling", "top_p"]),
         (["sampling.temperature=-1"], ["sampling.temperature", "-1"]),
-        (["loss.kl=k2"], ["loss.kl_coef", "k2"]),
+        (["loss.kl=k2"], ["loss.kl_weight", "k2"]),
         (["seed"], ["--set", "seed", "key=value"]),
     ],
 )
@@ -63,15 +65,23 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_section_given_in_part_changes_only_that_part() -> None:
+    default = TrainConfig().optimizer
+    changed = load(TrainConfig, sets=["optimizer.lr=0.1"]).optimizer
+    assert changed == dataclasses.replace(default, lr=0.1)
+    assert changed.schedule == "linear"
+
+
 def test_scalars_mean_what_people_mean() -> None:
     values = ["1e-4", "true", "3", "x1", "[1, 2]", "null", "train[:5%]", "1_000_x"]
     assert [parse_scalar(v) for v in values] == [1e-4, True, 3, "x1", [1, 2], None, "train[:5%]", "1_000_x"]
 
 
 @pytest.mark.parametrize(
-    ("model", "rank", "lr", "threads"), [(None, 0, 2e-4, 1), ("m", 0, 1e-6, None), ("m", 8, 1e-5, None)]
+    ("model", "lora", "lr", "threads"),
+    [(None, [], 2e-4, 1), ("m", [], 1e-6, None), ("m", ["lora.rank=8"], 1e-5, None)],
 )
-def test_what_is_left_open_is_filled_by_the_kind_of_run(model, rank, lr, threads) -> None:
-    config = load(TrainConfig, model=model, sets=[f"lora.rank={rank}"]).resolved()
+def test_what_is_left_open_is_filled_by_the_kind_of_run(model, lora, lr, threads) -> None:
+    config = load(TrainConfig, model=model, sets=lora).resolved()
     assert (config.optimizer.lr, config.threads) == (lr, threads)
     assert config.resolved() == config

@@ -1,0 +1,61 @@
+"""What a step's episodes say, under the metric names that every run shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from llm_gym.core import Episode
+
+
+def describe(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Rewards, lengths and ends of episodes; NaN where no episode can say (all failed).
+
+    `episode/failed_fraction` counts the ends that are not the policy's doing; those episodes take no part
+    in the reward metrics.
+    """
+    sound = [episode for episode in episodes if not episode.stop_reason.failed]
+    rewards = np.array([episode.reward for episode in sound])
+    names = sorted({name for episode in sound for name in episode.rewards})
+    parts = {f"reward/{name}": _mean([e.rewards.get(name, 0.0) for e in sound]) for name in names}
+    return {
+        "reward/mean": _mean(rewards),
+        "reward/std": float(rewards.std()) if len(rewards) else float("nan"),
+        **parts,
+        "episode/turns_mean": _mean([len(e.turns) for e in sound]),
+        "episode/tokens_mean": _mean([e.tokens_generated for e in sound]),
+        "episode/truncated_fraction": _mean([not e.stop_reason.terminated for e in sound]),
+        "episode/failed_fraction": 1 - len(sound) / len(episodes) if episodes else float("nan"),
+        "tokens/generated": float(sum(e.tokens_generated for e in episodes)),
+    }
+
+
+def staleness(episodes: Sequence[Episode], version: int) -> float:
+    """How many updates older than `version` the oldest sampled token is."""
+    seen = [turn.completion.version for episode in episodes for turn in episode.turns]
+    return float(version - min(seen)) if seen else 0.0
+
+
+def speeds(learned: Mapping[str, float], generated: float, times: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of the step's two halves."""
+    return {
+        "tokens_per_second/rollout": generated / times["time/rollout"],
+        "tokens_per_second/train": learned["tokens/trained"] / times["time/train"],
+    }
+
+
+@contextmanager
+def clock(times: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds spent inside to `times[name]`."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[name] = times.get(name, 0.0) + time.perf_counter() - started
+
+
+def _mean(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

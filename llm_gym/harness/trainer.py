@@ -1,0 +1,252 @@
+"""The training loop, readable as a list of verbs: draw, roll out, weigh, pack, step, refresh, write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from llm_gym.core import Episode, Group, Sampling, group
+from llm_gym.envs import make, resolve
+from llm_gym.harness.advantages import advantage
+from llm_gym.harness.batching import Batch, pack, samples
+from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.config import TrainConfig, dump
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.metrics import clock, describe, speeds, staleness
+from llm_gym.harness.model import load_model
+from llm_gym.harness.weights import restore, save
+from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.rollout import Driver
+
+EVAL_SEED = 2**32
+"""Evaluation seeds start here; training seeds are below, so that no seed is ever both."""
+TRANSCRIPTS = 64
+"""Evaluation episodes kept in the run folder."""
+
+
+class Observer(Protocol):
+    """What a progress display is told."""
+
+    def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
+        """The run begins, or goes on, at `step`."""
+
+    def on_phase(self, name: str, total: int) -> None:
+        """A phase (`rollout`, `train`, `eval`, `save`) of `total` units begins."""
+
+    def on_progress(self, done: int) -> None:
+        """So many units of the phase are done."""
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics was written."""
+
+    def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The run is complete; all its rows."""
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
+        """Nothing."""
+
+    def on_phase(self, name: str, total: int) -> None:
+        """Nothing."""
+
+    def on_progress(self, done: int) -> None:
+        """Nothing."""
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+
+class Trainer:
+    """Trains a policy on an environment.
+
+    Args:
+        config: every decision of the run.
+        out: the run folder; None: `runs/<env>-<time>`.
+        resume: go on from the folder's newest checkpoint, or from the start if there is none yet.
+        observer: is told what happens.
+
+    Raises:
+        SettingError: something that cannot work, before the model is loaded.
+        CheckpointError: the folder already holds a run, and `resume` is not set.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config = config = config.resolved()
+        self.observer = observer or Silent()
+        self.step = 0
+        self.weigh = advantage(config.advantage)
+        self.env_id, self.env_args, self.eval_args = environments(config)
+        self.run = RunFolder(out or default_folder(config.env))
+        checkpoint = self._open_run(resume)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.model = load_model(config.model, device=device_of(config), lora=config.lora)
+        self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.steps)
+        if checkpoint is not None:
+            self.step = step_of(checkpoint)
+            restore(self.learner, checkpoint)
+        self.policy = TransformersPolicy(self.model, version=self.step, max_rows=config.policy.max_rows)
+        self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
+        self.eval_driver = Driver(self.env_id, self.policy, env_args=self.eval_args, time_limit=config.time_limit)
+
+    def train(self) -> list[dict[str, Any]]:
+        """Runs the remaining steps; returns every row of metrics."""
+        self.observer.on_start(self.config, self.run.path, self.step)
+        try:
+            if self.step == 0:
+                self._write({"step": 0, **self.evaluate()})
+            while self.step < self.config.steps:
+                self.train_step()
+        finally:
+            self.close()
+        rows = self.run.metrics()
+        self.observer.on_end(rows)
+        return rows
+
+    def train_step(self) -> dict[str, Any]:
+        """One step, from seeds to a row of metrics."""
+        times: dict[str, float] = {}
+        with clock(times, "time/step"):
+            with clock(times, "time/rollout"):
+                episodes = self.collect(self.draw_seeds())
+            with clock(times, "time/train"):
+                learned = self.learn(episodes)
+            with clock(times, "time/sync"):
+                self.policy.refresh(version=self.step + 1)
+        played = describe(episodes) | {"sampler/staleness_max": staleness(episodes, self.step)}
+        self.step += 1
+        row = {"step": self.step, **played, **learned, **times, **speeds(learned, played["tokens/generated"], times)}
+        if self._due(self.config.eval.every):
+            row |= self.evaluate()
+        self.run.write_episodes(f"step_{self.step:06d}", episodes)
+        self._write(row)
+        if self._due(self.config.checkpoint.every):
+            self.save()
+        return row
+
+    def draw_seeds(self) -> list[int]:
+        """The step's task seeds: a function of the run's seed and the step alone."""
+        state = np.random.SeedSequence([self.config.seed, self.step])
+        return [int(seed) for seed in state.generate_state(self.config.prompts_per_step)]
+
+    def collect(self, seeds: Sequence[int]) -> list[Episode]:
+        """`group_size` episodes of every seed."""
+        return self._play(self.driver, "rollout", seeds, self.config.group_size, self.config.sampling)
+
+    def pack(self, groups: Sequence[Group]) -> Batch:
+        """Groups as weighed, packed micro-batches."""
+        loss = self.config.loss
+        rows = samples(groups, self.weigh(np.stack([g.rewards for g in groups])))
+        return pack(
+            rows,
+            max_tokens=self.config.token_budget,
+            normaliser=loss.normaliser,
+            constant_length=loss.constant_length,
+            skip_zero=not loss.needs_every_sequence,
+        )
+
+    def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """One optimizer step on the episodes."""
+        self.observer.on_phase("train", 1)
+        batch = self.pack(group(episodes, self.config.group_size))
+        return self.learner.step(batch, temperature=self.config.sampling.temperature)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean rewards on unseen seeds, greedy and sampled; greedy transcripts go to the run folder."""
+        count, most = self.config.eval.episodes, self.config.sampling.max_tokens
+        if not count:
+            return {}
+        seeds = range(EVAL_SEED, EVAL_SEED + count)
+        greedy = self._play(self.eval_driver, "eval", seeds, 1, Sampling(temperature=0.0, max_tokens=most))
+        sampled = self._play(self.eval_driver, "eval", seeds, 1, Sampling(temperature=1.0, max_tokens=most))
+        self.run.write_episodes(f"eval_{self.step:06d}", greedy[:TRANSCRIPTS])
+        return {
+            "eval/greedy_reward": describe(greedy)["reward/mean"],
+            "eval/sampled_reward": describe(sampled)["reward/mean"],
+        }
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current step."""
+        self.observer.on_phase("save", 1)
+        return self.run.save(
+            self.step, lambda folder: save(self.learner, self.config.model, folder), keep=self.config.checkpoint.keep
+        )
+
+    def close(self) -> None:
+        """Closes environments and the engine."""
+        for part in (self.driver, self.eval_driver, self.policy):
+            part.close()
+
+    def _open_run(self, resume: bool) -> Path | None:
+        """Starts the folder, or rewinds it to its newest checkpoint, which is returned."""
+        if not resume or not self.run.config_file.exists():
+            self.run.start(dump(self.config))
+            return None
+        saved = self.run.checkpoints()
+        self.run.rewind(step_of(saved[-1]) if saved else -1)
+        return saved[-1] if saved else None
+
+    def _play(
+        self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
+    ) -> list[Episode]:
+        self.observer.on_phase(phase, len(seeds) * group_size)
+        done = 0
+
+        def count(episode: Episode) -> None:
+            nonlocal done
+            done += 1
+            self.observer.on_progress(done)
+
+        return driver.run(seeds, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.run.log(row)
+        self.observer.on_row(row)
+
+
+def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The environment's full id, and its arguments for training and for evaluation.
+
+    Both are made once, and closed, so that a bad setting is found before a model is loaded.
+    """
+    env_id = resolve(config.env)
+    args = {"tokenizer": config.model, **config.env_args}
+    env = make(env_id, **args)
+    eval_args = args | dict(getattr(env.unwrapped, "eval_args", {})) | dict(config.eval.env_args)
+    env.close()
+    make(env_id, **eval_args).close()
+    return env_id, args, eval_args
+
+
+def default_folder(env: str) -> Path:
+    """`runs/<env>-<time>`, in the current folder."""
+    name = re.sub(r"[^\w.-]+", "-", env.rpartition("/")[2])
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device asked for; `auto` is the GPU if there is one."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if config.device == "auto" else config.device)
