@@ -242,7 +242,7 @@ class Body:
         batch = MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
         self.causal.set_attn_implementation("sdpa")
         plain = torch.cat(
-            [self.causal(input_ids=part[None]).logits[0] for part in tokens.split(list(lengths))]
+            [self.causal(input_ids=part[None]).logits[0] for part in torch.split(tokens, list(lengths))]
         ).float()
         self.scale = self._scale(self._logits(self._padded(batch)), plain)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
