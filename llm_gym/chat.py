@@ -15,63 +15,34 @@ A template for which this is not exact is refused at construction.
 
 from __future__ import annotations
 
-import copy
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym import embedded
 from llm_gym.core import Ids, Message, Messages
-from llm_gym.errors import SettingError, TemplateError
+from llm_gym.errors import TemplateError
+from llm_gym.tokenizer import Coder, declared_stops, load_tokenizer
+
+__all__ = ["Chat", "load_chat", "load_tokenizer"]
 
 Tool = dict[str, Any]
 """A tool schema in the function-calling form: `{"type": "function", "function": {...}}`."""
 SENTINEL = "SENTINELqzREPLY"
 """Stands for a reply in a dummy render; user and tool text that contains it is split like a control token."""
-SPLIT = "\ufdd0"
-"""A Unicode noncharacter: text is encoded piecewise around it, and it is dropped."""
 DATE = datetime(2025, 1, 1)
 """What templates get for "today": a context must be a function of the seed, not of the day."""
 TRUSTED = frozenset({"system", "developer", "assistant"})
 """Roles whose text may contain control tokens: the environment's author wrote it."""
-CACHED_OPENINGS = 1024
-"""Opened contexts kept: the episodes of a group open the same one."""
-
-
-def load_tokenizer(source: Any = None) -> Any:
-    """A Hugging Face tokenizer, loaded once per process; torch is not imported.
-
-    Args:
-        source: None for the embedded model's, a folder, a hub id, or a tokenizer object (returned as it is).
-
-    Raises:
-        SettingError: there is no tokenizer at that path or hub id.
-    """
-    if source is None:
-        source = embedded.PATH
-    return _load(str(source)) if isinstance(source, str | Path) else source
-
-
-@lru_cache(maxsize=32)
-def _load(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    valid = "pass a folder, a hub id, a tokenizer object, or None for the embedded one."
-    if not Path(source).expanduser().exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise SettingError(f"tokenizer: got {source!r}, but there is no such folder; {valid}")
-    try:
-        return AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if Path(source).exists() else source)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise SettingError(f"tokenizer: got {source!r}, which cannot be loaded ({reason}); {valid}") from error
+CACHED_OPENINGS = 8192
+"""Opened contexts kept, since the episodes of a group open the same one (and epochs repeat)."""
+CACHED_CHARACTERS = 8192
+"""Longer openings are not kept, which bounds the cache to some 100 MB at worst."""
 
 
 def load_chat(tokenizer: Any = None, tools: Sequence[Tool] | None = None) -> Chat:
@@ -122,8 +93,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.tools = list(tools) if tools else None
         self._template = _renderer(tokenizer, self.tools)
-        self._coder = _Coder(tokenizer)
-        self._stops = _declared_stops(tokenizer)
+        self._stops = declared_stops(tokenizer)
+        self._coder = Coder(tokenizer, [SENTINEL, *self._stops.values()])
         self._as_parts = False
         user = self._user_plan()
         primary = self._learn_stop(user)
@@ -146,7 +117,8 @@ class Chat:
         Raises:
             TemplateError: the template refuses these messages (a system role, an order of roles).
         """
-        return self._open(json.dumps(messages)).copy()
+        key = json.dumps(messages)
+        return self._open(key).copy() if len(key) <= CACHED_CHARACTERS else self._encode_opening(key)
 
     def extend(self, sampled: Sequence[int] | npt.NDArray[Any], messages: Messages) -> Ids:
         """What follows `sampled` in the context, int32 [n].
@@ -282,66 +254,6 @@ class Chat:
         return next(i for i, text in self._stops.items() if text == last)
 
 
-class _Coder:
-    """Text to ids and back on a private copy of the tokenizer's Rust backend, where it has one."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-        self.vocab_size = max(len(tokenizer), *(i + 1 for i in added), 1)
-        self.anchor = ""
-        """A control token to encode later pieces behind, so that they get no prefix space."""
-        self._tokenizer, self._backend = tokenizer, copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
-        if self._backend is not None:  # settings of earlier calls must not leak into contexts
-            self._backend.no_padding()
-            self._backend.no_truncation()
-            self._backend.encode_special_tokens = False
-        control = sorted((str(t.content) for t in added.values() if t.special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        splittable = [SENTINEL, *(text for text in control if len(text) > 1)]
-        self._splittable = re.compile("|".join(map(re.escape, splittable)))
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, control tokens read as such; pieces between `SPLIT`s are encoded one by one."""
-        if SPLIT not in text:
-            return self._encode(text)
-        first, *rest = text.split(SPLIT)
-        ids = self._encode(first)
-        for piece in rest:
-            ids += self._encode(self.anchor + piece)[1:]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, control tokens included; ids out of range are left out."""
-        known = [i for i in ids if 0 <= i < self.vocab_size]
-        if self._backend is not None:
-            return str(self._backend.decode(known, skip_special_tokens=False))
-        return str(self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def first_control(self, text: str) -> str:
-        """The first control token in `text`, or nothing."""
-        found = self._control.search(text)
-        return found[0] if found else ""
-
-    def split(self, value: Any) -> Any:
-        """`value` (text, or a tree of dicts and lists) with every control token in it split by `SPLIT`."""
-        if isinstance(value, str):
-            while self._splittable.search(value):  # again: splitting one may leave another that overlapped it
-                value = self._splittable.sub(lambda m: m[0][0] + SPLIT + m[0][1:], value)
-            return value
-        if isinstance(value, list):
-            return [self.split(v) for v in value]
-        return {k: self.split(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # pairs of surrogates are joined, lone ones become U+FFFD
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        if self._backend is not None:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-
 def _renderer(tokenizer: Any, tools: Sequence[Tool] | None) -> Callable[[Messages, Sequence[Tool] | None, bool], str]:
     """The compiled template as a function of (messages, tools, whether to add the generation prompt)."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -357,27 +269,6 @@ def _renderer(tokenizer: Any, tools: Sequence[Tool] | None) -> Callable[[Message
         return str(render(messages=messages, tools=tools, add_generation_prompt=prompt, **fixed))
 
     return rendered
-
-
-def _declared_stops(tokenizer: Any) -> dict[int, str]:
-    """Stop ids and their texts: those of generation_config.json beside the tokenizer, else its EOS token."""
-    from transformers.utils import cached_file
-
-    ids: Any = None
-    if name := getattr(tokenizer, "name_or_path", ""):
-        quiet = {
-            f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-        }
-        try:
-            path = cached_file(name, "generation_config.json", **quiet)
-        except OSError:  # a name that is neither a folder nor a hub id
-            path = None
-        ids = json.loads(Path(path).read_text("utf-8")).get("eos_token_id") if path else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
-    texts = {i: tokenizer.convert_ids_to_tokens(i) for i in ids}
-    return {i: str(text) for i, text in texts.items() if text is not None}
 
 
 def _placeholder(role: str, index: int) -> Message:

@@ -20,7 +20,7 @@ PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"
 """Added tokens that are ordinary text to the tokenizer (`special=False`), as in Qwen3."""
 EOS = {
     "gemma": "<end_of_turn>", "gemma4": "<turn|>", "diffusion_gemma": "<turn|>", "gptoss": "<|return|>", "glm4moe": "<|endoftext|>",
-    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>", "phi3": "<|endoftext|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>", "llava": "</s>", "muse": "<|eot|>", "deepseek": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>", "phi3": "<|endoftext|>",
     "llava": "<|im_end|>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
 }  # fmt: skip
 """EOS token by the longest matching prefix of the template's name; `<|im_end|>` for all others."""

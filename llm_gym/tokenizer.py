@@ -1,0 +1,155 @@
+"""A tokenizer as `Chat` needs it: loaded once, text to ids exactly, and no control tokens out of ordinary text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llm_gym import embedded
+from llm_gym.errors import SettingError
+
+SPLIT = "\ufdd0"
+"""A Unicode noncharacter: text is encoded piecewise around it, and it is dropped."""
+PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
+"""Tokenizer classes that are a tokenizer.json and nothing else."""
+
+
+def load_tokenizer(source: Any = None) -> Any:
+    """A Hugging Face tokenizer, loaded once per process.
+
+    Args:
+        source: None for the embedded model's, a folder, a hub id, or a tokenizer object (returned as it is).
+
+    Raises:
+        SettingError: there is no tokenizer at that path or hub id.
+    """
+    if source is None:
+        source = embedded.PATH
+    return _load(str(source)) if isinstance(source, str | Path) else source
+
+
+@lru_cache(maxsize=32)
+def _load(source: str) -> Any:
+    valid = "pass a folder, a hub id, a tokenizer object, or None for the embedded one."
+    folder = Path(source).expanduser()
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise SettingError(f"tokenizer: got {source!r}, but there is no such folder; {valid}")
+    try:
+        return _loader(folder).from_pretrained(str(folder) if folder.exists() else source)
+    except Exception as error:  # many kinds: no such file, no connection, a broken file
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise SettingError(f"tokenizer: got {source!r}, which cannot be loaded ({reason}); {valid}") from error
+
+
+def _loader(folder: Path) -> Any:
+    """The plain fast tokenizer's class where the folder names it, since AutoTokenizer imports torch (seconds)."""
+    config = folder / "tokenizer_config.json"
+    if config.exists() and json.loads(config.read_text("utf-8")).get("tokenizer_class") in PLAIN_CLASSES:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def declared_stops(tokenizer: Any) -> dict[int, str]:
+    """Stop ids and their texts: those of generation_config.json beside the tokenizer, else its EOS token."""
+    path = _generation_config(getattr(tokenizer, "name_or_path", ""))
+    ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    texts = {i: tokenizer.convert_ids_to_tokens(i) for i in ids}
+    return {i: str(text) for i, text in texts.items() if text is not None}
+
+
+def _generation_config(name: str) -> Path | None:
+    """The generation_config.json of a model folder or hub id (its cached copy, else downloaded), if there is one."""
+    if not name or Path(name).is_dir():
+        path = Path(name) / "generation_config.json"
+        return path if name and path.exists() else None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "generation_config.json")
+        if found is None:  # not known to be absent either
+            found = hf_hub_download(name, "generation_config.json")
+    except Exception:  # no such file or repository, no connection, or a name that is no hub id
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+class Coder:
+    """Text to ids and back, on a private copy of the tokenizer's Rust backend where it has one.
+
+    A control token is an added token flagged special. `split` marks those spelled out in ordinary text
+    so that `encode` reads them as text: the text is split behind the token's first character and the
+    pieces are encoded on their own, so that the ids still decode to the text as it was.
+    """
+
+    def __init__(self, tokenizer: Any, reserved: Sequence[str] = ()) -> None:
+        """Copies the backend; `reserved` are further texts that `split` must break."""
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        self.vocab_size = max(len(tokenizer), *(i + 1 for i in added), 1)
+        """One more than the largest id."""
+        self.anchor = ""
+        """A control token to encode later pieces behind, so that they get no prefix space."""
+        self._tokenizer, self._backend = tokenizer, copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+        if self._backend is not None:  # settings of a caller's other calls must not leak into contexts
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.encode_special_tokens = False
+        control = sorted((str(t.content) for t in added.values() if t.special), key=len, reverse=True)
+        self._control = _any_of(control)
+        self._breakable = _any_of([*reserved, *(text for text in control if len(text) > 1)])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, control tokens read as such; pieces between `SPLIT`s are encoded one by one."""
+        if SPLIT not in text:
+            return self._encode(text)
+        first, *rest = text.split(SPLIT)
+        ids = self._encode(first)
+        for piece in rest:
+            ids += self._encode(self.anchor + piece)[1:] if self.anchor else self._encode(piece)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control tokens included; ids out of range are left out."""
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        if self._backend is not None:
+            return str(self._backend.decode(known, skip_special_tokens=False))
+        return str(self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def first_control(self, text: str) -> str:
+        """The first control token in `text`, or nothing."""
+        found = self._control.search(text)
+        return found[0] if found else ""
+
+    def split(self, value: Any) -> Any:
+        """`value` (text, or a tree of dicts and lists) with every control token in it broken by `SPLIT`."""
+        if isinstance(value, str):
+            while self._breakable.search(value):  # again: breaking one may leave another that overlapped it
+                value = self._breakable.sub(lambda m: m[0][0] + SPLIT + m[0][1:], value)
+            return value
+        if isinstance(value, list):
+            return [self.split(v) for v in value]
+        return {k: self.split(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # pairs of surrogates are joined, lone ones become U+FFFD
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
