@@ -103,7 +103,7 @@ class Driver:
         if max_concurrent is not None and max_concurrent < 1:
             raise SettingError(f"max_concurrent: got {max_concurrent}, want at least 1.")
         self.policy, self.sampling = policy, sampling or Sampling()
-        self.max_concurrent = max_concurrent or getattr(policy, "max_rows", CONCURRENT)
+        self.max_concurrent = max_concurrent or int(getattr(policy, "max_rows", CONCURRENT))
         self.time_limit = time_limit
         self._args = dict(env_args or {})
         self._make = env

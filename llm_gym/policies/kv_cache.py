@@ -38,7 +38,7 @@ class Layout:
         return self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values of many sequences, one row each, in two buffers [layers, rows + 1, heads, length, dim].
 
     One kind of forward serves prefill, the next turn and decoding: `aim` says which rows are fed and at which

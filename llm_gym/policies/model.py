@@ -95,7 +95,7 @@ def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Layout:
         SettingError: they are not, or the model works in a way that the engine does not know.
     """
     device = next(model.parameters()).device
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (2, 6))).to(device)
     with evaluating(model), torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext():
         with attention(model, "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"):
@@ -116,7 +116,9 @@ def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Layout:
 def _layout(model: nn.Module, past: Any, autocast_dtype: torch.dtype | None, device: torch.device) -> Layout:
     layers = getattr(past, "layers", None) or []
     shapes = {
-        (tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers if getattr(layer, "keys", None) is not None
+        (tuple(layer.keys.shape), tuple(layer.values.shape))
+        for layer in layers
+        if getattr(layer, "keys", None) is not None
     }
     if len(shapes) != 1 or any(getattr(layer, "keys", None) is None for layer in layers):
         raise SettingError(f"model: the built-in engine cannot serve {type(model).__name__}; its cache is not uniform.")

@@ -83,7 +83,7 @@ def draw(logits: torch.Tensor, knobs: Knobs, uniform: Floats) -> tuple[torch.Ten
 
 def _filter(weights: torch.Tensor, knobs: Knobs, rows: npt.NDArray[np.bool_]) -> torch.Tensor:
     """`weights` [m, vocabulary] with those of the tokens outside the support set to 0; the likeliest always stays."""
-    ordered, order = weights.sort(-1, descending=True, stable=True)
+    ordered, order = weights.sort(stable=True, dim=-1, descending=True)
     vocabulary = weights.shape[-1]
     top_k = np.where(knobs.top_k[rows] > 0, knobs.top_k[rows], vocabulary)
     rank = torch.arange(vocabulary, device=weights.device)
@@ -95,7 +95,9 @@ def _filter(weights: torch.Tensor, knobs: Knobs, rows: npt.NDArray[np.bool_]) ->
     return torch.zeros_like(weights).scatter_(-1, order, ordered * keep)
 
 
-def _column(values: npt.NDArray[np.generic], like: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor:
+def _column(
+    values: npt.NDArray[np.generic], like: torch.Tensor | None, device: torch.device | None = None
+) -> torch.Tensor:
     """`values` [n] as a tensor [n, 1], on the device and in the dtype of `like` where given."""
     column = torch.from_numpy(np.ascontiguousarray(values))[:, None]
     return column.to(like) if like is not None else column.to(device)

@@ -55,6 +55,7 @@ class ScriptedPolicy:
         self, contexts: Sequence[Ids], sampling: Sampling, *, seeds: Sequence[int] | None = None
     ) -> list[Completion]:
         """The scripted replies to `contexts`, in order."""
+
         async def every() -> list[Completion]:
             return [await self.complete(context, sampling) for context in contexts]
 

@@ -90,7 +90,7 @@ class TransformersPolicy:
         self.stop_ids = stop_ids_of(model, tokenizer)
         self._autocast = autocast_dtype
         self._layout = probe(model, autocast_dtype)
-        self._vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        self._vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         self._waiting: deque[_Request] = deque()
         self._requests: list[_Request] = []  # those in flight, by row
         self._slots: Slots | None = None
@@ -182,7 +182,9 @@ class TransformersPolicy:
         if room < 1:
             raise PolicyError(f"context: {len(context)} tokens leave no room in max_context={self.max_context}.")
         if context.min() < 0 or context.max() >= self._vocab_size:
-            raise PolicyError(f"context: ids must lie in [0, {self._vocab_size}), got {context.min()}..{context.max()}.")
+            raise PolicyError(
+                f"context: ids must lie in [0, {self._vocab_size}), got {context.min()}..{context.max()}."
+            )
         stops = sampling.stop_token_ids if sampling.stop_token_ids is not None else self.stop_ids
         if len(stops) > MOST_STOPS:
             raise PolicyError(f"sampling.stop_token_ids: {len(stops)} ids, want at most {MOST_STOPS}.")
