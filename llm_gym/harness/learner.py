@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.logprobs import token_logprobs
-from llm_gym.harness.losses import LossConfig, kl_loss, loss
+from llm_gym.harness.losses import LossConfig, k3, kl_loss, loss_function
 from llm_gym.harness.model import Body
 
 
@@ -25,31 +25,31 @@ class OptimizerConfig:
     name: str = "adamw"
     """`adamw`, or `muon` (hidden matrices by Muon, everything else by AdamW)."""
     lr: float | None = None
-    """Peak learning rate of AdamW; None: 1e-6, 1e-5 with LoRA, 2e-4 for the embedded model."""
+    """Peak learning rate of AdamW; None: the caller's choice for the model (1e-6 where there is none)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
     eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 0.0
-    """Decay of weight matrices; norms, biases, embeddings of one dimension and adapters are never decayed."""
+    """Decay of weight matrices; norms, biases and adapters are never decayed."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this global norm; 0 turns clipping off."""
+    """The gradient is scaled down to this global L2 norm; 0 turns clipping off."""
     schedule: str = "constant"
-    """After the warm-up: `constant`, `linear` or `cosine` (both end at 0 after the last step)."""
+    """After the warm-up: `constant`, `linear` or `cosine`."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
+    floor: float = 0.0
+    """Share of the peak at which `linear` and `cosine` end."""
     dtype: str = "float32"
-    """Computation: `float32`, or `bfloat16` (autocast; master weights stay as loaded)."""
+    """Computation: `float32`, or `bfloat16` (autocast; the weights that are trained stay as they are)."""
 
     def __post_init__(self) -> None:
-        for name, valid in (
-            ("name", ("adamw", "muon")),
-            ("schedule", tuple(SCHEDULES)),
-            ("dtype", tuple(_DTYPES)),
-        ):
+        for name, valid in (("name", ("adamw", "muon")), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"optimizer.{name}", getattr(self, name), valid))
-        for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "warmup_steps", "floor"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"optimizer.{name}: got {value!r}, want a value >= 0.")
@@ -60,30 +60,42 @@ class OptimizerConfig:
         return 1e-6 if self.lr is None else self.lr
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
-"""Share of the peak rate at `done` in [0, 1] of the steps."""
+"""Share of the peak rate when `done` in [0, 1] of the steps are done."""
+MEANS = ("policy/entropy", "policy/ratio_mean", "policy/clip_fraction", "sampler/logprob_gap_mean")
+"""Metrics of every step; NaN for a step without a token to compute."""
 
 
-def lr_factor(step: int, *, total: int, warmup: int, schedule: str) -> float:
+def lr_factor(step: int, total: int, settings: OptimizerConfig) -> float:
     """Share of the peak learning rate at optimizer step `step` (0-based): warm-up times decay.
 
-    Warm-up rises linearly and reaches 1 at step `warmup - 1`; the decay runs over all `total` steps, from
-    1 at step 0, and would reach 0 at step `total`.
+    The warm-up rises linearly and reaches 1 at step `warmup_steps - 1`. The decay runs over all `total` steps,
+    from 1 at step 0 to `floor` at step `total`.
     """
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * SCHEDULES[schedule](min(1.0, step / max(1, total)))
+    rise = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    fall = SCHEDULES[settings.schedule](min(1.0, step / max(1, total)))
+    return rise * (settings.floor + (1.0 - settings.floor) * fall)
 
 
 class Learner:
     """A model, its optimizer, and the step that joins them.
 
     The model stays in eval mode: dropout would make old and new log-probabilities two functions.
+
+    Args:
+        model: from `load_model`; trained in place.
+        optimizer: how a gradient becomes a step.
+        loss: what one token contributes.
+        total_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a model whose log-probabilities cannot be computed.
     """
 
     def __init__(
@@ -94,20 +106,14 @@ class Learner:
         *,
         total_steps: int = 1,
     ) -> None:
-        """Args:
-        model: from `load_model`; trained in place.
-        optimizer: settings.
-        loss: settings.
-        total_steps: optimizer steps of the whole run, for the schedule.
-        """
         self.model = model.eval()
-        self.settings = optimizer or OptimizerConfig()
-        self.loss = loss or LossConfig()
-        self.total_steps = total_steps
+        self.settings, self.loss = optimizer or OptimizerConfig(), loss or LossConfig()
+        self.total_steps, self.dtype = total_steps, DTYPES[self.settings.dtype]
+        self.loss_fn = loss_function(self.loss.name)
         self.step_count = 0
+        self.optimizers = make_optimizers(model, self.settings)
         self.body = Body(model)
-        self.reference: Body | None = self._reference() if self.loss.uses_reference else None
-        self.optimizers = _optimizers(model, self.settings)
+        self.reference = self._reference() if self.loss.uses_reference else None
 
     @property
     def device(self) -> torch.device:
@@ -118,81 +124,81 @@ class Learner:
     def logprobs(
         self, batch: MicroBatch, *, temperature: float = 1.0, grad: bool = False, entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each trained token, float32 [M] each, at `temperature`."""
+        """Log-probability and entropy (nats) of each trained token at `temperature`, float32 [M] each."""
         with torch.set_grad_enabled(grad):
             return self._logprobs(self.body, batch.to(self.device), temperature, entropy)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
 
-        Nothing moves (not even momentum or the schedule's clock stands still: the clock advances) when no
-        micro-batch has a gradient.
+        Means are over the tokens that were computed. The schedule moves on even if no token was (every
+        group without spread): it is a step of the run; weights and momenta then stay as they are.
 
         Args:
             batch: from `batching.pack`.
-            temperature: the sampler's, so that log-probabilities are of the distribution sampled from.
+            temperature: the sampler's: log-probabilities are of the distribution that was sampled from.
         """
-        totals = dict.fromkeys(_MEANS, 0.0)
+        totals = dict.fromkeys(MEANS, 0.0)
         peak_gap = 0.0
         for micro in batch.micro:
-            value, sums = self._backward(micro.to(self.device), temperature)
-            totals["policy/loss"] += value
-            peak_gap = max(peak_gap, sums.pop("gap_max", 0.0))
-            for key, number in sums.items():
-                totals[key] = totals.get(key, 0.0) + number
+            sums = self._backward(micro.to(self.device), temperature)
+            peak_gap = max(peak_gap, sums.pop("sampler/logprob_gap_max"))
+            totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
+        loss = totals.pop("policy/loss", 0.0)
         seen = sum(len(micro.target) for micro in batch.micro)
-        metrics = {k: v if k == "policy/loss" else v / seen if seen else math.nan for k, v in totals.items()}
-        metrics["sampler/logprob_gap_max"] = peak_gap
-        metrics["policy/grad_norm"] = self._apply(bool(batch.micro))
-        metrics["policy/lr"] = self.settings.peak * self._factor(self.step_count - 1)
-        metrics["tokens/trained"] = float(batch.tokens)
-        return metrics
+        rate = self._rate()
+        norm = self._apply(rate) if batch.micro else 0.0
+        self.step_count += 1
+        return {
+            "policy/loss": loss,
+            **{name: total / seen if seen else math.nan for name, total in totals.items()},
+            "sampler/logprob_gap_max": peak_gap if seen else math.nan,
+            "policy/grad_norm": norm,
+            "policy/lr": self.settings.peak * rate,
+            "tokens/trained": float(batch.tokens),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states and the step count; the weights are the model's own."""
         return {"step": self.step_count, "optimizers": [o.state_dict() for o in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, bit for bit (load the weights first)."""
+        """Continues where `state_dict` was taken, bit for bit (given the same weights)."""
         self.step_count = state["step"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    # --- inside ---
+    # Inside
 
     def _logprobs(self, body: Body, batch: MicroBatch, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        dtype = _DTYPES[self.settings.dtype]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden = body.hidden(batch).index_select(0, batch.source)
             weight, bias = body.head()
         return token_logprobs(
             hidden, weight, batch.target, bias=bias, temperature=temperature / body.scale, entropy=entropy
         )
 
-    def _backward(self, batch: MicroBatch, temperature: float) -> tuple[float, dict[str, float]]:
-        """Adds one micro-batch's gradient; returns its share of the loss and sums over its tokens."""
+    def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
+        """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
         config = self.loss
-        bonus = config.entropy_weight != 0
-        logprobs, entropy = self._logprobs(self.body, batch, temperature, True)
-        old = batch.old_logprobs.to(logprobs.dtype)
-        per_token, extra = loss(config.name)(logprobs, old, batch.advantages.to(logprobs.dtype), config)
-        sums = {}
+        new, entropy = self._logprobs(self.body, batch, temperature, True)
+        old, credit = batch.old_logprobs.to(new.dtype), batch.advantages.to(new.dtype)
+        per_token, streams = self.loss_fn(new, old, credit, config)
+        gap = (new.detach() - old).abs()
+        streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": gap}
         if self.reference is not None:
             reference = self._reference_logprobs(batch, temperature)
-            per_token = per_token + config.kl_weight * kl_loss(logprobs, old, reference, kind=config.kl)
-            sums["policy/kl"] = float(_k3(logprobs.detach(), reference).sum())
-        if bonus:
+            per_token = per_token + config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
+            streams["policy/kl"] = k3(new.detach(), reference)  # reported so whatever is trained: never negative
+        if config.entropy_weight:
             per_token = per_token - config.entropy_weight * entropy
-        value = (batch.weight * per_token).sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        gap = (logprobs.detach() - old).abs()
-        sums |= {f"policy/{_METRIC.get(key, key)}": float(number.sum()) for key, number in extra.items()}
-        sums |= {"policy/entropy": float(entropy.detach().sum())}
-        sums |= {"sampler/logprob_gap_mean": float(gap.sum()), "gap_max": float(gap.max())}
-        return float(value.detach()), sums
+        loss = (batch.weight * per_token).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums = {name: float(stream.sum()) for name, stream in streams.items()}
+        return {"policy/loss": float(loss.detach()), "sampler/logprob_gap_max": float(gap.max()), **sums}
 
     def _reference(self) -> Body:
-        """The frozen start: the base under the adapters, or a copy."""
+        """The frozen start: the base model under the adapters, or a copy."""
         if hasattr(self.model, "peft_config"):
             return self.body
         return Body(copy.deepcopy(self.model).requires_grad_(False))
@@ -203,34 +209,18 @@ class Learner:
         with self.reference.without_adapters():
             return self._logprobs(self.reference, batch, temperature, False)[0]
 
-    def _factor(self, step: int) -> float:
-        s = self.settings
-        return lr_factor(step, total=self.total_steps, warmup=s.warmup_steps, schedule=s.schedule)
+    def _rate(self) -> float:
+        return lr_factor(self.step_count, self.total_steps, self.settings)
 
-    def _apply(self, any_gradient: bool) -> float:
-        """Clips and steps; returns the gradient norm before clipping."""
-        factor = self._factor(self.step_count)
-        self.step_count += 1
-        norm = 0.0
-        if any_gradient:
-            norm = clip_gradients(self.model.parameters(), self.settings.max_grad_norm)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
-                optimizer.step()
+    def _apply(self, rate: float) -> float:
+        """Clips, steps and clears; returns the gradient norm before clipping."""
+        norm = clip_gradients(self.model.parameters(), self.settings.max_grad_norm)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-_MEANS = ("policy/loss", "policy/entropy", "policy/ratio_mean", "policy/clip_fraction", "sampler/logprob_gap_mean")
-_METRIC = {"ratio": "ratio_mean", "clipped": "clip_fraction"}
-
-
-def _k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """The reported KL: never negative, whatever the loss uses."""
-    log_ratio = reference - logprobs
-    return torch.expm1(log_ratio) - log_ratio
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> float:
@@ -268,17 +258,17 @@ def _ends(model: Any) -> list[nn.Module]:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 
 
-def _optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW on what Muon does not take; `peak` in each group is the rate that the schedule scales."""
-    groups = parameter_groups(model, settings)
+    groups, lr = parameter_groups(model, settings), settings.peak
     adamw = [
-        {"params": groups[name], "weight_decay": decay, "peak": settings.peak}
+        {"params": groups[name], "weight_decay": decay, "peak": lr}
         for name, decay in (("decay", settings.weight_decay), ("plain", 0.0))
         if groups[name]
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
-        optimizers.append(torch.optim.AdamW(adamw, lr=settings.peak, betas=settings.betas, eps=settings.eps))
+        optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=settings.betas, eps=settings.eps))
     if groups["muon"]:
         muon = [{"params": groups["muon"], "weight_decay": settings.weight_decay, "peak": settings.muon_lr}]
         optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr))

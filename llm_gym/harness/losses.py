@@ -22,7 +22,7 @@ class LossConfig:
     """What is minimised."""
 
     name: str = "ppo_clip"
-    """`ppo_clip`, `sft`, or `package.module:function` with `ppo_clip`'s signature."""
+    """A row of `LOSSES`, or `package.module:function`."""
     clip_low: float = 0.2
     """The ratio counts down to 1 - clip_low."""
     clip_high: float = 0.2
@@ -30,11 +30,11 @@ class LossConfig:
     kl: str = "none"
     """`none`, `k1`, `k2` or `k3`: the term that pulls towards the reference model (see `kl_loss`)."""
     kl_weight: float = 0.0
-    """Its weight; nothing is computed at 0."""
+    """Its weight."""
     entropy_weight: float = 0.0
     """Weight of the entropy bonus (subtracted from the loss)."""
     normaliser: str = "token_global"
-    """`token_global`, `sequence`, `constant`, or an import path (see `batching`)."""
+    """`token_global`, `sequence`, `constant`, or `package.module:function` (see `batching`)."""
     constant_length: int = 256
     """Tokens that the `constant` normaliser divides an episode by; Dr. GRPO uses the longest completion allowed."""
 
@@ -47,7 +47,7 @@ class LossConfig:
         ):
             if not ok:
                 raise ConfigError(f"loss.{name}: got {getattr(self, name)!r}, want a value {want}.")
-        loss(self.name)
+        loss_function(self.name)
         by_name("loss.kl", self.kl, {**KL, "none": None})
 
     @property
@@ -57,12 +57,12 @@ class LossConfig:
 
     @property
     def needs_every_sequence(self) -> bool:
-        """Whether sequences of zero advantage carry a gradient too."""
+        """Whether sequences of zero advantage carry a gradient too (then `pack` must not skip them)."""
         return self.uses_reference or self.entropy_weight != 0
 
 
 LossFn = Callable[[Tensor, Tensor, Tensor, LossConfig], tuple[Tensor, dict[str, Tensor]]]
-"""(logprobs, old_logprobs, advantages, config) -> (loss [M], metrics [M] each)."""
+"""(logprobs, old_logprobs, advantages, config) -> (loss [M], streams [M] to average by metric name)."""
 
 
 def ppo_clip(
@@ -80,13 +80,14 @@ def ppo_clip(
         clip_high: upper clip distance.
 
     Returns:
-        The loss [M], and per token `ratio` and `clipped` (1 where the clip took the gradient away).
+        The loss [M], and per-token streams [M] that are averaged into metrics: the ratio, and 1 where the
+        clip took the gradient away.
     """
     _same_shape(logprobs, old_logprobs, advantages)
     ratio = torch.exp(logprobs - old_logprobs)
     plain = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    metrics = {"ratio": ratio.detach(), "clipped": (clipped > plain).detach().to(ratio.dtype)}
+    metrics = {"policy/ratio_mean": ratio.detach(), "policy/clip_fraction": (clipped > plain).detach().to(ratio.dtype)}
     return torch.maximum(plain, clipped), metrics
 
 
@@ -102,7 +103,7 @@ LOSSES: dict[str, LossFn] = {
 }
 
 
-def loss(name: str) -> LossFn:
+def loss_function(name: str) -> LossFn:
     """The loss of that name in `LOSSES`, or the one at `package.module:function`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,9 +241,8 @@ class Body:
         empty = tokens[:0]
         batch = MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
         self.causal.set_attn_implementation("sdpa")
-        plain = torch.cat(
-            [self.causal(input_ids=part[None]).logits[0] for part in torch.split(tokens, list(lengths))]
-        ).float()
+        rows = torch.split(tokens, list(lengths))
+        plain = torch.cat([self.causal(input_ids=row[None]).logits[0] for row in rows]).float()
         self.scale = self._scale(self._logits(self._padded(batch)), plain)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
         if kinds == {"full_attention"}:
@@ -279,27 +278,19 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 2e-2 * b.abs().max())
 
 
-# --- out ---------------------------------------------------------------------------------------------------
+# --- in and out --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def named_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights under their Hugging Face names, adapters folded in.
+def merged(model: Any) -> Any:
+    """A plain copy with the adapters folded in; the model itself is only read.
 
-    The model itself is only read: merging in place and back would leave rounding errors in the base.
+    Folding in place and back would leave rounding errors in the base weights.
     """
-    if not hasattr(model, "peft_config"):
-        yield from model.state_dict().items()
-        return
-    merged = copy.deepcopy(model).merge_and_unload()
-    yield from merged.state_dict().items()
+    plain = copy.deepcopy(model)
+    return plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
 
 
 def export(model: Any, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Writes a Hugging Face folder with the adapters folded in; the model is only read."""
-    plain = copy.deepcopy(model)
-    if hasattr(plain, "peft_config"):
-        plain = plain.merge_and_unload()
-    if dtype is not None:
-        plain = plain.to(dtype)
-    plain.save_pretrained(str(folder))
+    """Writes a Hugging Face folder, adapters folded in, converted to `dtype` if given."""
+    plain = merged(model)
+    (plain if dtype is None else plain.to(dtype)).save_pretrained(str(folder))
