@@ -40,7 +40,8 @@ def commented(config: Any) -> str:
             note = note or inspect.getdoc(type(value)) or ""
             body = f"{field.name}:\n{textwrap.indent(commented(value), '  ')}"
         else:
-            body = yaml.safe_dump({field.name: plain[field.name]}, default_flow_style=None, allow_unicode=True)
+            style = None if plain[field.name] and isinstance(plain[field.name], list | dict) else False
+            body = yaml.safe_dump({field.name: plain[field.name]}, default_flow_style=style, allow_unicode=True)
         if typing.get_origin(hints[field.name]) is Literal:
             note = f"{' | '.join(map(str, typing.get_args(hints[field.name])))}. {note}"
         comment = "".join(f"# {line}\n" for line in textwrap.wrap(note, 100))

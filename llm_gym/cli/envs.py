@@ -12,6 +12,7 @@ import click
 
 from llm_gym.cli.group import settings
 from llm_gym.cli.options import env_args_option, parse_args
+from llm_gym.errors import SettingError
 
 
 @click.command("envs", short_help="List the environments, or describe one.")
@@ -37,12 +38,11 @@ def command(env: str | None, env_args: tuple[str, ...], say: str) -> None:
 
 def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     """The paragraphs of an environment's description; `given` are its arguments, `say` the example's reply."""
-    from llm_gym.cli.parameters import check, environment_class, notes, parameters
+    from llm_gym.cli.parameters import environment_class, notes, parameters
     from llm_gym.envs import resolve
 
     full = resolve(env_id)
     cls = environment_class(full)
-    check(full, given)
     yield click.style(full, bold=True)
     yield from _prose(cls)
     known, said = parameters(cls), notes(cls)
@@ -51,7 +51,7 @@ def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     yield "\n".join(["Arguments (--env-arg NAME=VALUE):", *(_hang(row, width + 4) for row in rows)])
     if unseen := getattr(cls, "eval_args", None):
         yield "Unseen problems: " + ", ".join(f"{k}={v}" for k, v in unseen.items())
-    yield from _example(full, {"dataset": "sample", **given} if "dataset" in known else dict(given), say)
+    yield from _example(full, {"dataset": "sample", **given} if "dataset" in known else given, say)
 
 
 def _prose(cls: type) -> Iterator[str]:
@@ -69,16 +69,17 @@ def _hang(text: str, indent: int) -> str:
     return textwrap.fill(text, 100, subsequent_indent=" " * indent, drop_whitespace=True, replace_whitespace=False)
 
 
-def _example(env_id: str, args: dict[str, Any], say: str) -> Iterator[str]:
+def _example(env_id: str, args: Mapping[str, Any], say: str) -> Iterator[str]:
     """The spaces and one exchange of the episode with seed 0, or what is missing to show them."""
+    from llm_gym.cli.parameters import check
     from llm_gym.envs import make
-    from llm_gym.errors import SettingError
 
     try:
+        check(env_id, args)
         with settings():
             env = make(env_id, **args)
-    except (SettingError, TypeError) as error:
-        yield f"No example without more arguments: {error}"
+    except SettingError as error:
+        yield f"No example: {error}"
         return
     try:
         _, info = env.reset(seed=0)

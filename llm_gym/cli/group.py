@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from llm_gym.errors import LLMGymError, SettingError
+from llm_gym.errors import LLMGymError, SettingError, unknown
 
 COMMANDS = ("train", "eval", "sft", "envs", "config", "view")
 """In the order of `--help`; each is `llm_gym.cli.<name>:command`."""
@@ -43,6 +43,14 @@ class Commands(click.Group):
         command = importlib.import_module(f"llm_gym.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, but an unknown command is answered with the nearest one."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(unknown("command", args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; LLMGYM_DEBUG=1 lets errors through with their traceback."""

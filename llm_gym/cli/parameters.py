@@ -53,12 +53,15 @@ def notes(cls: type) -> dict[str, str]:
 
 
 def check(env_id: str, given: Mapping[str, Any]) -> None:
-    """Checks the names of an environment's arguments.
+    """Checks the names of an environment's arguments before it is made.
 
     Raises:
-        ConfigError: one does not exist (the nearest is named), or a required one is missing from a set that was begun.
+        ConfigError: one does not exist (the nearest is named), or a required one is missing.
     """
     known = parameters(environment_class(env_id))
-    for name in given:
-        if known and name not in known:
+    for name in given if known else ():
+        if name not in known:
             raise ConfigError(unknown(f"argument of {env_id}", name, known))
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise ConfigError(f"{env_id}: needs {' and '.join(missing)}; pass --env-arg {missing[0]}=...")

@@ -2,91 +2,110 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llm_gym.report.scale import duration, short
 
 LINES = 12
-"""Lines of a run that is not watched on a terminal, evaluations apart."""
+"""Lines about training in a run that nobody watches on a terminal; evaluations come on top."""
 RECENT = 20
 """Steps whose times predict the rest."""
 
 
 class TrainProgress:
-    """An observer of the trainer.
-
-    Args:
-        console: where to show it; None: standard error.
-        unit: what one step's progress counts, by phase.
-    """
+    """An observer of the trainer; `console` is where it shows things, standard error if None."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
-        self.step = self.total = 0
-        self._metrics: dict[str, float] = {}
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.run: Path | None = None
+        self.step = self.steps = 0
+        self._phase, self._units = "", 0
+        self._row: Mapping[str, Any] = {}
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def on_start(self, config: Any, total_steps: int, first_step: int = 0) -> None:
-        """The run begins, after `first_step` steps of `total_steps`."""
-        self.step, self.total = first_step, total_steps
+    def on_start(self, config: Any, run: Path, step: int) -> None:
+        """The run begins, or goes on, at `step`."""
+        self.run, self.step, self.steps = run, step, config.steps
         if self.console.is_terminal:
-            words = (TextColumn("{task.description:<16}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            self._bar = Progress(*words, TextColumn("{task.fields[words]}"), console=self.console, transient=True)
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, words="")
+            columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn())
+            words = TextColumn("{task.fields[words]}")
+            self._bar = Progress(*columns, words, console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=self.steps, completed=step, words="")
             self._bar.start()
 
-    def on_phase(self, name: str) -> None:
-        """The run turns to `rollout`, `train`, `eval` and so on."""
-        self._show(name)
+    def on_phase(self, name: str, total: int) -> None:
+        """A phase of `total` units begins."""
+        self._phase, self._units = name, total
+        self._update(description=name)
 
-    def on_progress(self, name: str, done: int, total: int) -> None:
-        """Within a phase, `done` of `total` episodes or micro-batches are finished."""
-        self._show(f"{name} {done}/{total}")
+    def on_progress(self, done: int) -> None:
+        """So many units of the phase are done."""
+        self._update(description=f"{self._phase} {done}/{self._units}")
 
-    def on_step(self, metrics: Mapping[str, Any]) -> None:
-        """A row of metrics was written; the row of step 0 is the evaluation before the first."""
-        self.step = int(metrics["step"])
-        self._metrics |= {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        if math.isfinite(seconds := self._metrics.get("time/step", math.nan)) and self.step:
-            self._seconds.append(seconds)
-        if "eval/greedy_reward" in metrics or "eval/sampled_reward" in metrics:
-            self.console.print(f"step {self.step}/{self.total}: {evaluation(metrics)}")
-        elif self._bar is None and (self.step % max(1, self.total // LINES) == 0):
-            self.console.print(f"step {self.step}/{self.total}: {self.words()}")
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.step, words=self.words())
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics was written; step 0 is the evaluation before the first step."""
+        self._row, self.step = row, int(row["step"])
+        if self.step and _number(row, "time/step") is not None:
+            self._seconds.append(float(row["time/step"]))
+        said = [self.words()] if self._bar is None and self.step % max(1, self.steps // LINES) == 0 else []
+        for text in filter(None, [*said, evaluation(row)]):
+            self.console.print(f"step {self.step}/{self.steps}: {text}")
+        self._update(completed=self.step, words=self.words())
 
-    def on_end(self, summary: Any = None) -> None:
-        """The run is over, whichever way."""
+    def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The run is complete."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar away; also for a run that was interrupted or failed."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def words(self) -> str:
-        """Reward, speed and time left."""
+        """Reward, speed and time left, as far as they are known."""
         parts = []
-        for name, form in (("reward/mean", "reward {:.3f}"), ("tokens_per_second/rollout", "{} tokens/s")):
-            if math.isfinite(value := self._metrics.get(name, math.nan)):
-                parts.append(form.format(value if name == "reward/mean" else short(value)))
-        if self._seconds and self.step < self.total:
-            left = sum(self._seconds) / len(self._seconds) * (self.total - self.step)
-            parts.append(f"{duration(left)} left")
+        if (reward := _number(self._row, "reward/mean")) is not None:
+            parts.append(f"reward {reward:.3f}")
+        if (speed := _number(self._row, "tokens_per_second/rollout")) is not None:
+            parts.append(f"{short(speed)} tokens/s")
+        if self._seconds and self.step < self.steps:
+            mean = sum(self._seconds) / len(self._seconds)
+            parts.append(f"{duration(mean * (self.steps - self.step))} left")
         return ", ".join(parts)
 
-    def _show(self, phase: str) -> None:
+    def _update(self, **fields: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description=phase)
+            self._bar.update(self._task, **fields)
 
 
-def evaluation(metrics: Mapping[str, Any]) -> str:
-    """One line on an evaluation."""
+def evaluation(row: Mapping[str, Any]) -> str:
+    """A row's evaluation in words; empty if it has none."""
     names = (("greedy", "eval/greedy_reward"), ("sampled", "eval/sampled_reward"))
-    return "unseen problems, " + ", ".join(f"{word} {metrics[k]:.3f}" for word, k in names if metrics.get(k) is not None)
+    found = [f"{word} {value:.3f}" for word, name in names if (value := _number(row, name)) is not None]
+    return "reward on unseen problems: " + ", ".join(found) if found else ""
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    """A metric, if the row has it (one that is not finite is null)."""
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+@contextmanager
+def counter(name: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """A bar of `total` units on a terminal, nothing elsewhere; the function it gives counts one unit."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = console or Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda: bar.advance(task)

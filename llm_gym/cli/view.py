@@ -13,6 +13,7 @@ import click
 def command(run: Path, launch: bool) -> None:
     """Writes RUN/report.html from what the run folder holds: a run that goes on, ended or was killed."""
     from llm_gym import report
+    from llm_gym.cli.runs import decoder
 
     path = report.write(run, decode=decoder(run))
     click.echo(path)

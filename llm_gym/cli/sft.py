@@ -1,0 +1,40 @@
+"""`llmgym sft`: supervised fine-tuning on chats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from llm_gym.cli.group import settings
+from llm_gym.cli.options import config_option, sets_option
+
+
+@click.command("sft", short_help="Fine-tune a model on chats.")
+@click.option("--data", metavar="FILE", help="Chats, one JSON object with `messages` a line.")
+@click.option("--model", metavar="MODEL", help="Folder or hub id, or a run folder of ours; default: the embedded model.")
+@config_option
+@sets_option
+@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--out", help="Run folder.  [default: runs/sft]")
+def command(
+    data: str | None, model: str | None, file: str | None, sets: tuple[str, ...], steps: int | None, out: str | None
+) -> None:
+    """Fine-tunes a model on chats: only what the assistant says is trained.
+
+    `llmgym config sft` prints every setting; --set wins over options, options over the --config file.
+    The model is written to OUT/model.
+    """
+    from llm_gym import report
+    from llm_gym.cli.runs import model_path
+    from llm_gym.harness import load
+    from llm_gym.harness.sft import SFTConfig, sft
+
+    with settings():
+        config = load(SFTConfig, file, sets, data=data, model=model_path(model), steps=steps, out=out)
+        folder = config.out or "runs/sft"
+    sft(replace(config, out=folder))
+    click.echo(f"Model:  {Path(folder) / 'model'}")
+    click.echo(f"Report: {report.write(folder)}")
+    click.echo(f"Next:   llmgym eval --model {folder} --env Arithmetic-v0")

@@ -1,0 +1,128 @@
+"""`llmgym train`: reinforcement learning in an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.options import config_option, env_args_option, env_option, parse_args, sets_option
+
+if TYPE_CHECKING:
+    from llm_gym.cli.progress import TrainProgress
+    from llm_gym.harness import TrainConfig
+
+
+@click.command("train", short_help="Train a policy in an environment (GRPO).")
+@env_option
+@env_args_option
+@click.option("--model", metavar="MODEL", help="Folder or hub id, or a run folder of ours; default: the embedded model.")
+@config_option
+@sets_option
+@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
+@click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
+def command(
+    env: str | None,
+    env_args: tuple[str, ...],
+    model: str | None,
+    file: str | None,
+    sets: tuple[str, ...],
+    steps: int | None,
+    seed: int | None,
+    eval_every: int | None,
+    out: Path | None,
+    resume: bool,
+) -> None:
+    """Trains a policy in an environment, and writes a run folder with a report.
+
+    Without options: the embedded model, on two-digit addition, on this machine's CPU. `llmgym config`
+    prints every setting; --set wins over options, options over the --config file.
+    """
+    from llm_gym.cli.progress import TrainProgress
+    from llm_gym.harness import Trainer
+
+    if resume and out is None:
+        raise click.UsageError("--resume: name the run folder with --out.")
+    if resume and file is None and out is not None and (out / "config.yaml").is_file():
+        file = str(out / "config.yaml")
+    progress = TrainProgress()
+    with settings():
+        every = [] if eval_every is None else [f"eval.every={eval_every}"]
+        config = configuration(file, [*sets, *every], env_args, env=env, model=model, steps=steps, seed=seed)
+        trainer = Trainer(config, out=out, resume=resume, observer=progress)
+    click.echo(f"{config.env}, {config.model or 'the embedded model'}, {config.steps} steps -> {trainer.run.path}")
+    try:
+        rows = trainer.train()
+    except KeyboardInterrupt:
+        progress.stop()
+        stopped(trainer.run.path, progress)
+    finally:
+        progress.stop()
+    click.echo(closing(trainer.run.path, config, rows))
+
+
+def configuration(
+    file: str | None, sets: Iterable[str], env_args: Sequence[str], *, model: str | None = None, **given: Any
+) -> TrainConfig:
+    """The run's configuration, checked as far as it can be without making anything.
+
+    Raises:
+        ConfigError: an unknown key, environment or environment argument, or a value that cannot be.
+    """
+    from llm_gym.cli.parameters import check
+    from llm_gym.cli.runs import model_path
+    from llm_gym.envs import resolve
+    from llm_gym.harness import TrainConfig, load
+
+    parse_args(env_args)
+    named = [f"env_args.{text}" for text in env_args]
+    config = load(TrainConfig, file, [*sets, *named], model=model_path(model), **given)
+    check(resolve(config.env), config.env_args)
+    return config
+
+
+def stopped(run: Path, progress: TrainProgress) -> None:
+    """Says how to go on after Ctrl-C, and ends the command."""
+    click.echo(f"Stopped after step {progress.step} of {progress.steps}.", err=True)
+    click.echo(f"Go on from the newest checkpoint: llmgym train --resume --out {run}", err=True)
+    raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is said at the end: the curve, before and after, where the report is, and what to try next."""
+    from llm_gym import report
+    from llm_gym.cli.runs import decoder
+
+    page = report.write(run, decode=decoder(run))
+    rewards = [float("nan") if (r := row.get("reward/mean")) is None else float(r) for row in rows if row["step"] > 0]
+    parts = [report.terminal_curve(rewards, "Mean training reward by step"), *_before_after(config, rows)]
+    parts.append("\n".join([f"Report: {page}", "Next:", *(f"  {line}" for line in _next(run, config))]))
+    return "\n" + "\n\n".join(parts)
+
+
+def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Greedy and sampled reward on unseen problems, first against last."""
+    lines = []
+    for word in ("greedy", "sampled"):
+        seen = [row[name] for row in rows if row.get(name := f"eval/{word}_reward") is not None]
+        if len(seen) > 1:
+            lines.append(f"  {word:<8} {seen[0]:.3f} -> {seen[-1]:.3f}")
+    return ["\n".join([f"Reward on {config.eval.episodes} unseen problems:", *lines])] if lines else []
+
+
+def _next(run: Path, config: TrainConfig) -> list[str]:
+    """Commands worth trying after this run."""
+    other = "GuessNumber-v0" if "Guess" not in config.env else "Arithmetic-v0"
+    commands = {
+        f"llmgym eval --model {run}": "measure it again, with confidence intervals",
+        f"llmgym view {run} --open": "look at the report",
+        f"llmgym train --env {other}": "another environment; `llmgym envs` lists them",
+    }
+    width = max(map(len, commands))
+    return [f"{line:<{width}}  # {why}" for line, why in commands.items()]
