@@ -38,8 +38,8 @@ def command(env: str | None, env_args: tuple[str, ...], say: str) -> None:
 
 def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     """The paragraphs of an environment's description; `given` are its arguments, `say` the example's reply."""
-    from llm_gym.cli.parameters import environment_class, notes, parameters
     from llm_gym.envs import resolve
+    from llm_gym.envs.parameters import environment_class, notes, parameters
 
     full = resolve(env_id)
     cls = environment_class(full)
@@ -71,8 +71,8 @@ def _hang(text: str, indent: int) -> str:
 
 def _example(env_id: str, args: Mapping[str, Any], say: str) -> Iterator[str]:
     """The spaces and one exchange of the episode with seed 0, or what is missing to show them."""
-    from llm_gym.cli.parameters import check
     from llm_gym.envs import make
+    from llm_gym.envs.parameters import check
 
     try:
         check(env_id, args)

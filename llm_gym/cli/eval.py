@@ -100,10 +100,10 @@ def make_plan(
     Raises:
         SettingError: something that cannot work.
     """
-    from llm_gym.cli.parameters import check, environment_class
     from llm_gym.cli.runs import model_path, run_of
     from llm_gym.core import Sampling
     from llm_gym.envs import make, resolve
+    from llm_gym.envs.parameters import check, environment_class
     from llm_gym.harness import TrainConfig, load
 
     run, path = run_of(model), model_path(model)

@@ -70,21 +70,17 @@ def command(
 def configuration(
     file: str | None, sets: Iterable[str], env_args: Sequence[str], *, model: str | None = None, **given: Any
 ) -> TrainConfig:
-    """The run's configuration, checked as far as it can be without making anything.
+    """The run's configuration.
 
     Raises:
-        ConfigError: an unknown key, environment or environment argument, or a value that cannot be.
+        ConfigError: an unknown key, or a value that cannot be.
     """
-    from llm_gym.cli.parameters import check
     from llm_gym.cli.runs import model_path
-    from llm_gym.envs import resolve
     from llm_gym.harness import TrainConfig, load
 
     parse_args(env_args)
     named = [f"env_args.{text}" for text in env_args]
-    config = load(TrainConfig, file, [*sets, *named], model=model_path(model), **given)
-    check(resolve(config.env), config.env_args)
-    return config
+    return load(TrainConfig, file, [*sets, *named], model=model_path(model), **given)
 
 
 def stopped(run: Path, progress: TrainProgress) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium
 
+from llm_gym.envs.parameters import check
 from llm_gym.errors import SettingError, unknown
 
 NAMESPACE = "llm_gym"
@@ -52,5 +53,11 @@ def resolve(env_id: str) -> str:
 
 
 def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
-    """`gymnasium.make` for a full or short id, without Gymnasium's checker around every step."""
-    return gymnasium.make(resolve(env_id), disable_env_checker=True, **kwargs)
+    """`gymnasium.make` for a full or short id, without Gymnasium's checker around every step.
+
+    Raises:
+        SettingError: no such id, or no such keyword argument; the nearest one is named.
+    """
+    full = resolve(env_id)
+    check(full, kwargs)
+    return gymnasium.make(full, disable_env_checker=True, **kwargs)

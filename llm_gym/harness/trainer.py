@@ -99,6 +99,7 @@ class Trainer:
         checkpoint = self._open_run(resume)
         if config.threads:
             torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora)
         self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.steps)
         if checkpoint is not None:
