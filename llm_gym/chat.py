@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from llm_gym.core import Ids, Message, Messages
 from llm_gym.errors import TemplateError
-from llm_gym.tokenizer import Coder, declared_stops, load_tokenizer
+from llm_gym.tokenizer import Coder, declared_stops, load_tokenizer, well_formed
 
 __all__ = ["Chat", "load_chat", "load_tokenizer"]
 
@@ -95,7 +95,8 @@ class Chat:
         self._template = _renderer(tokenizer, self.tools)
         self._stops = declared_stops(tokenizer)
         self._coder = Coder(tokenizer, [SENTINEL, *self._stops.values()])
-        self._as_parts = False
+        self.reads_parts = False
+        """Whether the template reads contents as lists of parts only, as some vision models' do."""
         user = self._user_plan()
         primary = self._learn_stop(user)
         if self.tools:
@@ -151,17 +152,18 @@ class Chat:
 
     def encode_reply(self, text: str) -> Ids:
         """What a policy that says `text` would have sampled: its ids and the stop token, int32 [n]."""
-        return np.array([*self._coder.encode(text), self.stop_ids[0]], np.int32)
+        return np.array([*self._coder.encode(well_formed(text)), self.stop_ids[0]], np.int32)
 
     def _encode_opening(self, messages: str) -> Ids:
         return np.array(self._coder.encode(self._render(self._safe(json.loads(messages)), self.tools)), np.int32)
 
     def _safe(self, messages: Messages) -> Messages:
-        """The messages with control tokens in user and tool text split."""
-        return [m if m["role"] in TRUSTED else {**self._coder.split(m), "role": m["role"]} for m in messages]
+        """The messages well-formed, and with control tokens in user and tool text broken up."""
+        tidy = self._coder.tidy
+        return [{**tidy(m, trusted=m["role"] in TRUSTED), "role": m["role"]} for m in messages]
 
     def _render(self, messages: Messages, tools: Sequence[Tool] | None, prompt: bool = True) -> str:
-        if self._as_parts:
+        if self.reads_parts:
             messages = [_in_parts(m) for m in messages]
         try:
             return self._template(messages, tools, prompt)
@@ -232,7 +234,7 @@ class Chat:
         try:
             return self._find_plan(("user",), None)
         except TemplateError as error:
-            self._as_parts = True
+            self.reads_parts = True
             try:
                 return self._find_plan(("user",), None)
             except TemplateError:

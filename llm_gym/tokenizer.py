@@ -13,8 +13,8 @@ from typing import Any
 from llm_gym import embedded
 from llm_gym.errors import SettingError
 
-SPLIT = "\ufdd0"
-"""A Unicode noncharacter: text is encoded piecewise around it, and it is dropped."""
+SPLIT = "\udfff"
+"""Text is encoded piecewise around it. A lone surrogate: no well-formed text contains it."""
 PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Tokenizer classes that are a tokenizer.json and nothing else."""
 
@@ -88,13 +88,13 @@ def _generation_config(name: str) -> Path | None:
 class Coder:
     """Text to ids and back, on a private copy of the tokenizer's Rust backend where it has one.
 
-    A control token is an added token flagged special. `split` marks those spelled out in ordinary text
+    A control token is an added token flagged special. `tidy` marks those spelled out in ordinary text
     so that `encode` reads them as text: the text is split behind the token's first character and the
     pieces are encoded on their own, so that the ids still decode to the text as it was.
     """
 
     def __init__(self, tokenizer: Any, reserved: Sequence[str] = ()) -> None:
-        """Copies the backend; `reserved` are further texts that `split` must break."""
+        """Copies the backend; `reserved` are further texts that `tidy` must break."""
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in added), 1)
         """One more than the largest id."""
@@ -131,24 +131,32 @@ class Coder:
         found = self._control.search(text)
         return found[0] if found else ""
 
-    def split(self, value: Any) -> Any:
-        """`value` (text, or a tree of dicts and lists) with every control token in it broken by `SPLIT`."""
+    def tidy(self, value: Any, *, trusted: bool) -> Any:
+        """`value` (text, or a tree of dicts and lists) well-formed and, unless `trusted`, with every control
+        token in it broken by `SPLIT`."""
         if isinstance(value, str):
-            while self._breakable.search(value):  # again: breaking one may leave another that overlapped it
-                value = self._breakable.sub(lambda m: m[0][0] + SPLIT + m[0][1:], value)
-            return value
+            text = well_formed(value)
+            while not trusted and self._breakable.search(text):  # again: tokens spelled out may overlap
+                text = self._breakable.sub(lambda m: m[0][0] + SPLIT + m[0][1:], text)
+            return text
         if isinstance(value, list):
-            return [self.split(v) for v in value]
-        return {k: self.split(v) for k, v in value.items()} if isinstance(value, dict) else value
+            return [self.tidy(v, trusted=trusted) for v in value]
+        return {k: self.tidy(v, trusted=trusted) for k, v in value.items()} if isinstance(value, dict) else value
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # pairs of surrogates are joined, lone ones become U+FFFD
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = well_formed(text)
         if self._backend is not None:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def well_formed(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates as U+FFFD; no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -87,3 +87,57 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _of_family(table: dict[str, Any], name: str, default: Any) -> Any:
     return next((table[key] for key in sorted(table, key=len, reverse=True) if name.startswith(key)), default)
+
+
+PYTHON = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "Runs Python code.",
+        "parameters": {"type": "object", "properties": {"code": {"type": "string", "description": "The code."}}},
+    },
+}
+"""A tool schema."""
+NO_TOOL_TURN = {
+    name for name in NAMES if name.startswith(("cohere", "gemma", "llava_next", "phi3")) and "gemma4" not in name
+}
+"""Templates that drop or refuse tool results."""
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def calling(codes: list[str], form: str = "dict") -> dict[str, Any]:
+    """A reply that calls the tool once per code; arguments as a dict or, for DeepSeek, as JSON."""
+    arguments = [{"code": code} if form == "dict" else json.dumps({"code": code}) for code in codes]
+    calls = [
+        {"id": f"callno{i:03d}", "type": "function", "function": {"name": "python", "arguments": value}}
+        for i, value in enumerate(arguments)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def results(texts: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"role": "tool", "name": "python", "tool_call_id": f"callno{i:03d}", "content": text}
+        for i, text in enumerate(texts)
+    ]
+
+
+def full_render(chat: Any, messages: list[dict[str, Any]]) -> list[int]:
+    """What transformers makes of the whole chat, the reference that extensions must be the end of."""
+    from llm_gym.chat import DATE
+
+    if chat.reads_parts:
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+            for m in messages
+        ]
+    return chat.tokenizer.apply_chat_template(
+        messages, tools=chat.tools, add_generation_prompt=True, return_dict=False, strftime_now=DATE.strftime
+    )
