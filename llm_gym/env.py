@@ -136,7 +136,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         context = self.chat.open(self._messages)
         if len(context) >= self.max_context:
             raise LLMGymError(
-                f"The first context has {len(context)} tokens; max_context={self.max_context} is too small."
+                f"max_context: the first context has {len(context)} tokens, the limit is {self.max_context}."
             )
         self._rewards, self._turn, self._context = {}, 0, context
         return context.copy(), {"messages": self._copy_messages()}

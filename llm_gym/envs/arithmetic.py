@@ -61,7 +61,7 @@ def worked(problem: tuple[int, str, int]) -> str:
     if op != "+":
         return answer
     columns, carry = [], 0
-    while a or b:
+    while a or b or not columns:
         digits = f"{a % 10}+{b % 10}" + "+1" * carry
         total = a % 10 + b % 10 + carry
         columns.append(f"{digits}={total}")

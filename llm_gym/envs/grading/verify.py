@@ -76,7 +76,7 @@ _NOTHING: Found = (False, None)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|(-?\d[\d.,]*))")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)(?P<span>[^\n]*)",
+    r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)",
     re.IGNORECASE | re.MULTILINE,
 )
 _DIGIT = re.compile(r"\d")
@@ -114,8 +114,11 @@ def _tag(text: str) -> Found:
 
 def _phrase(text: str) -> Found:
     """What the last "Answer: ..." or "the answer is ..." that holds a digit says, up to its sentence's end."""
-    spans = [span for span in _PHRASE.findall(text) if _DIGIT.search(span)]
-    return (True, _of_span(spans[-1])) if spans else _NOTHING
+    for mark in reversed(list(_PHRASE.finditer(text))):
+        span = text[mark.end() :].partition("\n")[0]
+        if _DIGIT.search(span):
+            return True, _of_span(span)
+    return _NOTHING
 
 
 def _last(text: str) -> Found:
