@@ -27,7 +27,8 @@ NUMBER = re.compile(
 """A whole number, decimal or simple fraction in text that `plain` has normalised."""
 
 _LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\[cdt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\[cdt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"(?<=\d)(?:\\[,;!]|,\\!|\{,\})(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\(?=[$%])|\\[()\[\]]"), ""),

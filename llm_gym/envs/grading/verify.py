@@ -13,10 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from llm_gym.envs.grading.numbers import NUMBER, number, parse, plain
 from llm_gym.errors import DataError, SettingError, unknown
+
+MAX_SPAN = 300
+"""An answer stands within so many characters of its phrase (and a hostile reply costs linear time)."""
 
 Status = Literal["correct", "wrong", "no_answer"]
 """`no_answer`: the reply states none, or one that cannot be read as a number."""
@@ -74,7 +78,7 @@ def extract(text: str, where: str = "auto") -> int | Fraction | None:
 Found = tuple[bool, int | Fraction | None]
 _NOTHING: Found = (False, None)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|(-?\d[\d.,]*))")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)",
     re.IGNORECASE | re.MULTILINE,
@@ -102,20 +106,21 @@ def _boxed(text: str) -> Found:
 
 def _tag(text: str) -> Found:
     """The content of the last answer tag; a box or a phrase inside it is opened first."""
-    tags = _TAG.findall(text)
-    if not tags:
+    pairs = [(a.end(), b.start()) for a, b in pairwise(_TAG.finditer(text)) if (a[1], b[1]) == ("", "/")]
+    if not pairs:
         return _NOTHING
+    content = text[slice(*pairs[-1])]
     for find in (_hash, _boxed, _phrase):
-        found, value = find(tags[-1])
+        found, value = find(content)
         if found:
             return True, value
-    return True, _of_span(tags[-1].strip())
+    return True, _of_span(content.strip())
 
 
 def _phrase(text: str) -> Found:
     """What the last "Answer: ..." or "the answer is ..." that holds a digit says, up to its sentence's end."""
     for mark in reversed(list(_PHRASE.finditer(text))):
-        span = text[mark.end() :].partition("\n")[0]
+        span = text[mark.end() : mark.end() + MAX_SPAN].partition("\n")[0]
         if _DIGIT.search(span):
             return True, _of_span(span)
     return _NOTHING
