@@ -154,7 +154,7 @@ def test_the_context_runs_out_exactly_when_no_token_would_fit():
 
 def test_a_first_context_that_does_not_fit_is_an_error_of_that_episode_alone():
     env = Scripted(DONE, max_context=5)
-    with pytest.raises(LLMGymError, match="max_context: the first context has .* tokens, the limit is 5") as caught:
+    with pytest.raises(LLMGymError, match=r"max_context: the first context has .* tokens, the limit is 5") as caught:
         env.reset(seed=1)
     assert not isinstance(caught.value, SettingError)
 

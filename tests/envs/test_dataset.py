@@ -1,0 +1,103 @@
+"""Dataset-v0: data and rewards by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from llm_gym.envs.dataset import Dataset
+from llm_gym.errors import ConfigError, DataError, RewardError
+
+ROWS = [{"prompt": "Say one.", "want": "one"}, {"prompt": "Say two.", "want": "two"}]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def right(text, row):
+    return row["want"] in text
+
+
+def short(text, row):
+    return 1.0 if len(text) < 10 else 0.0
+
+
+def both(text, row):
+    return {"right": right(text, row), "short": short(text, row)}
+
+
+def answer(env, text, row=0):
+    env.reset(options={"task": row})
+    return env.step(env.chat.encode_reply(text))
+
+
+def test_a_function_by_import_path_scores_the_row(data, tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text("def score(text, row):\n    return float(text == row['want'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        env = Dataset(dataset=data, reward="my_scores:score")
+        assert [answer(env, word, row)[1] for word in ("one", "two") for row in (0, 1)] == [1, 0, 0, 1]
+        assert answer(env, "one")[4]["rewards"] == {"reward": 1.0}
+    finally:
+        sys.modules.pop("my_scores", None)
+
+
+@pytest.mark.parametrize("reward", [both, [right, short], {"right": right, "short": short}, {"x": both}])
+def test_named_rewards_in_every_form(data, reward):
+    env = Dataset(dataset=data, reward=reward, reward_weights={"short": 0.5})
+    _, total, terminated, _, info = answer(env, "one")
+    assert (total, terminated, info["rewards"]) == (1.5, True, {"right": 1.0, "short": 1.0})
+    assert answer(env, "it is surely two")[1] == 0.0
+
+
+def test_a_prompt_may_be_a_chat(tmp_path):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"chat": chat}]))
+    env = Dataset(dataset=str(tmp_path / "chat.json"), reward=short, prompt="chat")
+    assert env.reset(seed=1)[1]["messages"] == chat
+    env.step(env.chat.encode_reply("x"))
+    assert env.reset(seed=1)[1]["messages"] == chat
+
+
+def test_a_prompt_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps([{"prompt": 7}]))
+    with pytest.raises(DataError, match="prompt: column 'prompt' holds 7, want a string or a list of messages"):
+        Dataset(dataset=str(tmp_path / "odd.json"), reward=short).reset(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("my_pkg.score", "reward: got 'my_pkg.score', want 'package.module:function'"),
+        ("no_such_pkg:score", "reward: cannot import 'no_such_pkg'"),
+        ("json:dmups", "reward: unknown value 'dmups'; did you mean 'dumps'"),
+        ([short, short], "reward: got functions named \\['short', 'short'\\]"),
+        ([], "reward: got functions named \\[\\]"),
+    ],
+)
+def test_bad_reward_functions_are_found_at_the_start(data, reward, words):
+    with pytest.raises(ConfigError, match=words):
+        Dataset(dataset=data, reward=reward)
+
+
+def test_a_missing_column_names_the_nearest(data):
+    with pytest.raises(DataError, match="prompt: unknown value 'promt'; did you mean 'prompt'"):
+        Dataset(dataset=data, reward=short, prompt="promt")
+
+
+def test_a_component_given_twice_is_refused(data):
+    env = Dataset(dataset=data, reward={"right": short, "all": both})
+    with pytest.raises(RewardError, match="two functions give the component 'right'"):
+        answer(env, "one")
+
+
+def test_a_reward_that_is_no_number_is_refused(data):
+    env = Dataset(dataset=data, reward=lambda text, row: None)
+    with pytest.raises(RewardError, match="Dataset: reward component 'reward' is None"):
+        answer(env, "one")
