@@ -59,7 +59,8 @@ class TransformersPolicy:
         max_context: most tokens of context and completion together; None: the model's own limit.
         max_rows: most requests in flight at once; more wait in line.
         cache_bytes: most memory of the key-value cache (a single request may exceed it).
-        prefill_tokens: most tokens, padding included, in one prefill forward.
+        prefill_tokens: most tokens, padding included, in one prefill forward; None: 2048 on a CPU (more falls out
+            of its caches and is slower), 16384 elsewhere.
         autocast_dtype: compute in this dtype by `torch.autocast`; None: in the parameters' dtype.
         device, dtype: where to load a model to, and as what; None: CUDA in bfloat16 if there is one, else the
             CPU in float32. Of no use for a module.
@@ -77,7 +78,7 @@ class TransformersPolicy:
         max_context: int | None = None,
         max_rows: int = 128,
         cache_bytes: int = 4 << 30,
-        prefill_tokens: int = 8192,
+        prefill_tokens: int | None = None,
         autocast_dtype: torch.dtype | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,10 +87,11 @@ class TransformersPolicy:
         model = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
         self.model, self.version = model, version
         self.max_context = max_context_of(model, max_context)
-        self.max_rows, self.cache_bytes, self.prefill_tokens = max_rows, cache_bytes, prefill_tokens
+        self.max_rows, self.cache_bytes = max_rows, cache_bytes
         self.stop_ids = stop_ids_of(model, tokenizer)
         self._autocast = autocast_dtype
         self._layout = probe(model, autocast_dtype)
+        self.prefill_tokens = prefill_tokens or (2048 if self._layout.device.type == "cpu" else 16384)
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         self._waiting: deque[_Request] = deque()
         self._requests: list[_Request] = []  # those in flight, by row
