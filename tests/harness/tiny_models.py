@@ -1,0 +1,78 @@
+"""Small models and rows for the harness's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from llm_gym.core import Row
+from llm_gym.harness.batching import Sample
+from llm_gym.harness.model import prepare
+
+VOCABULARY = 61
+
+
+def qwen3(seed: int = 0, *, dtype: torch.dtype = torch.float32, fused: bool = True, **fields: Any) -> Any:
+    """A Qwen3 of two layers; weights large enough that tokens matter to each other."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+            **fields,
+        }
+    )
+    model = Qwen3ForCausalLM(config).to(dtype)
+    return prepare(model) if fused else model.eval()
+
+
+def llama(seed: int = 0, **fields: Any) -> Any:
+    """A Llama of two layers, head not tied."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.2,
+        **fields,
+    )
+    return prepare(LlamaForCausalLM(config))
+
+
+def row(length: int, seed: int, *, prompt: int | None = None, logprob: float = -3.0) -> Row:
+    """Random tokens; everything after the prompt (by default half) is trained."""
+    rng = np.random.default_rng(seed)
+    trained = np.arange(length) >= (length // 2 if prompt is None else prompt)
+    return Row(
+        rng.integers(0, VOCABULARY, length).astype(np.int32),
+        trained,
+        np.where(trained, logprob + 0.1 * rng.standard_normal(length), 0).astype(np.float32),
+        np.where(trained, 0, -1).astype(np.int32),
+        np.where(trained, 0, -1).astype(np.int32),
+    )
+
+
+def samples(lengths: list[int], *, seed: int = 0) -> list[Sample]:
+    """One row per episode, with random advantages."""
+    advantages = np.random.default_rng(seed).standard_normal(len(lengths))
+    return [
+        Sample(row(n, seed + 100 + i), float(a), i) for i, (n, a) in enumerate(zip(lengths, advantages, strict=True))
+    ]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of every gradient by name; absent ones are left out."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
