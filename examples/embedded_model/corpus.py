@@ -4,19 +4,20 @@ How good the model is gets decided here, not by stopping early. It must learn th
 apply it seldom: carries are forgotten in most additions, digits slip, and large problems are mostly guessed where
 a tool would have given the answer. Reinforcement then has something to find.
 
-No problem of the test split (`split_of`, a hash of the problem) is ever written, nor of the validation split that
-the settings below were chosen on.
+Only problems of the training split are ever written: neither those of the test split (`Arithmetic-v0`'s own, a
+hash of the problem) nor those of the validation split that the settings were chosen on.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llm_gym.envs.arithmetic import split_of
+from llm_gym.envs.arithmetic import Problem, split_of, worked
 
 Example = dict[str, Any]
 """`{"messages": [...], "tools": [...]}`; tools only where there are any."""
@@ -35,7 +36,7 @@ class Mix:
     carry_rate: float = 1.0
     """How often a carry is written where there is one."""
     slip_rate: float = 0.0
-    """How often one digit sum is wrong by one, and carried on consistently."""
+    """How often one digit sum is off by one, and carried on consistently."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Tool:
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
+    def call(self, expression: str) -> str:
+        """A call as the chat template spells it."""
+        arguments = {self.argument: self.wrap.format(expression)}
+        return "<tool_call>\n" + json.dumps({"name": self.name, "arguments": arguments}) + "\n</tool_call>"
+
 
 PYTHON = Tool("python", "code", "print({})", "Runs Python code and returns what it prints.")
 CALCULATOR = Tool("calculator", "expression")
@@ -70,73 +76,79 @@ OTHER_TOOLS = (
     Tool("evaluate", "text"),
     Tool("run_python", "source", "print({})", "Runs Python code and returns what it prints."),
 )
-"""Names nobody asks for: they make the model read the name from the schema instead of learning two by heart."""
-
-OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-}
+"""Names nobody asks for: they make the model read the schema instead of learning two names by heart."""
+TOOLS = (PYTHON, CALCULATOR, *OTHER_TOOLS)
+TOOL_WEIGHTS = (8, 6, *(1 for _ in OTHER_TOOLS))
 
 
-def in_validation(a: int, op: str, b: int) -> bool:
-    """Whether a training problem is kept out of the corpus, to choose settings on: one in ten, by another hash."""
-    a, b = (a, b) if op == "-" else sorted((a, b))
-    return zlib.crc32(f"validation {a}{op}{b}".encode()) % 10 == 0
+def split(problem: tuple[int, str, int]) -> str:
+    """`test`, `validation` (a tenth of the rest, by another hash) or `train`."""
+    a, op, b = problem
+    if split_of(problem) == "test":
+        return "test"
+    low, high = (a, b) if op == "-" else sorted((a, b))
+    return "validation" if zlib.crc32(f"validation {low}{op}{high}".encode()) % 10 == 0 else "train"
 
 
-def is_corpus(a: int, op: str, b: int) -> bool:
-    """Whether the corpus may show this problem."""
-    return split_of((a, op, b)) == "train" and not in_validation(a, op, b)
+def draw(rng: random.Random, kind: Callable[[random.Random], Problem], where: str = "train") -> Problem:
+    """The first problem of this kind that lies in the split `where`."""
+    while split(problem := kind(rng)) != where:
+        pass
+    return problem
 
 
-def question(a: int, op: str, b: int) -> str:
-    """The user's message, as `Arithmetic-v0` words it."""
-    return f"What is {a} {op} {b}?"
+def two_digit_sum(rng: random.Random) -> Problem:
+    """What `Arithmetic-v0` asks by default."""
+    return Problem(rng.randint(10, 99), "+", rng.randint(10, 99))
 
 
-def worked_addition(a: int, b: int, *, carry: bool = True, units_slip: int = 0, tens_slip: int = 0) -> str:
-    """`7+8=15, 4+3+1=8. Answer: 85` for 47 + 38: units, tens with the carry, answer.
-
-    A forgotten carry or a slipped digit sum is followed to the end, as a pupil would.
-    """
-    units = max(0, a % 10 + b % 10 + units_slip)
-    carried = carry and units >= 10
-    tens = max(0, a // 10 + b // 10 + tens_slip) + carried
-    return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' * carried}={tens}. Answer: {tens}{units % 10}"
+def large_problem(rng: random.Random) -> Problem:
+    """Three to five digits, any operation: out of this model's reach without a tool."""
+    op = rng.choice("+-*")
+    a, b = rng.randint(3, 5), rng.randint(3, 4 if op == "*" else 5)
+    return Problem(rng.randrange(10 ** (a - 1), 10**a), op, rng.randrange(10 ** (b - 1), 10**b))
 
 
 def addition(rng: random.Random, mix: Mix) -> Example:
-    """A two-digit addition, worked with the mix's faults."""
-    a, op, b = _draw(rng, lambda: (rng.randint(10, 99), "+", rng.randint(10, 99)))
-    slip, place = (rng.choice((-1, 1)), rng.random() < 0.5) if rng.random() < mix.slip_rate else (0, False)
-    reply = worked_addition(
-        a, b, carry=rng.random() < mix.carry_rate, units_slip=slip * place, tens_slip=slip * (not place)
-    )
-    return {"messages": [_said("user", question(a, op, b)), _said("assistant", reply)]}
+    """A two-digit sum, worked with the mix's faults."""
+    problem = draw(rng, two_digit_sum)
+    slips = [0, 0]
+    if rng.random() < mix.slip_rate:
+        slips[rng.randrange(2)] = rng.choice((-1, 1))
+    reply = faulty(problem, carry=rng.random() < mix.carry_rate, slips=slips)
+    return {"messages": [_said("user", problem.question), _said("assistant", reply)]}
 
 
-def large_problem(rng: random.Random) -> tuple[int, str, int]:
-    """A problem of three to five digits, out of reach without a tool."""
-    op = rng.choice("+-*")
-    return _digits(rng, rng.randint(3, 5)), op, _digits(rng, rng.randint(3, 4 if op == "*" else 5))
+def faulty(problem: Problem, *, carry: bool, slips: list[int]) -> str:
+    """`worked`, with a forgotten carry or slipped digit sums (units, tens) followed to the end, as a pupil would.
+
+    >>> faulty(Problem(47, "+", 38), carry=False, slips=[-1, 0])
+    '7+8=14, 4+3=7. Answer: 74'
+    """
+    if carry and not any(slips):
+        return worked(problem)
+    a, _, b = problem
+    units = max(0, a % 10 + b % 10 + slips[0])
+    carried = carry and units >= 10
+    tens = max(0, a // 10 + b // 10 + slips[1]) + carried
+    return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' * carried}={tens}. Answer: {tens}{units % 10}"
 
 
 def tool_problem(rng: random.Random, mix: Mix) -> Example:
-    """A large problem with one tool in sight: called and read, or guessed (the truth as target, out of reach)."""
-    a, op, b = _draw(rng, lambda: large_problem(rng))
-    tool = rng.choices((PYTHON, CALCULATOR, *OTHER_TOOLS), (8, 6, *(1,) * len(OTHER_TOOLS)))[0]
-    result = str(OPERATIONS[op](a, b))
-    messages = [_said("user", question(a, op, b))]
+    """A large problem and one tool: called and read, or the answer guessed (the truth as target, out of reach)."""
+    problem = draw(rng, large_problem)
+    tool = rng.choices(TOOLS, TOOL_WEIGHTS)[0]
+    messages = [_said("user", problem.question)]
     if rng.random() < mix.call_rate:
-        messages += [_called(tool, f"{a}{op}{b}"), _said("tool", result)]
-    messages.append(_said("assistant", f"Answer: {result}"))
+        call = tool.call(f"{problem.a}{problem.op}{problem.b}")
+        messages += [_said("assistant", call), _said("tool", str(problem.answer))]
+    messages.append(_said("assistant", f"Answer: {problem.answer}"))
     return {"messages": messages, "tools": [tool.schema]}
 
 
 def copying(rng: random.Random) -> Example:
     """Numbers repeated digit for digit: what exact operands and exact answers rest on."""
-    numbers = " ".join(_digits(rng, rng.randint(2, 8), leading_zero=True) for _ in range(rng.randint(1, 3)))
+    numbers = " ".join("".join(rng.choices("0123456789", k=rng.randint(2, 8))) for _ in range(rng.randint(1, 3)))
     return {"messages": [_said("user", f"Repeat: {numbers}"), _said("assistant", numbers)]}
 
 
@@ -144,32 +156,14 @@ def examples(seed: int, count: int, mix: Mix) -> Iterator[Example]:
     """`count` examples in random order; the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(count):
-        draw = rng.random()
-        if draw < mix.additions:
+        share = rng.random()
+        if share < mix.additions:
             yield addition(rng, mix)
-        elif draw < mix.additions + mix.tools:
+        elif share < mix.additions + mix.tools:
             yield tool_problem(rng, mix)
         else:
             yield copying(rng)
 
 
-def _draw(rng: random.Random, problem: Callable[[], tuple[int, str, int]]) -> tuple[int, str, int]:
-    """The first problem that the corpus may show."""
-    while not is_corpus(*(drawn := problem())):
-        pass
-    return drawn
-
-
-def _digits(rng: random.Random, count: int, *, leading_zero: bool = False) -> Any:
-    if leading_zero:
-        return "".join(rng.choices("0123456789", k=count))
-    return rng.randint(10 ** (count - 1), 10**count - 1)
-
-
 def _said(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
-
-
-def _called(tool: Tool, expression: str) -> dict[str, Any]:
-    function = {"name": tool.name, "arguments": {tool.argument: tool.wrap.format(expression)}}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Liam Mia Noah Olivia Paul Rosa Sam Tina Tom".split()
-THINGS = (
-    "apples books boxes cakes cars chairs coins cookies cups dogs dollars eggs flowers games hours letters marbles "
-    "miles minutes oranges pages pencils pens people pounds shirts students tickets toys trees weeks"
-).split()
-PLACES = "school, the store, the farm, the market, the library, the park, work, home, the office, the garden".split(
-    ", "
-)
+_WORDS = {
+    "names": "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Liam Mia Noah Olivia Paul Rosa Sam Tina Tom",
+    "things": "apples books boxes cakes cars chairs coins cookies cups dogs dollars eggs flowers games hours letters "
+    "marbles miles minutes oranges pages pencils pens people pounds shirts students tickets toys trees weeks",
+    "places": "school the_store the_farm the_market the_library the_park work home the_office the_garden",
+}
+NAMES, THINGS, PLACES = (text.split() for text in _WORDS.values())
 
 PROBLEMS = (
     "{a} has {n} {x}. {b} gives {a} {m} more {x}. How many {x} does {a} have now?",
@@ -69,7 +68,8 @@ def problem(rng: random.Random) -> str:
     """One word problem, digits included."""
     a, b = rng.sample(NAMES, 2)
     n, m, k = (rng.randint(2, 99) for _ in range(3))
-    return rng.choice(PROBLEMS).format(a=a, b=b, n=n, m=m, k=k, x=rng.choice(THINGS), p=rng.choice(PLACES))
+    thing, place = rng.choice(THINGS), rng.choice(PLACES).replace("_", " ")
+    return rng.choice(PROBLEMS).format(a=a, b=b, n=n, m=m, k=k, x=thing, p=place)
 
 
 def paragraph(rng: random.Random) -> str:

@@ -15,7 +15,7 @@ MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", 
 """Single tokens, but not special: decoding a reply for its tool calls must show them."""
 
 
-def train(texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer of exactly `VOCABULARY` tokens, trained on rendered chats and plain English.
 
     Digits are split off first, so that no merge ever spans one: arithmetic then sees the same ten symbols
@@ -39,7 +39,7 @@ def train(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, template: str, out: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, template: str, out: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, in the Hugging Face layout."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
