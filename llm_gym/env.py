@@ -73,6 +73,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
     """Names of every component the environment can give; None: not known in advance."""
     eval_args: ClassVar[Mapping[str, Any]] = {}
     """Keyword arguments that give the environment's unseen problems."""
+    num_tasks: int | None = None
+    """Rows of a data-backed environment, which `options={"task": i}` picks from; None: tasks are drawn."""
     task: int | None = None
     """The row asked for by `reset(options={"task": i})`, for `open` to honour; None: draw one."""
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import textwrap
 import typing
+from itertools import pairwise
 from typing import Any, Literal
 
 import click
@@ -54,7 +55,7 @@ def field_notes(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     notes = {}
-    for field, note in zip(body, body[1:], strict=False):
+    for field, note in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(note, ast.Expr):
             text = ast.literal_eval(note.value) if isinstance(note.value, ast.Constant) else ""
             notes[field.target.id] = " ".join(str(text).split())

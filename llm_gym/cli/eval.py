@@ -128,6 +128,7 @@ def make_plan(
 def evaluate(plan: Plan, engine: str, seed: int) -> dict[str, Any]:
     """Plays the plan and sums it up."""
     import torch
+    from transformers.utils import logging
 
     from llm_gym.cli.progress import counter
     from llm_gym.cli.statistics import summary
@@ -135,6 +136,7 @@ def evaluate(plan: Plan, engine: str, seed: int) -> dict[str, Any]:
     from llm_gym.policies import make_policy
     from llm_gym.rollout import rollout
 
+    logging.disable_progress_bar()
     if plan.threads:
         torch.set_num_threads(plan.threads)
     first = 0 if plan.rows else EVAL_SEED

@@ -13,7 +13,7 @@ from llm_gym.cli.options import config_option, sets_option
 
 @click.command("sft", short_help="Fine-tune a model on chats.")
 @click.option("--data", metavar="FILE", help="Chats, one JSON object with `messages` a line.")
-@click.option("--model", metavar="MODEL", help="Folder or hub id, or a run folder of ours; default: the embedded model.")
+@click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("train", short_help="Train a policy in an environment (GRPO).")
 @env_option
 @env_args_option
-@click.option("--model", metavar="MODEL", help="Folder or hub id, or a run folder of ours; default: the embedded model.")
+@click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")

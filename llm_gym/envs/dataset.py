@@ -48,6 +48,7 @@ class Dataset(TextEnv):
         super().__init__(**kwargs)
         self.prompt = prompt
         self._rows = load_rows(dataset, split, name=config)
+        self.num_tasks = len(self._rows)
         check_columns(self._rows, {"prompt": prompt})
 
     def open(self) -> Messages:

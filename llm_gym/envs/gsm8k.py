@@ -54,6 +54,7 @@ class GSM8K(TextEnv):
         super().__init__(max_tokens=max_tokens, **kwargs)
         self.instruction, self.where = instruction, where
         self._problems = load_problems(dataset, split, question, answer)
+        self.num_tasks = len(self._problems)
         verify("0", "", where=where)  # an unknown policy is found now
 
     def open(self) -> Messages:

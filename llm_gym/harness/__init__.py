@@ -1,6 +1,23 @@
-"""The trainer: configuration, gradient, loop."""
+"""The trainer: configuration, gradient, loop.
 
-from llm_gym.harness.config import TrainConfig, load
-from llm_gym.harness.trainer import Observer, Trainer
+The names below are imported when they are first used: reading a run folder needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_gym.harness.config import TrainConfig, load
+    from llm_gym.harness.trainer import Observer, Trainer
 
 __all__ = ["Observer", "TrainConfig", "Trainer", "load"]
+_HOME = {"Observer": "trainer", "TrainConfig": "config", "Trainer": "trainer", "load": "config"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'llm_gym.harness' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llm_gym.harness.{_HOME[name]}"), name)

@@ -60,6 +60,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     >>> ticks(1, 1)
     [0.5, 1.0, 1.5]
     """
+    if low == high == 0:
+        return [0.0, 1.0]
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         pad = abs(low) / 2 or 1.0
         return [float(low - pad), float(low), float(low + pad)]
