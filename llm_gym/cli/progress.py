@@ -36,7 +36,7 @@ class TrainProgress:
         """The run begins, or goes on, at `step`."""
         self.run, self.step, self.steps = run, step, config.steps
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn())
+            columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())
             words = TextColumn("{task.fields[words]}")
             self._bar = Progress(*columns, words, console=self.console, transient=True)
             self._task = self._bar.add_task("", total=self.steps, completed=step, words="")
