@@ -15,6 +15,7 @@ import click
 
 from llm_gym.cli.group import settings
 from llm_gym.cli.options import env_args_option, env_option, parse_args
+from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -74,7 +75,7 @@ def command(
     environment with data is played once on every row, in order.
     """
     if greedy and temperature:
-        raise click.UsageError("--temperature: greedy sampling has none; pass --sampled.")
+        raise SettingError(f"--temperature: got {temperature} with --greedy, which has none; pass --sampled.")
     with settings():
         heat = 1.0 if temperature is None else temperature
         greedy = temperature is None if greedy is None else greedy
@@ -118,7 +119,7 @@ def make_plan(
     rows = getattr(made.unwrapped, "num_tasks", None)
     made.close()
     if rows is not None and episodes is not None and episodes > rows:
-        raise ValueError(f"--episodes: got {episodes}, but the data has {rows} rows.")
+        raise SettingError(f"--episodes: got {episodes}, but the data has {rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)
     sampling = Sampling(temperature=temperature, max_tokens=most)
     threads = 1 if run is None and model is None else config.resolved().threads

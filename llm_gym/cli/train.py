@@ -10,6 +10,7 @@ import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
 from llm_gym.cli.options import config_option, env_args_option, env_option, parse_args, sets_option
+from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
     from llm_gym.cli.progress import TrainProgress
@@ -48,7 +49,7 @@ def command(
     from llm_gym.harness import Trainer
 
     if resume and out is None:
-        raise click.UsageError("--resume: name the run folder with --out.")
+        raise SettingError("--resume: needs --out, the run folder to go on with.")
     if resume and file is None and out is not None and (out / "config.yaml").is_file():
         file = str(out / "config.yaml")
     progress = TrainProgress()

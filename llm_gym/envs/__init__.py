@@ -16,7 +16,10 @@ from llm_gym.errors import SettingError, unknown
 NAMESPACE = "llm_gym"
 
 TABLE: dict[str, tuple[str, str]] = {
-    "Arithmetic-v0": ("llm_gym.envs.arithmetic:Arithmetic", "procedural sums: difficulty knobs, unseen problems by hash"),
+    "Arithmetic-v0": (
+        "llm_gym.envs.arithmetic:Arithmetic",
+        "procedural sums: difficulty knobs, unseen problems by hash",
+    ),
     "Dataset-v0": ("llm_gym.envs.dataset:Dataset", "any data set and a reward function, both by name"),
     "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
     "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),
@@ -56,8 +59,12 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
     """`gymnasium.make` for a full or short id, without Gymnasium's checker around every step.
 
     Raises:
-        SettingError: no such id, or no such keyword argument; the nearest one is named.
+        SettingError: no such id or keyword argument (the nearest one is named), or a value of the wrong type.
     """
     full = resolve(env_id)
     check(full, kwargs)
-    return gymnasium.make(full, disable_env_checker=True, **kwargs)
+    try:
+        return gymnasium.make(full, disable_env_checker=True, **kwargs)
+    except TypeError as error:
+        reason = str(error).partition(" was raised from the environment creator")[0]
+        raise SettingError(f"{full}: cannot be made with {kwargs} ({reason}).") from error

@@ -144,12 +144,19 @@ def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (),
 
 
 def parse_scalar(text: str) -> Any:
-    """A YAML scalar or flow collection; text that is no YAML is a string, and `1e-4` is a number."""
+    """A YAML scalar or flow collection; text that is no YAML is a string, and `1e-4` is a number.
+
+    YAML's other surprises stay text as well: `-` and `a: b` (collections), `12:30` (a number in base 60), dates.
+    """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    return _number(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _number(value) if value == text.strip() else value
+    if isinstance(value, list | dict):
+        return value if text.lstrip()[0] in "[{" else text
+    return value if isinstance(value, bool | int | float | None) and ":" not in text else text
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | None = None) -> T:
@@ -163,7 +170,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | 
     base = {name: getattr(over, name) for name in names} if over is not None else _section_defaults(cls)
     for key in data:
         if key not in names:
-            raise ConfigError(unknown(f"{where or 'configuration'} key", key, names))
+            raise ConfigError(unknown("configuration key", f"{where}{key}", [f"{where}{name}" for name in names]))
     given = {key: _coerce(value, hints[key], f"{where}{key}", base.get(key)) for key, value in data.items()}
     try:
         return cls(**(base | given))

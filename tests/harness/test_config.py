@@ -75,6 +75,9 @@ def test_a_section_given_in_part_changes_only_that_part() -> None:
 def test_scalars_mean_what_people_mean() -> None:
     values = ["1e-4", "true", "3", "x1", "[1, 2]", "null", "train[:5%]", "1_000_x"]
     assert [parse_scalar(v) for v in values] == [1e-4, True, 3, "x1", [1, 2], None, "train[:5%]", "1_000_x"]
+    assert parse_scalar("'42'") == "42"
+    for text in ("-", "Answer: yes", "12:30", "2026-01-02", "a, b"):
+        assert parse_scalar(text) == text
 
 
 @pytest.mark.parametrize(
