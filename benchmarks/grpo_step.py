@@ -22,11 +22,12 @@ import time
 import warnings
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
-import llm_gym
 from llm_gym.embedded import PATH
+from llm_gym.envs import make
 from llm_gym.envs.grading import verify
 from llm_gym.harness.config import TrainConfig, load
 from llm_gym.harness.trainer import Silent, Trainer
@@ -51,7 +52,7 @@ class StepClock(TrainerCallback):
 
 def problems(count: int) -> Dataset:
     """Prompts of the environment that llm_gym trains on, with their answers."""
-    env = llm_gym.make("Arithmetic-v0")
+    env = make("Arithmetic-v0")
     rows = []
     for seed in range(count):
         _, info = env.reset(seed=seed)
@@ -66,7 +67,7 @@ def score(completions, answer, **kwargs) -> list[float]:
     return [float(verify(gold, c[0]["content"]).score) for c, gold in zip(completions, answer, strict=True)]
 
 
-def trl_block(steps: int, data: Dataset) -> tuple[float, float]:
+def trl_block(steps: int, data: Dataset, model: str) -> tuple[float, float]:
     """CPU-seconds per step and tokens per completion of a fresh GRPOTrainer."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -91,13 +92,14 @@ def trl_block(steps: int, data: Dataset) -> tuple[float, float]:
             log_level="error",
         )
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(PATH, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             reward_funcs=score,
             args=config,
             train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(PATH),
+            processing_class=AutoTokenizer.from_pretrained(model),
             callbacks=[watch],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return (watch.ends[-1] - watch.ends[0]) / (steps - 1), statistics.mean(watch.lengths)
 
@@ -114,12 +116,13 @@ class RowClock(Silent):
         self.lengths.append(row["tokens/generated"] / (PROMPTS * GROUP))
 
 
-def our_block(steps: int) -> tuple[float, float]:
+def our_block(steps: int, model: str) -> tuple[float, float]:
     """CPU-seconds per step and tokens per completion of a fresh Trainer, run folder included."""
     watch = RowClock()
     with tempfile.TemporaryDirectory() as folder:
         config = load(
             TrainConfig,
+            model=model,
             steps=steps,
             prompts_per_step=PROMPTS,
             group_size=GROUP,
@@ -142,14 +145,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--model", default=str(PATH))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     data = problems(PROMPTS * args.steps)
     results: dict[str, list[tuple[float, float]]] = {"TRL": [], "llm_gym": []}
     for _ in range(args.blocks):
-        results["TRL"].append(trl_block(args.steps, data))
-        results["llm_gym"].append(our_block(args.steps))
+        results["TRL"].append(trl_block(args.steps, data, args.model))
+        results["llm_gym"].append(our_block(args.steps, args.model))
     print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}, {args.blocks} alternating blocks of {args.steps} steps")
     print(f"{'':8} {'CPU-s/step':>10} {'min':>7} {'max':>7} {'tokens/completion':>18}")
     for name, blocks in results.items():
