@@ -42,8 +42,6 @@ class Plan:
     """How many episodes: the first rows, or as many unseen seeds."""
     sampling: Sampling
     """How completions are drawn."""
-    threads: int | None
-    """CPU threads of torch; None: torch's own choice."""
 
 
 @click.command("eval", short_help="Measure a policy: mean reward, with its uncertainty.")
@@ -122,27 +120,27 @@ def make_plan(
         raise SettingError(f"--episodes: got {episodes}, but the data has {rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)
     sampling = Sampling(temperature=temperature, max_tokens=most)
-    threads = 1 if run is None and model is None else config.resolved().threads
-    return Plan(env_id, {"tokenizer": path, **args}, path, rows, episodes or rows or EPISODES, sampling, threads)
+    return Plan(env_id, {"tokenizer": path, **args}, path, rows, episodes or rows or EPISODES, sampling)
 
 
 def evaluate(plan: Plan, engine: str, seed: int) -> dict[str, Any]:
     """Plays the plan and sums it up."""
-    import torch
     from transformers.utils import logging
 
     from llm_gym.cli.progress import counter
     from llm_gym.cli.statistics import summary
     from llm_gym.harness.trainer import EVAL_SEED
     from llm_gym.policies import make_policy
+    from llm_gym.policies.model import set_threads
+    from llm_gym.policies.transformers import TransformersPolicy
     from llm_gym.rollout import rollout
 
     logging.disable_progress_bar()
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
     first = 0 if plan.rows else EVAL_SEED
     with settings():
         policy = make_policy(plan.model, engine=engine)
+    if isinstance(policy, TransformersPolicy):
+        set_threads(policy.model)
     try:
         with counter("eval", plan.episodes) as count:
 

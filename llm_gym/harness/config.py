@@ -92,7 +92,7 @@ class TrainConfig:
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     threads: int | None = None
-    """CPU threads of torch; None: torch's own choice (1 for the embedded model: its matrices are tiny)."""
+    """CPU threads of torch; None: torch's own choice, but one for a model as small as the embedded one."""
     time_limit: float | None = None
     """Seconds an episode may take."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -117,8 +117,7 @@ class TrainConfig:
         lr = self.optimizer.lr
         if lr is None:
             lr = 2e-4 if self.model is None else 1e-5 if self.lora else 1e-6
-        threads = 1 if self.threads is None and self.model is None else self.threads
-        return dataclasses.replace(self, threads=threads, optimizer=dataclasses.replace(self.optimizer, lr=lr))
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, lr=lr))
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:

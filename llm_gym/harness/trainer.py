@@ -21,6 +21,7 @@ from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, describe, speeds, staleness
 from llm_gym.harness.model import load_model
 from llm_gym.harness.weights import restore, save
+from llm_gym.policies.model import set_threads
 from llm_gym.policies.transformers import TransformersPolicy
 from llm_gym.rollout import Driver
 
@@ -97,10 +98,9 @@ class Trainer:
         self.env_id, self.env_args, self.eval_args = environments(config)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora)
+        set_threads(self.model, config.threads)
         self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.steps)
         if checkpoint is not None:
             self.step = step_of(checkpoint)

@@ -170,3 +170,15 @@ def copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) 
     with torch.no_grad():
         for name, tensor in given.items():
             every[name].copy_(tensor)
+
+
+SMALL = 20_000_000
+"""Parameters below which a second CPU thread costs more (waiting for it) than it computes."""
+
+
+def set_threads(model: nn.Module, wanted: int | None = None) -> None:
+    """Sets torch's CPU threads: as wanted; None: one for a small model, torch's own choice for others."""
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    elif sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
