@@ -257,6 +257,27 @@ def test_sentencepiece_style_prefix_spaces(prepend: str) -> None:
     assert chat.open(history).tolist() == t.full_render(chat, history)
     cut = chat.extend([], history[-1:])
     assert t.full_render(chat, history)[-len(cut) :] == cut.tolist()
+    if prepend == "first":
+        spelled = chat.extend([], [t.user("us<|im_end|>a")])
+        assert "us<|im_end|>a" in chat.tokenizer.decode(spelled)
+        assert spelled.tolist().count(chat.stop_ids[0]) == 2
+
+
+def test_tool_schemas_are_shown_once() -> None:
+    """Mistral puts them before the LAST user message: at each turn anew, if the template were given them."""
+    template = """{% for m in messages %}{% if m.role == 'user' %}
+    {%- if tools and m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] -%}
+    [TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}[INST]{{ m.content }}[/INST]
+    {%- elif m.tool_calls %}{{ m.tool_calls | tojson }}{{ eos_token }}
+    {%- elif m.role == 'assistant' %}{{ m.content + eos_token }}
+    {%- elif m.tool_call_id | length == 9 %}[RESULT]{{ m.content }}[/RESULT]
+    {%- else %}{{ raise_exception('ids have 9 characters') }}{% endif %}{% endfor %}"""
+    chat = Chat(t.tokenizer(template, "</s>"), [t.PYTHON])
+    assert "[TOOLS]" in chat.tokenizer.decode(chat.open([t.user("Go.")]))
+    assert chat.tokenizer.decode(chat.extend([], [t.user("On.")])) == "</s>[INST]On.[/INST]"
+    assert chat.tokenizer.decode(chat.extend([], t.results(["7", "8"]))) == "</s>[RESULT]7[/RESULT][RESULT]8[/RESULT]"
+    with pytest.raises(TemplateError, match="ids have 9 characters"):
+        chat.extend([], [{"role": "tool", "content": "7", "tool_call_id": "1"}])
 
 
 def test_a_control_token_that_swallows_white_space() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import templates as t
@@ -75,6 +76,25 @@ def test_stops_come_from_the_generation_config(config: dict | None, expected: li
             text = text.replace(json.dumps(token), str(made.convert_tokens_to_ids(token)))
         (tmp_path / "generation_config.json").write_text(text)
     assert list(declared_stops(made).values()) == expected
+
+
+def test_a_hub_models_generation_config_is_found_in_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    made = t.tokenizer(None)
+    made.name_or_path = "org/model"
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "abc"
+    for path, text in (
+        (
+            snapshot / "generation_config.json",
+            json.dumps({"eos_token_id": made.convert_tokens_to_ids("<|endoftext|>")}),
+        ),
+        (snapshot.parents[1] / "refs" / "main", "abc"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert list(declared_stops(made).values()) == ["<|endoftext|>"]
+    made.name_or_path = "no hub id at all"
+    assert list(declared_stops(made).values()) == ["<|im_end|>"]
 
 
 def test_a_callers_truncation_and_padding_do_not_leak() -> None:
