@@ -177,7 +177,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         info = {"messages": self._copy_messages(), "stop_reason": stop, "rewards": dict(self._rewards)}
         return final, reward, stop.terminated, not stop.terminated, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The chat so far as text, for `render_mode="ansi"`."""
         if self.render_mode is None:
             return None
@@ -255,14 +255,18 @@ def _task_option(options: Mapping[str, Any] | None) -> int | None:
     return operator.index(options["task"])
 
 
-def _checked_weights(weights: Mapping[str, float] | None, names: Sequence[str] | None) -> dict[str, float]:
+def _checked_weights(weights: Mapping[str, Any] | None, names: Sequence[str] | None) -> dict[str, float]:
     """The reward weights as a dict of floats, names checked where they are known."""
     for name, weight in (weights or {}).items():
         if names is not None and name not in names:
             raise ConfigError(unknown("reward_weights", name, names))
-        if not isinstance(weight, Real) or not math.isfinite(weight):
+        if not isinstance(weight, NUMBERS) or not math.isfinite(weight):
             raise ConfigError(f"reward_weights: got {weight!r} for {name!r}, want a finite number.")
     return {name: float(weight) for name, weight in (weights or {}).items()}
+
+
+NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
+"""What a reward may be; the first two are there for speed."""
 
 
 def _number(env: TextEnv, name: object, value: object) -> float:
@@ -271,9 +275,7 @@ def _number(env: TextEnv, name: object, value: object) -> float:
     Raises:
         RewardError: it is no finite number.
     """
-    if (type(value) is float or isinstance(value, (Real, np.bool_))) and isinstance(name, str):
-        number = float(value)
-        if math.isfinite(number):
-            return number
+    if isinstance(name, str) and isinstance(value, NUMBERS) and math.isfinite(value):
+        return float(value)
     where = env.spec.id if env.spec is not None else type(env).__name__
     raise RewardError(f"{where}: reward component {name!r} is {value!r}, want a finite number.")

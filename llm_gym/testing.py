@@ -29,7 +29,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 
 from llm_gym.core import Ids, StopReason
-from llm_gym.envs import resolve
+from llm_gym.envs import make, resolve
 from llm_gym.spaces import Tokens
 
 Env = gymnasium.Env[Any, Any]
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
     action: Ids | None
     obs: Ids
-    reward: float
+    reward: Any
     terminated: bool
     truncated: bool
     info: dict[str, Any]
@@ -327,7 +327,7 @@ def _maker(env: str | Env | Callable[..., Env], kwargs: Mapping[str, Any]) -> tu
     """A name and a function that makes a new instance."""
     if isinstance(env, str):
         full = resolve(env)
-        return full, lambda: gymnasium.make(full, disable_env_checker=True, **kwargs)
+        return full, lambda: make(full, **kwargs)
     if isinstance(env, gymnasium.Env):
         _require(not kwargs, f"{env}: keyword arguments are for an id or a class, not for an instance.")
         spec = env.spec
@@ -341,7 +341,7 @@ def _require(ok: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def _reset(env: Env, seed: int) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+def _reset(env: Env, seed: int) -> tuple[Ids, Any, bool, bool, dict[str, Any]]:
     """A reset in the form of a step."""
     obs, info = env.reset(seed=seed)
     return obs, 0.0, False, False, info
@@ -372,7 +372,8 @@ def _check_step(step: Step, where: str) -> None:
     if not (step.terminated or step.truncated):
         _require(reason is None, f"{where}: info['stop_reason'] is {reason!r} before the end.")
         return
-    _require(isinstance(reason, StopReason), f"{where}: info['stop_reason'] is {reason!r}, want a StopReason.")
+    if not isinstance(reason, StopReason):
+        raise AssertionError(f"{where}: info['stop_reason'] is {reason!r}, want a StopReason.")
     ends = (reason.terminated, not reason.terminated)
     _require(
         (step.terminated, step.truncated) == ends,
@@ -412,7 +413,7 @@ def _spoil(obs: Ids, info: dict[str, Any]) -> None:
 
 def _held() -> set[str]:
     """Threads, child processes and sockets of this process, by name."""
-    held = {f"thread {thread.name!r}" for thread in threading.enumerate()}
+    held = {f"thread {thread.name!r} ({thread.ident})" for thread in threading.enumerate()}
     held |= {f"process {child.pid}" for child in multiprocessing.active_children()}
     tasks, files = Path("/proc/self/task"), Path("/proc/self/fd")
     for task in tasks.iterdir() if tasks.exists() else ():

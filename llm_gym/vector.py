@@ -10,8 +10,9 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -20,12 +21,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llm_gym.core import Ids
+from llm_gym.envs import make
 from llm_gym.errors import ConfigError, unknown
 
 MAX_THREADS = 64
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Result:
     """One environment's step, as `recv` returns it."""
 
     index: int
@@ -66,10 +69,9 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
     ) -> None:
         if num_envs < 1:
             raise ConfigError(f"num_envs: got {num_envs!r}, want at least 1.")
-        make = partial(gymnasium.make, env, disable_env_checker=True) if isinstance(env, str) else env
         self.num_envs = num_envs
         self.autoreset_mode = _mode(autoreset_mode)
-        self.envs = [make(**kwargs) for _ in range(num_envs)]
+        self.envs = [make(env, **kwargs) if isinstance(env, str) else env(**kwargs) for _ in range(num_envs)]
         first = self.envs[0]
         self.metadata = {**first.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = first.render_mode
@@ -83,7 +85,7 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         blocking = bool(first.metadata.get("blocking", False))
         self._pool = ThreadPoolExecutor(min(num_envs, MAX_THREADS), "llm_gym-env") if blocking else None
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[Ids, ...], dict[str, Any]]:
         """Resets all environments, or those that `options={"reset_mask": bool [num_envs]}` marks.
@@ -222,7 +224,9 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
 
     def _observations(self) -> tuple[Ids, ...]:
         """The contexts, as copies that the caller may keep and change."""
-        return tuple(obs if obs is None else obs.copy() for obs in self._obs)
+        if any(obs is None for obs in self._obs):
+            raise gymnasium.error.ResetNeeded("Some environments were never reset; call reset() without a mask first.")
+        return tuple(obs.copy() for obs in self._obs)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         """A seed for each environment."""

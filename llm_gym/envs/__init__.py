@@ -16,10 +16,7 @@ from llm_gym.errors import SettingError, unknown
 NAMESPACE = "llm_gym"
 
 TABLE: dict[str, tuple[str, str]] = {
-    "Arithmetic-v0": (
-        "llm_gym.envs.arithmetic:Arithmetic",
-        "procedural sums: difficulty knobs, unseen problems by hash",
-    ),
+    "Arithmetic-v0": ("llm_gym.envs.arithmetic:Arithmetic", "procedural sums; unseen problems are held back by hash"),
     "Dataset-v0": ("llm_gym.envs.dataset:Dataset", "any data set and a reward function, both by name"),
     "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
     "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),

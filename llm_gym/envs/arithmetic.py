@@ -60,7 +60,8 @@ def worked(problem: tuple[int, str, int]) -> str:
     answer = f"Answer: {OPERATIONS[op](a, b)}"
     if op != "+":
         return answer
-    columns, carry = [], 0
+    columns: list[str] = []
+    carry = 0
     while a or b or not columns:
         digits = f"{a % 10}+{b % 10}" + "+1" * carry
         total = a % 10 + b % 10 + carry
@@ -140,7 +141,7 @@ class Arithmetic(TextEnv):
             problem = Problem(a, op, b)
             if split in ("all", split_of(problem)):
                 return problem
-        raise ConfigError(f"split: no {split!r} problem with digits {low} to {high} and operations {self.operations!r}.")
+        raise ConfigError(f"split: no {split!r} problem of {low} to {high} digits with operations {self.operations!r}.")
 
 
 def _operand(rng: np.random.Generator, low: int, high: int) -> int:

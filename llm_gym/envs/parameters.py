@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import gymnasium
+from gymnasium.envs.registration import load_env_creator
+
 from llm_gym.errors import ConfigError, unknown
 
 
@@ -16,9 +19,6 @@ def environment_class(env_id: str) -> type:
     Raises:
         ConfigError: the id's entry point cannot be imported.
     """
-    import gymnasium
-    from gymnasium.envs.registration import load_env_creator
-
     entry = gymnasium.spec(env_id).entry_point
     try:
         found: Any = load_env_creator(entry) if isinstance(entry, str) else entry
@@ -62,6 +62,7 @@ def check(env_id: str, given: Mapping[str, Any]) -> None:
     for name in given if known else ():
         if name not in known:
             raise ConfigError(unknown(f"argument of {env_id}", name, known))
+    given = {**gymnasium.spec(env_id).kwargs, **given}
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:
         raise ConfigError(f"{env_id}: needs {' and '.join(missing)}; pass --env-arg {missing[0]}=...")

@@ -141,7 +141,7 @@ def _csv(path: Path) -> Any:
 
 
 def _parquet(path: Path) -> Iterable[Row]:
-    import pyarrow.parquet  # a dependency of `datasets`
+    import pyarrow.parquet  # type: ignore[import-untyped]  # a dependency of `datasets`
 
     rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     return rows

@@ -124,7 +124,7 @@ def test_bad_arguments_name_the_nearest(kwargs, words):
 
 def test_a_mistyped_file_name_gets_the_nearest_file(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(DataError, match="no file .*; did you mean '.*train.jsonl'"):
+    with pytest.raises(DataError, match=r"no file .*; did you mean '.*train.jsonl'"):
         GSM8K(dataset=str(tmp_path / "trian.jsonl"))
 
 
@@ -139,7 +139,7 @@ def test_files_that_are_no_data(tmp_path, text, words):
 
 def test_a_reference_that_is_no_number_is_found_at_the_start(tmp_path):
     path = write(tmp_path / "qa.jsonl", [*ROWS, {"question": "Why?", "answer": "because\n#### because"}])
-    with pytest.raises(DataError, match="answer: row 20 of .* ends in 'because', want a number after '####'"):
+    with pytest.raises(DataError, match=r"answer: row 20 of .* ends in 'because', want a number after '####'"):
         GSM8K(dataset=path)
 
 
@@ -151,7 +151,7 @@ def test_offline_one_sentence_says_how_to_pass_a_file(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     load_rows.cache_clear()
-    with pytest.raises(DataError, match="cannot load 'openai/gsm8k' from the hub .* pass a local .jsonl") as caught:
+    with pytest.raises(DataError, match=r"cannot load 'openai/gsm8k' from the hub .* pass a local .jsonl") as caught:
         gymnasium.make("llm_gym/GSM8K-v0")
     assert "\n" not in str(caught.value)
     assert "dataset=path/to/train.jsonl" in str(caught.value)

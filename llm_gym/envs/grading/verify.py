@@ -65,7 +65,7 @@ def verify(gold: str | int | float, text: str, *, where: str = "auto") -> Grade:
 
 def extract(text: str, where: str = "auto") -> int | Fraction | None:
     """The number that `text` states as its answer under the policy `where`; None if none."""
-    head, closed, answer = text.rpartition("</think>")
+    _, closed, answer = text.rpartition("</think>")
     if not closed and "<think>" in answer:
         return None  # the thinking was cut short: nothing was answered
     for find in _WHERE[where]:
@@ -92,7 +92,7 @@ _TERM_FOLLOWS = re.compile(r"\s*(?:[-+*/^=×÷·]|\\times|\\cdot|\bx\b)\s*[\d(\\
 
 def _hash(text: str) -> Found:
     """What follows the last `####`, on its line."""
-    head, mark, tail = text.rpartition("####")
+    _, mark, tail = text.rpartition("####")
     if not mark:
         return _NOTHING
     return True, _of_span(tail.lstrip(": \t").partition("\n")[0])
