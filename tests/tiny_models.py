@@ -31,7 +31,7 @@ def tiny(family: str = "Qwen3", dtype: torch.dtype = torch.float32, seed: int = 
     """A random `<family>ForCausalLM`."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**{"tie_word_embeddings": True, **SIZES, **changes})
-    return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 def contexts(count: int, seed: int = 0, longest: int = 40) -> list[Ids]:

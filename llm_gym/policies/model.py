@@ -1,22 +1,16 @@
-"""What the built-in engine needs to know of a transformers model, and the proof that it can serve it."""
+"""A transformers model as the built-in engine sees it: where it comes from, its limits, its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import PolicyError, SettingError
-from llm_gym.policies.kv_cache import ATTENTION, Layout, SlotCache, attention
-
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
-"""Most difference between cached and plain logits, in standard deviations of the logits; 0.2 in half precision."""
 
 
 def load_model(source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -72,83 +66,6 @@ def stop_ids_of(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     for ids in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         found.update([ids] if isinstance(ids, int) else ids or ())
     return tuple(sorted(found))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; the modules that were training are training again at the end."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Layout:
-    """Learns the shape of the model's cache, and proves on two short sequences that cached logits are the plain ones.
-
-    Raises:
-        SettingError: they are not, or the model works in a way that the engine does not know.
-    """
-    device = next(model.parameters()).device
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (2, 6))).to(device)
-    with evaluating(model), torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext():
-        with attention(model, "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"):
-            plain = model(input_ids=ids, use_cache=True)
-        layout = _layout(model, plain.past_key_values, autocast_dtype, device)
-        with attention(model, ATTENTION):
-            cached = _cached_logits(model, layout, ids)
-    want = torch.stack([plain.logits[0, 5], plain.logits[1, 2]]).double()
-    error = (cached.double() - want).abs().max() / want.std().clamp_min(1e-12)
-    if not error <= TOLERANCE.get(layout.dtype, 0.2):
-        raise SettingError(
-            f"model: the built-in engine cannot serve {type(model).__name__}; its cached logits are off by "
-            f"{error:.2g} standard deviations."
-        )
-    return layout
-
-
-def _layout(model: nn.Module, past: Any, autocast_dtype: torch.dtype | None, device: torch.device) -> Layout:
-    layers = getattr(past, "layers", None) or []
-    shapes = {
-        (tuple(layer.keys.shape), tuple(layer.values.shape))
-        for layer in layers
-        if getattr(layer, "keys", None) is not None
-    }
-    if len(shapes) != 1 or any(getattr(layer, "keys", None) is None for layer in layers):
-        raise SettingError(f"model: the built-in engine cannot serve {type(model).__name__}; its cache is not uniform.")
-    keys, values = shapes.pop()
-    return Layout(len(layers), keys[1], keys[3], values[3], autocast_dtype or layers[0].keys.dtype, device)
-
-
-def _cached_logits(model: nn.Module, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
-    """The last logits of ids[0] and ids[1, :3], fed in two uneven pieces (4 + 2, and 1 + 2 with padding)."""
-    cache = SlotCache(layout)
-    cache.resize(2, 8)
-    pieces = (
-        (np.array([[0, 1, 2, 3], [-1, -1, -1, 0]]), [[0, 1, 2, 3], [0, 0, 0, 0]]),
-        (np.array([[4, 5], [1, 2]]), [[4, 5], [1, 2]]),
-    )
-    for positions, columns in pieces:
-        cache.aim(slice(0, 2), positions)
-        seen = torch.from_numpy(np.maximum(positions, 0)).to(layout.device)
-        hidden = torch.arange(int(positions.max()) + 1, device=layout.device) > seen[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=layout.dtype, device=layout.device).masked_fill_(hidden, -torch.inf)
-        output = model(
-            input_ids=ids.gather(1, torch.tensor(columns, device=layout.device)),
-            attention_mask=mask,
-            position_ids=seen,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
 
 
 def copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

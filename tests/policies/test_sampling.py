@@ -11,9 +11,7 @@ from llm_gym.policies.sampling import Knobs, draw, uniforms
 
 
 def knobs(n, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    return Knobs(
-        np.full(n, temperature), np.full(n, top_k, np.int64), np.full(n, top_p), np.full(n, min_p, np.float64)
-    )
+    return Knobs(np.full(n, temperature), np.full(n, top_k, np.int64), np.full(n, top_p), np.full(n, min_p, np.float64))
 
 
 def warped(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -48,7 +46,7 @@ class TestUniforms:
         many, one = np.arange(n), np.zeros(n, np.int64)
         seeds, indices = (many, one) if along == "seeds" else (one, many)
         u = uniforms(seeds.astype(np.uint64), indices)
-        assert 0 <= u.min()
+        assert u.min() >= 0
         assert u.max() < 1
         counts = np.histogram(u, 64, (0, 1))[0]
         assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 6 * np.sqrt(2 * 63)

@@ -60,7 +60,9 @@ def test_every_row_holds_its_own_tokens_through_any_history(data):
             flying[row] = flying[-1]
             flying.pop()
         elif move == "grow":
-            slots.resize(len(slots.rows) + data.draw(st.integers(0, 2)), slots.cache.length + data.draw(st.integers(0, 9)))
+            slots.resize(
+                len(slots.rows) + data.draw(st.integers(0, 2)), slots.cache.length + data.draw(st.integers(0, 9))
+            )
         elif move == "forget":
             slots.forget()
         for row, tokens in enumerate(flying):

@@ -1,0 +1,251 @@
+"""One step at a time: requests in, cached rows, completions out. Knows neither futures nor event loops."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from llm_gym.core import Completion, FinishReason, Ids, Sampling
+from llm_gym.errors import PolicyError
+from llm_gym.policies.forward import feed
+from llm_gym.policies.kv_cache import Layout, SlotCache
+from llm_gym.policies.sampling import Knobs, draw, uniforms
+from llm_gym.policies.slots import Slots
+
+ROUND = 64
+"""Row lengths are multiples of this many tokens."""
+Index = npt.NDArray[np.integer]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A completion to be made."""
+
+    context: Ids
+    """int32 [p]."""
+    sampling: Sampling
+    """`max_tokens` and `stop_token_ids` are final: trimmed to the context, the default ids filled in."""
+    seed: int
+    """Its random stream, 64 bits."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that its row must hold, rounded up."""
+        return -(-(len(self.context) + self.sampling.max_tokens) // ROUND) * ROUND
+
+
+class Engine:
+    """Continuous batching over a key-value cache whose rows outlive their requests.
+
+    The arguments are those of `TransformersPolicy`; `layout` is what one cached token consists of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        *,
+        max_context: int,
+        max_rows: int,
+        cache_bytes: int,
+        prefill_tokens: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.model, self.layout = model, layout
+        self.max_context, self.max_rows = max_context, max_rows
+        self.cache_bytes, self.prefill_tokens = cache_bytes, prefill_tokens
+        self.autocast_dtype = autocast_dtype
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops everything: requests, cached rows, and the memory they took."""
+        self.waiting: deque[Request] = deque()
+        self.flying: list[Request] = []
+        """The requests in flight, by row."""
+        self.slots = Slots(SlotCache(self.layout))
+
+    @property
+    def requests(self) -> list[Request]:
+        """What is in flight or waiting."""
+        return [*self.flying, *self.waiting]
+
+    def forget(self) -> None:
+        """Drops the rows kept for a next turn; frees their memory if nothing is in flight."""
+        if self.flying:
+            self.slots.forget()
+        else:
+            self.slots = Slots(SlotCache(self.layout))
+
+    def drop(self, unwanted: Callable[[Request], bool]) -> None:
+        """Gives up requests."""
+        self.waiting = deque(request for request in self.waiting if not unwanted(request))
+        for row in reversed(range(len(self.flying))):
+            if unwanted(self.flying[row]):
+                self._release(row)
+
+    def step(self, version: int) -> list[tuple[Request, Completion | PolicyError]]:
+        """Prefills what waits, feeds one token of every row; returns what is complete."""
+        done = []
+        if admitted := self._admit():
+            self._prefill(admitted)
+            done += self._finish(version)
+        if self.flying:
+            self._decode()
+            done += self._finish(version)
+        return done
+
+    def _admit(self) -> list[Request]:
+        """Takes from the line what fits, in order, and makes room for it."""
+        length, rows = self.slots.cache.length, len(self.flying)
+        taken: list[Request] = []
+        while self.waiting:
+            needed = max(length, self.waiting[0].length)
+            if rows and rows + 1 > self._rows_of(needed):
+                break
+            length, rows = needed, rows + 1
+            taken.append(self.waiting.popleft())
+        if taken:
+            self._reserve(rows, length)
+        return taken
+
+    def _rows_of(self, length: int) -> int:
+        """How many rows of `length` tokens may be held."""
+        return min(self.max_rows, self.cache_bytes // (length * self.layout.token_bytes))
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """At least so many rows of at least such a length, growing by doubling within the budget."""
+        have_rows, have_length = self.slots.cache.rows, self.slots.cache.length
+        if length > have_length:
+            doubled = min(2 * have_length, -(-self.max_context // ROUND) * ROUND)
+            length = doubled if doubled > length and rows <= self._rows_of(doubled) else length
+        if rows > have_rows:
+            rows = max(rows, min(2 * have_rows, self._rows_of(length)))
+        else:
+            rows = max(rows, min(have_rows, self._rows_of(length)))
+        if (rows, length) != (have_rows, have_length):
+            self.slots.resize(rows, length)
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Computes the contexts that are not cached, each distinct one once, and draws the first tokens."""
+        first = self.slots.active
+        leaders: dict[bytes, int] = {}
+        copies: list[tuple[Request, int]] = []
+        for request in requests:
+            key = request.context.tobytes()
+            if key in leaders:
+                copies.append((request, leaders[key]))
+            else:
+                leaders[key] = self.slots.place(request.context)
+                self._enter(request, leaders[key])
+        logits = self._extend(np.arange(first, self.slots.active))
+        for request, leader in copies:
+            self._enter(request, self.slots.place_copy(leader))
+        source = [*range(len(leaders)), *(leader - first for _, leader in copies)]
+        self._draw(np.arange(first, self.slots.active), logits[source])
+
+    def _enter(self, request: Request, row: int) -> None:
+        """Writes a request's settings to its row."""
+        s, stops = request.sampling, request.sampling.stop_token_ids or ()
+        record = self.slots.rows[row]
+        record["prompt"], record["limit"] = len(request.context), s.max_tokens
+        record["seed"] = request.seed & 0xFFFFFFFFFFFFFFFF
+        record["temperature"], record["top_k"], record["top_p"], record["min_p"] = (
+            s.temperature,
+            s.top_k,
+            s.top_p,
+            s.min_p,
+        )
+        record["stops"] = -1
+        record["stops"][: len(stops)] = stops
+        self.flying.append(request)
+
+    def _extend(self, rows: Index) -> torch.Tensor:
+        """Feeds what is missing of the contexts of `rows`; logits [n, vocabulary] after their last tokens.
+
+        Rows that miss about as much are fed together, in pieces of at most `prefill_tokens` tokens.
+        """
+        missing = self.slots.rows["prompt"][rows] - self.slots.rows["filled"][rows]
+        order = np.argsort(missing, kind="stable")
+        found: list[torch.Tensor] = []
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and missing[order[stop]] * (stop + 1 - start) <= self.prefill_tokens:
+                stop += 1
+            batch = order[start:stop]
+            batch.sort()  # neighbouring rows are read without a copy
+            for _ in range(0, int(missing[batch].max()), self.prefill_tokens):
+                logits = self._feed_contexts(rows[batch])
+            found.append(logits)
+            start = stop
+        return torch.cat(found)[np.argsort(order)]
+
+    def _feed_contexts(self, rows: Index) -> torch.Tensor:
+        """One forward over the next context tokens of each row, padded on the left so that all end together."""
+        fill = self.slots.rows["filled"]
+        width = int(min(self.prefill_tokens, (self.slots.rows["prompt"][rows] - fill[rows]).max()))
+        ids = np.zeros((len(rows), width), np.int64)
+        positions = np.full((len(rows), width), -1, np.int64)
+        for i, row in enumerate(rows):
+            start = int(fill[row])
+            new = self.flying[row].context[start : start + width]
+            ids[i, width - len(new) :] = new
+            positions[i, width - len(new) :] = np.arange(start, start + len(new))
+            self.slots.known[row, start : start + len(new)] = new
+            fill[row] += len(new)
+        neighbours = rows[-1] - rows[0] == len(rows) - 1
+        return self._feed(slice(rows[0], rows[-1] + 1) if neighbours else rows, ids, positions)
+
+    def _decode(self) -> None:
+        """Feeds the pending token of every row in flight and draws the next."""
+        rows = self.slots.rows[: self.slots.active]
+        index = np.arange(self.slots.active)
+        ids, positions = rows["pending"].copy(), rows["filled"].copy()
+        self.slots.known[index, positions] = ids
+        rows["filled"] += 1
+        self._draw(index, self._feed(slice(0, self.slots.active), ids[:, None], positions[:, None]))
+
+    def _feed(self, rows: slice | Index, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        return feed(self.model, self.slots.cache, rows, ids, positions, self.autocast_dtype)
+
+    def _draw(self, index: Index, logits: torch.Tensor) -> None:
+        """Draws the next token of the rows `index` from `logits` [n, vocabulary]."""
+        rows = self.slots.rows[index]
+        uniform = uniforms(rows["seed"], rows["filled"] - rows["prompt"])
+        knobs = Knobs(rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"])
+        tokens, logprobs = draw(logits, knobs, uniform)
+        self.slots.rows["pending"][index] = tokens.cpu().numpy()
+        self.slots.logprobs[index, rows["filled"]] = logprobs.cpu().numpy()
+
+    def _finish(self, version: int) -> list[tuple[Request, Completion | PolicyError]]:
+        """The requests whose last token was drawn; their rows become idle."""
+        rows = self.slots.rows[: self.slots.active]
+        stopped = (rows["stops"] == rows["pending"][:, None]).any(axis=1)
+        spent = rows["filled"] + 1 - rows["prompt"] >= rows["limit"]
+        broken = ~np.isfinite(self.slots.logprobs[np.arange(self.slots.active), rows["filled"]])
+        done: list[tuple[Request, Completion | PolicyError]] = []
+        for row in np.flatnonzero(stopped | spent | broken)[::-1].tolist():  # from the back: swaps bring in none done
+            if broken[row]:
+                done.append((self.flying[row], PolicyError("engine: the model's logits are not finite.")))
+            else:
+                done.append((self.flying[row], self._completion(row, "stop" if stopped[row] else "length", version)))
+            self._release(row)
+        return done[::-1]
+
+    def _completion(self, row: int, reason: FinishReason, version: int) -> Completion:
+        record = self.slots.rows[row]
+        start, stop = int(record["prompt"]), int(record["filled"])
+        tokens = np.append(self.slots.known[row, start:stop], np.int32(record["pending"]))
+        return Completion(tokens, self.slots.logprobs[row, start : stop + 1].copy(), reason, version)
+
+    def _release(self, row: int) -> None:
+        """Makes a row idle, with the last row in flight taking its place."""
+        self.slots.release(row)
+        self.flying[row] = self.flying[-1]
+        self.flying.pop()
