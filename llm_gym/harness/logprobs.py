@@ -46,7 +46,7 @@ def token_logprobs(
         (logprobs [M], entropy [M]) in nats, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature that is not positive.
+        ValueError: shapes that do not fit, an id outside the vocabulary, or a temperature that is not positive.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -55,6 +55,9 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"token_logprobs: temperature: got {temperature!r}, want a value > 0.")
+    if len(targets) and not (targets.min() >= 0 and targets.max() < len(weight)):
+        worst = int(targets.max() if targets.min() >= 0 else targets.min())
+        raise ValueError(f"token_logprobs: targets: got {worst}, want ids in [0, {len(weight)}).")
     logprobs, entropies = _Head.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, float(temperature), entropy
     )
