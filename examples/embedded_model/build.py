@@ -2,8 +2,8 @@
 
     python examples/embedded_model/build.py --out DIR [--seed 0] [--scale 1.0]
 
-`DIR` becomes what `llm_gym/embedded` ships, plus `corpus/*.jsonl` and `evaluation.json`. README.md says why each
-number is what it is.
+`DIR` becomes what `llm_gym/embedded` ships, with the corpus and the run folder of each phase beside it.
+README.md says why each number is what it is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Example, Mix, examples
+from corpus import Mix, examples
 from english import paragraph
 from evaluate import evaluate
 from tokenizer import VOCABULARY, save_tokenizer, train_tokenizer
@@ -82,41 +82,44 @@ PHASES = (
 )
 
 
-def build(out: Path, *, seed: int = 0, scale: float = 1.0, phases: Sequence[Phase] = PHASES) -> Any:
-    """Writes the model's folder and returns the trained model (float32).
+def build(out: Path, *, seed: int = 0, scale: float = 1.0) -> None:
+    """Writes the model's folder.
 
     Args:
-        out: the folder; what is in it is overwritten.
+        out: a new folder.
         seed: decides the corpus, the initial weights and the order of the data.
-        scale: multiplies the number of steps of each phase (and with it the corpus).
-        phases: the stretches of training.
+        scale: multiplies the number of steps of each phase, and with it the corpus.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    texts = [write_corpus(out / "corpus" / f"phase{i + 1}.jsonl", p, i, seed, scale) for i, p in enumerate(phases)]
+    out.mkdir(parents=True)
     save_tokenizer(train_tokenizer(tokenizer_text()), TEMPLATE, out)
-    model = None
-    for i, (phase, chats) in enumerate(zip(phases, texts, strict=True)):
-        config = SFTConfig(
-            init={} if i else MODEL,
-            tokenizer=str(out),
-            steps=len(chats) // CHATS_PER_STEP,
-            examples_per_step=CHATS_PER_STEP,
-            seed=seed,
-            optimizer=phase.optimizer,
-        )
-        model = sft(config, chats, model=model)
+    model: Any = None
+    for index, phase in enumerate(PHASES):
+        config = settings(out, index, phase, seed=seed, steps=max(1, round(scale * phase.steps)))
+        write_corpus(config, phase.mix, seed=1000 * seed + index)
+        model = sft(config)
     export(model, out, dtype=torch.bfloat16)
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
-    return model
 
 
-def write_corpus(path: Path, phase: Phase, index: int, seed: int, scale: float) -> list[Example]:
-    """The chats of a phase, each read once; also on disk, one a line, as `llmgym sft --data` takes them."""
-    steps = max(1, round(phase.steps * scale))
-    chats = list(examples(1000 * seed + index, steps * CHATS_PER_STEP, phase.mix))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    return chats
+def settings(out: Path, index: int, phase: Phase, *, seed: int, steps: int) -> SFTConfig:
+    """A phase as `llmgym sft` would be told it: it begins from random weights, or where the one before ended."""
+    return SFTConfig(
+        data=str(out / f"phase{index + 1}.jsonl"),
+        init={} if index else MODEL,
+        model=str(out / f"phase{index}" / "model") if index else None,
+        tokenizer=str(out),
+        out=str(out / f"phase{index + 1}"),
+        steps=steps,
+        examples_per_step=CHATS_PER_STEP,
+        seed=seed,
+        optimizer=phase.optimizer,
+    )
+
+
+def write_corpus(config: SFTConfig, mix: Mix, *, seed: int) -> None:
+    """The chats of a phase, one a line; each is read once."""
+    chats = examples(seed, config.steps * config.examples_per_step, mix)
+    Path(str(config.data)).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def tokenizer_text() -> Iterator[str]:
