@@ -37,10 +37,10 @@ def parse_args(env_args: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a string without `=`.
     """
-    from llm_gym.harness.config import parse_scalar
-
     found = {}
     for text in env_args:
+        from llm_gym.harness.config import parse_scalar  # takes seconds: torch comes with it
+
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(f"--env-arg: got {text!r}, want key=value such as digits_max=3.")

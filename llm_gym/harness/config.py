@@ -7,6 +7,7 @@ a value of the wrong type is refused with one sentence before anything else happ
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -104,6 +105,8 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "group_size", "token_budget"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
+        if self.device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", self.device):
+            raise ConfigError(unknown("device", self.device, ("auto", "cpu", "cuda")))
         if not self.sampling.full_support:
             raise ConfigError(
                 "sampling: training needs the full distribution (temperature > 0, top_k=0, top_p=1, min_p=0), "

@@ -1,0 +1,148 @@
+"""Whole commands on the real engine: train, interrupt, resume, measure, look."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from llm_gym.cli.group import COMMANDS, llmgym
+
+SMALL = [
+    word
+    for setting in (
+        "prompts_per_step=2",
+        "group_size=2",
+        "eval.episodes=8",
+        "sampling.max_tokens=8",
+        "checkpoint.every=1",
+    )
+    for word in ("--set", setting)
+]
+
+
+def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", "llm_gym.cli", *words], text=True, cwd=cwd, env=environment, **pipes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of three small steps, and what was said at the end."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    done = CliRunner().invoke(llmgym, ["train", "--steps", "3", "--seed", "1", "--out", str(out), *SMALL])
+    assert done.exit_code == 0, done.output
+    return out, done.stdout
+
+
+def test_help_is_quick_to_import() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from llm_gym.cli import group;"
+        "done = CliRunner().invoke(group.llmgym, ['--help']); assert done.exit_code == 0;"
+        "print(done.output); print([m for m in ('torch', 'transformers', 'datasets', 'rich') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("[]")
+    assert all(f"\n  {name} " in said for name in COMMANDS)
+
+
+def test_the_entry_point_runs(tmp_path: Path) -> None:
+    process = started("envs", "Arithmetc-v0", cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err == "Error: env: unknown value 'Arithmetc-v0'; did you mean 'Arithmetic-v0'?\n"
+
+
+def test_train_says_what_happened(trained: tuple[Path, str]) -> None:
+    out, said = trained
+    assert f"3 steps -> {out}" in said
+    assert "Mean training reward by step" in said
+    assert "Reward on 8 unseen problems:" in said
+    assert f"Report: {out / 'report.html'}" in said
+    assert f"llmgym eval --model {out}" in said
+    html = (out / "report.html").read_text("utf-8")
+    assert "Before and after" in html
+    assert '<span class="p' in html, "tokens are shown one by one"
+
+
+def test_eval_takes_the_environment_of_the_run(trained: tuple[Path, str], tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "result.json"
+    words = ["eval", "--model", str(trained[0]), "--episodes", "8", "--out", str(file)]
+    done = CliRunner().invoke(llmgym, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert (found["env"], found["env_args"]["split"], found["episodes"]) == ("llm_gym/Arithmetic-v0", "test", 8)
+    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    assert found["reward"]["mean"] == rows[-1]["eval/greedy_reward"], "the same unseen problems, the same weights"
+    assert found["reward"]["low"] <= found["reward"]["mean"] <= found["reward"]["high"]
+    assert "95% confidence" in done.stdout
+
+
+def test_eval_plays_every_row_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    words = ["eval", "--env", "GSM8K-v0", "--env-arg", "dataset=sample", "--env-arg", "max_tokens=4", "--sampled"]
+    done = CliRunner().invoke(llmgym, [*words, "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert found["rows"] == found["episodes"] == sum(found["stop_reasons"].values()) == 12
+    assert found["failed"] == 0
+
+
+def test_eval_seed_is_the_row() -> None:
+    from llm_gym.cli.eval import environment, make_plan
+
+    plan = make_plan("GSM8K-v0", ["dataset=sample"], None, None, 0.0, None)
+    env = environment(plan)
+    questions = [env.reset(seed=row)[1]["messages"][-1]["content"] for row in (0, 1, 11, 0)]
+    assert len(set(questions)) == 3
+    assert questions[0] == questions[3]
+    env.close()
+
+
+def test_view_makes_the_report_again(trained: tuple[Path, str]) -> None:
+    page = trained[0] / "report.html"
+    page.unlink()
+    done = CliRunner().invoke(llmgym, ["view", str(trained[0])])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(page))
+    assert page.is_file()
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path) -> None:
+    words = ["train", "--steps", "400", "--out", "run", *SMALL]
+    process = started(*words, cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 33/400" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "llmgym train --resume --out run" in err
+    assert "Traceback" not in err + out
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    done = CliRunner().invoke(llmgym, ["train", "--resume", "--out", str(tmp_path / "run"), "--steps", f"{len(rows)}"])
+    assert done.exit_code == 0, done.output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(len(rows) + 1))
+
+
+def test_sft_writes_a_model_that_eval_takes(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    chats.write_text(json.dumps(chat) + "\n")
+    out = tmp_path / "sft"
+    words = ["sft", "--data", str(chats), "--steps", "2", "--out", str(out), "--set", "examples_per_step=2"]
+    done = CliRunner().invoke(llmgym, words)
+    assert done.exit_code == 0, done.output
+    assert f"{out / 'report.html'}" in done.stdout
+    words = ["eval", "--env", "Arithmetic-v0", "--model", str(out), "--episodes", "2", "--max-tokens", "4"]
+    assert CliRunner().invoke(llmgym, words).exit_code == 0
