@@ -44,7 +44,7 @@ def commented(config: Any) -> str:
             style = None if plain[field.name] and isinstance(plain[field.name], list | dict) else False
             body = yaml.safe_dump({field.name: plain[field.name]}, default_flow_style=style, allow_unicode=True)
         for option in typing.get_args(hints[field.name]) if value is None else ():
-            if dataclasses.is_dataclass(option):
+            if isinstance(option, type) and dataclasses.is_dataclass(option):
                 body += textwrap.indent(commented(option()), "#   ")
         if typing.get_origin(hints[field.name]) is Literal:
             note = f"{' | '.join(map(str, typing.get_args(hints[field.name])))}. {note}"

@@ -14,17 +14,8 @@ from click.testing import CliRunner
 
 from llm_gym.cli.group import COMMANDS, llmgym
 
-SMALL = [
-    word
-    for setting in (
-        "prompts_per_step=2",
-        "group_size=2",
-        "eval.episodes=8",
-        "sampling.max_tokens=8",
-        "checkpoint.every=1",
-    )
-    for word in ("--set", setting)
-]
+SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=8", "sampling.max_tokens=8", "checkpoint.every=1")
+SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
