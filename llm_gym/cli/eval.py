@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,9 +183,9 @@ def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     what = f"of {plan.rows:,} rows" if plan.rows else "unseen problems"
     lines = [f"{plan.env}, {plan.model or 'the embedded model'}, {how}, {found['episodes']:,} {what}"]
     if reward := found.get("reward"):
-        interval = f"95% confidence {reward['low']:.4f} to {reward['high']:.4f} ({reward['kind']})"
-        no_interval = "one episode has no confidence interval"
-        lines.append(f"reward   {reward['mean']:.4f}  {no_interval if math.isnan(reward['low']) else interval}")
+        lines.append(f"reward   {reward['mean']:.4f}")
+        if reward["low"] is not None:
+            lines[-1] += f"  95% confidence {reward['low']:.4f} to {reward['high']:.4f} ({reward['kind']})"
         lines += [f"  {name:<12} {value:.4f}" for name, value in found["rewards"].items()]
     lines.append("ended    " + ", ".join(f"{name} {count:,}" for name, count in found["stop_reasons"].items()))
     tokens = found["tokens"]

@@ -27,15 +27,17 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, str]:
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None, str]:
     """95% confidence interval of a mean, and its name: `wilson` for values of 0 and 1, else `normal`.
 
-    A single value that is neither 0 nor 1 has no interval: both ends are NaN.
+    A single value that is neither 0 nor 1 has no interval: both ends are None.
     """
     if set(values) <= {0.0, 1.0}:
         return *wilson(int(sum(values)), len(values)), "wilson"
     data = np.asarray(values, np.float64)
-    half = Z95 * float(data.std(ddof=1)) / math.sqrt(len(data)) if len(data) > 1 else math.nan
+    if len(data) == 1:
+        return None, None, "normal"
+    half = Z95 * float(data.std(ddof=1)) / math.sqrt(len(data))
     return float(data.mean()) - half, float(data.mean()) + half, "normal"
 
 

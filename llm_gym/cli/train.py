@@ -87,7 +87,8 @@ def configuration(
 def stopped(run: Path, progress: TrainProgress) -> None:
     """Says how to go on after Ctrl-C, and ends the command."""
     click.echo(f"Stopped after step {progress.step} of {progress.steps}.", err=True)
-    click.echo(f"Go on from the newest checkpoint: llmgym train --resume --out {run}", err=True)
+    click.echo(f"Go on from its newest checkpoint: llmgym train --resume --out {run}", err=True)
+    click.echo(f"Look at it so far: llmgym view {run}", err=True)
     raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 
@@ -115,11 +116,11 @@ def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> lis
 
 def _next(run: Path, config: TrainConfig) -> list[str]:
     """Commands worth trying after this run."""
-    other = "GuessNumber-v0" if "Guess" not in config.env else "Arithmetic-v0"
+    other = "GuessNumber-v0" if "Arithmetic" not in config.env else "Arithmetic-v0 --env-arg digits_max=3"
     commands = {
         f"llmgym eval --model {run}": "measure it again, with confidence intervals",
         f"llmgym view {run} --open": "look at the report",
-        f"llmgym train --env {other}": "another environment; `llmgym envs` lists them",
+        f"llmgym train --env {other}": "something else; `llmgym envs` lists environments",
     }
     width = max(map(len, commands))
     return [f"{line:<{width}}  # {why}" for line, why in commands.items()]

@@ -124,6 +124,8 @@ MORE = (
     _one("Reward spread", "standard deviation over the episodes of a step", "reward/std"),
     _one("Loss", "its value means little in policy-gradient training", "policy/loss"),
     _one("KL to the reference", "nats per token", "policy/kl"),
+    _one("Learning rate", "peak of its schedule at the end of the warm-up", "policy/lr"),
+    _one("Failed", "fraction of episodes lost to errors, never trained on", "episode/failed_fraction"),
     _one("Clipped", "fraction of tokens outside the trust region", "policy/clip_fraction"),
     Plot(
         "Seconds per step",

@@ -32,7 +32,7 @@ def test_coverage_is_about_95_percent() -> None:
 def test_kinds() -> None:
     assert mean_interval([0.0, 1.0])[2] == "wilson"
     assert mean_interval([0.0, 0.5])[2] == "normal"
-    assert math.isnan(mean_interval([0.5])[0])
+    assert mean_interval([0.5])[:2] == (None, None)
 
 
 def episode(reward: float, stop: StopReason = StopReason.ANSWERED, tokens: int = 4) -> Episode:
