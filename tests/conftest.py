@@ -22,3 +22,17 @@ def shared() -> Callable[[str], Path]:
         return SHARED / path
 
     return find
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where CI is set a heavy test that was skipped is a failure: the real parts must have run."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if _must_run(report)]
+    if skipped and os.environ.get("CI"):
+        terminalreporter.section("heavy tests skipped in CI: a failure")
+        for report in skipped:
+            terminalreporter.line(f"{report.nodeid}: {report.longrepr}")
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _must_run(report: pytest.TestReport | pytest.CollectReport) -> bool:
+    return "heavy" in report.keywords or "tests/heavy" in report.nodeid
