@@ -138,7 +138,10 @@ class Chat:
         stop = last if last in self._stops else None
         plan = self._plan(tuple(m["role"] for m in messages), stop)
         text = self._after_reply(self._safe(messages), plan.arguments, plan.tools)
-        ids = self._coder.encode(text[text.index(plan.terminator) :])
+        at = text.find(plan.terminator)
+        if at < 0:
+            raise TemplateError(f"chat template: it leaves out {plan.terminator!r} behind a reply to these messages.")
+        ids = self._coder.encode(text[at:])
         ended = stop is not None and (stop == ids[0] or not plan.opens)
         return np.array(ids[1:] if ended else ids, np.int32)
 
@@ -220,8 +223,9 @@ class Chat:
     def _terminator(self, head: str, stop: int | None, *, guess: bool) -> str:
         """The text of the token that ends a reply: the sampled one if it stands in `head`, else the first
         stop token there, else (`guess`) the first control token (gpt-oss: `<|return|>` becomes `<|end|>`)."""
-        if stop is not None and self._stops[stop] in head:
-            return self._stops[stop]
+        sampled = self._stops[stop] if stop is not None else ""
+        if sampled and sampled in head:
+            return sampled
         found = _first(self._stops.values(), head) or (self._coder.first_control(head) if guess else "")
         if not found:
             raise TemplateError("no stop token stands between a reply and the next message.")

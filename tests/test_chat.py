@@ -234,6 +234,15 @@ def test_templates_without_exact_extension_are_refused_with_the_reason(template:
         Chat(t.tokenizer(template))
 
 
+def test_a_terminator_that_depends_on_the_content_is_refused() -> None:
+    """A template must close the reply whatever is said next."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if messages[-1].content != 'no' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(TemplateError, match=r"leaves out '<\|im_end\|>'"):
+        Chat(t.tokenizer(template)).extend([], [t.user("no")])
+
+
 def test_messages_that_a_template_refuses_are_named() -> None:
     with pytest.raises(TemplateError, match=r"\['system', 'user'\].*System role not supported"):
         chat_for("gemma").open([{"role": "system", "content": "s"}, t.user("u")])
