@@ -72,6 +72,13 @@ class SeedIgnored(Good):
         return super().open()
 
 
+class TaskIgnored(Good):
+    num_tasks = 50
+
+    def draw_task(self, size):
+        return int(self.np_random.integers(size))
+
+
 class SeedNotPassedOn(Good):
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=None, options=options)
@@ -280,6 +287,7 @@ class CloseFails(Good):
 
 FAULTS = {
     SeedIgnored: "seeds: seeds 0 to 15 all give the same episode",
+    TaskIgnored: "task option: resets to task 0 with seeds 3 and 4 show different rows",
     SeedNotPassedOn: "gymnasium: .*",
     OtherRandomness: "gymnasium: Deterministic step observations are not equivalent",
     ClockInInfo: "gymnasium: .*info",
