@@ -118,7 +118,9 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def _layout(model: nn.Module, past: Any, autocast_dtype: torch.dtype | None, device: torch.device) -> Layout:
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(past, "layers", ())]
+    pairs: list[tuple[Any, Any]] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(past, "layers", ())
+    ]
     shapes = {(tuple(k.shape), tuple(v.shape)) if k is not None and v is not None else None for k, v in pairs}
     if len(shapes) != 1 or None in shapes:
         raise SettingError(f"model: the built-in engine cannot serve {type(model).__name__}: its cache is not uniform.")

@@ -104,7 +104,8 @@ class TransformersPolicy:
         self._wake(loop)
         future = self._futures[request] = loop.create_future()
         self._engine.waiting.append(request)
-        return await future  # a cancelled caller cancels the future, and the next step drops the request
+        done: Completion = await future  # a cancelled caller cancels the future, and the next step drops the request
+        return done
 
     def generate(
         self, contexts: Sequence[Ids], sampling: Sampling, *, seeds: Sequence[int] | None = None

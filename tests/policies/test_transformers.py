@@ -6,6 +6,8 @@ import gc
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import VOCABULARY, contexts, teacher_forced, tiny, worst_gap
 
 from llm_gym.core import Sampling
@@ -132,6 +134,14 @@ class TestBatching:
             want = want or (done, again)
             assert tokens(done) == tokens(want[0]), options
             assert tokens(again) == tokens(want[1]), options
+
+    @settings(deadline=None, max_examples=60)
+    @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), prefill=st.sampled_from([1, 2, 5, 12, 30, 1000]))
+    def test_prefill_in_pieces_of_any_size(self, model, lengths, prefill):
+        start = [np.random.default_rng(n).integers(2, VOCABULARY, n).astype(np.int32) for n in lengths]
+        policy = TransformersPolicy(model, prefill_tokens=prefill)
+        done = policy.generate(start, Sampling(max_tokens=3, stop_token_ids=()), seeds=range(len(start)))
+        assert worst_gap(model, list(zip(start, done, strict=True))) < 2e-5
 
     def test_a_seed_is_a_stream(self, exact):
         policy, context = TransformersPolicy(exact), contexts(1)[0]
