@@ -9,11 +9,15 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from llm_gym.errors import DataError, unknown
 
@@ -102,7 +106,8 @@ def _load_hub(dataset: str, name: str | None, split: str) -> Sequence[Row]:
     import datasets  # takes a second, and local files do without it
 
     try:
-        rows = datasets.load_dataset(dataset, name, split=split)
+        with _offline_if_unreachable(datasets):
+            rows = datasets.load_dataset(dataset, name, split=split)
     except Exception as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise DataError(f"split: {dataset!r} refused {split!r}: {_first_line(error)}") from error
@@ -112,6 +117,33 @@ def _load_hub(dataset: str, name: str | None, split: str) -> Sequence[Row]:
             ", or dataset=sample where the environment ships one."
         ) from error
     return list(rows)
+
+
+@contextmanager
+def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
+    """Puts the hub's client into offline mode while the hub's name does not resolve.
+
+    Cached data sets still load; others fail at once, where the client would retry for half a minute.
+    """
+    from huggingface_hub import constants
+
+    proxied = bool(getproxies())  # then names are resolved elsewhere
+    if proxied or constants.HF_HUB_OFFLINE or _resolves(urlsplit(constants.ENDPOINT).hostname):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+
+
+def _resolves(host: str | None) -> bool:
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import socket
 
 import gymnasium
 import pytest
 
+from llm_gym.envs import rows as rows_module
 from llm_gym.envs.grading import verify
 from llm_gym.envs.gsm8k import GSM8K
 from llm_gym.envs.rows import load_rows, slice_of
@@ -143,18 +145,26 @@ def test_a_reference_that_is_no_number_is_found_at_the_start(tmp_path):
         GSM8K(dataset=path)
 
 
-def test_offline_one_sentence_says_how_to_pass_a_file(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+def test_offline_one_sentence_says_how_to_pass_a_file(monkeypatch, capfd, tmp_path):
+    """The real loader, in a process that can resolve no name and has no cache."""
 
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub")
+    def unresolved(*args, **kwargs):
+        raise socket.gaierror("Name or service not known")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr(rows_module, "getproxies", dict)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     load_rows.cache_clear()
     with pytest.raises(DataError, match=r"cannot load 'openai/gsm8k' from the hub .* pass a local .jsonl") as caught:
         gymnasium.make("llm_gym/GSM8K-v0")
     assert "\n" not in str(caught.value)
     assert "dataset=path/to/train.jsonl" in str(caught.value)
+    assert "etry" not in "".join(capfd.readouterr())
+    import datasets
+    from huggingface_hub import constants
+
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_the_hub_data_set_is_asked_for_as_its_card_says(monkeypatch):
