@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -30,6 +31,9 @@ from llm_gym.chat import load_chat
 from llm_gym.core import Ids, Message, Messages, StopReason
 from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
 from llm_gym.spaces import Tokens
+
+NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
+"""What a reward may be; the first two are there for speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         max_turns: most completions in an episode; None: as many as the context holds.
         max_tokens: most tokens in one completion.
         max_context: tokens of context; an episode ends when the next context would reach it.
-        system_prompt: a system message put before the messages of `open`.
+        system_prompt: the system message of every episode, in place of one that `open` gives.
         reward_weights: component name -> weight in the reward; unnamed components weigh 1.
         render_mode: None or "ansi" (`render` returns the chat as text).
 
@@ -126,15 +130,18 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             The first context, int32 [t], and `{"messages": ...}`.
 
         Raises:
-            SettingError: an unknown option.
+            SettingError: an unknown option, or `open` gave no chat messages.
             LLMGymError: the first context leaves no room in `max_context`.
         """
         super().reset(seed=None if seed is None else operator.index(seed))
         self.task = _task_option(options)
         self._context = None
-        self._messages = [dict(message) for message in self.open()]
+        self._messages = self._checked(self.open())
         if self.system_prompt is not None:
-            self._messages.insert(0, {"role": "system", "content": self.system_prompt})
+            rest = (
+                self._messages[1:] if self._messages[:1] and self._messages[0]["role"] == "system" else self._messages
+            )
+            self._messages = [{"role": "system", "content": self.system_prompt}, *rest]
         context = self.chat.open(self._messages)
         if len(context) >= self.max_context:
             raise LLMGymError(
@@ -152,7 +159,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
         Raises:
             ResetNeeded: the episode is over, or none was started.
-            RewardError: `reply` gave a reward that is no finite number.
+            SettingError: `reply` gave no `Reply`, or messages of another form.
+            RewardError: it gave a reward that is no finite number.
         """
         if self._context is None:
             raise ResetNeeded(f"{type(self).__name__}.step() was called before reset() or after the episode ended.")
@@ -161,8 +169,10 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self._messages.append({"role": "assistant", "content": text})
         self._turn += 1
         reply = self.reply(text)
+        if not isinstance(reply, Reply):
+            raise SettingError(f"{self._name()}: reply() returned {reply!r:.80}, want a Reply.")
         reward = self._add_rewards(reply.reward)
-        self._messages.extend(dict(message) for message in reply.messages)
+        self._messages.extend(self._checked(reply.messages))
         stop = self._stop_reason(reply, action)
         if stop is None:
             context, stop = self._extend(reply, action)
@@ -199,7 +209,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         """Why the episode ends here, or None if it goes on."""
         if reply.stop_reason is not None:
             return StopReason(reply.stop_reason)
-        if len(action) >= self.max_tokens and int(action[-1]) not in self._stop_ids:
+        if int(action[-1]) not in self._stop_ids and len(action) >= self._room():
             return StopReason.TOKEN_LIMIT
         if reply.done:
             return StopReason.ANSWERED
@@ -207,13 +217,18 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             return StopReason.TURN_LIMIT
         return None
 
+    def _room(self) -> int:
+        """Most tokens that this completion could have had."""
+        assert self._context is not None
+        return min(self.max_tokens, self.max_context - len(self._context))
+
     def _extend(self, reply: Reply, action: Ids) -> tuple[Ids, StopReason | None]:
         """The next context, and `token_limit` if it does not fit."""
         assert self._context is not None
         if reply.rewrite is None:
             context = np.concatenate([self._context, action, self.chat.extend(action, list(reply.messages))])
         else:
-            self._messages = [dict(message) for message in reply.rewrite]
+            self._messages = self._checked(reply.rewrite)
             context = self.chat.open(self._messages)
         return context, StopReason.TOKEN_LIMIT if len(context) >= self.max_context else None
 
@@ -222,13 +237,46 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         parts = reward if isinstance(reward, Mapping) else {"reward": reward}
         total = 0.0
         for name, value in parts.items():
-            number = _number(self, name, value)
+            number = self._number(name, value)
             self._rewards[name] = self._rewards.get(name, 0.0) + number
             total += self.reward_weights.get(name, 1.0) * number
         return total
 
+    def _number(self, name: object, value: object) -> float:
+        """A reward component as a float.
+
+        Raises:
+            RewardError: it is no finite number.
+        """
+        if isinstance(name, str) and isinstance(value, NUMBERS) and math.isfinite(value):
+            return float(value)
+        raise RewardError(f"{self._name()}: reward component {name!r} is {value!r}, want a finite number.")
+
     def _copy_messages(self) -> Messages:
-        return [dict(message) for message in self._messages]
+        """The chat as data of the caller's own."""
+        return [_copy(message) for message in self._messages]
+
+    def _checked(self, messages: Sequence[Message]) -> Messages:
+        """A hook's messages, copied.
+
+        Raises:
+            SettingError: they are no chat messages.
+        """
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                example = '{"role": "user", "content": "..."}'
+                raise SettingError(f"{self._name()}: got {message!r:.80} among messages, want a form like {example}.")
+        return [_copy(message) for message in messages]
+
+    def _name(self) -> str:
+        return self.spec.id if self.spec is not None else type(self).__name__
+
+
+def _copy(message: Message) -> Message:
+    """A message that shares nothing with the original; most hold only strings."""
+    if all(type(value) is str for value in message.values()):
+        return dict(message)
+    return deepcopy(dict(message))
 
 
 def _ids(action: Any) -> Ids:
@@ -263,19 +311,3 @@ def _checked_weights(weights: Mapping[str, Any] | None, names: Sequence[str] | N
         if not isinstance(weight, NUMBERS) or not math.isfinite(weight):
             raise ConfigError(f"reward_weights: got {weight!r} for {name!r}, want a finite number.")
     return {name: float(weight) for name, weight in (weights or {}).items()}
-
-
-NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
-"""What a reward may be; the first two are there for speed."""
-
-
-def _number(env: TextEnv, name: object, value: object) -> float:
-    """A reward component as a float.
-
-    Raises:
-        RewardError: it is no finite number.
-    """
-    if isinstance(name, str) and isinstance(value, NUMBERS) and math.isfinite(value):
-        return float(value)
-    where = env.spec.id if env.spec is not None else type(env).__name__
-    raise RewardError(f"{where}: reward component {name!r} is {value!r}, want a finite number.")

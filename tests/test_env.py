@@ -152,6 +152,26 @@ def test_the_context_runs_out_exactly_when_no_token_would_fit():
             assert len(obs) == len(first) + len(env.chat.encode_reply("x"))
 
 
+def test_a_completion_cut_by_the_context_is_cut_too():
+    first, _ = Scripted(DONE).reset(seed=1)
+    env = Scripted(DONE, max_context=len(first) + 3)
+    letter = env.chat.encode_reply("a")[0]
+    for length, reason in ((2, StopReason.ANSWERED), (3, StopReason.TOKEN_LIMIT)):
+        env.reset(seed=1)
+        *_, info = env.step(np.full(length, letter, np.int32))
+        assert info["stop_reason"] is reason
+
+
+def test_the_system_prompt_stands_in_place_of_the_environments_own():
+    class Kind(Scripted):
+        def open(self):
+            return [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+
+    assert Kind().reset(seed=1)[1]["messages"][0]["content"] == "Be kind."
+    _, info = Kind(system_prompt="Be brief.").reset(seed=1)
+    assert info["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
 def test_a_first_context_that_does_not_fit_is_an_error_of_that_episode_alone():
     env = Scripted(DONE, max_context=5)
     with pytest.raises(LLMGymError, match=r"max_context: the first context has .* tokens, the limit is 5") as caught:
@@ -251,6 +271,32 @@ def test_render_gives_the_chat():
     env.reset(seed=1, options={"task": 3})
     say(env, "hello")
     assert env.render() == "[user] task 3\n[assistant] hello\n[user] go on"
+
+
+@pytest.mark.parametrize("messages", ["Guess!", [{"content": "Guess!"}], [None]])
+def test_messages_of_another_form_are_refused(messages):
+    env = Scripted(Reply(messages=messages))
+    env.reset(seed=1)
+    with pytest.raises(SettingError, match=r"Scripted: got .* among messages, want a form like"):
+        say(env, "x")
+
+
+@pytest.mark.parametrize("reply", [None, 1.0, {"reward": 1.0}])
+def test_a_reply_of_another_form_is_refused(reply):
+    env = Scripted(reply)
+    env.reset(seed=1)
+    with pytest.raises(SettingError, match=r"Scripted: reply\(\) returned .*, want a Reply"):
+        say(env, "x")
+
+
+def test_nested_messages_are_the_callers_own_too():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    env = Scripted(Reply(rewrite=[{"role": "user", "content": "q"}, call]), DONE)
+    env.reset(seed=1)
+    *_, info = say(env, "x")
+    info["messages"][1]["tool_calls"][0]["function"]["name"] = "g"
+    call["tool_calls"].clear()
+    assert say(env, "y")[4]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
 
 
 def test_hooks_must_be_written():

@@ -71,7 +71,7 @@ def slice_of(split: str, size: int) -> slice:
     """The rows that a split string asks for, with the rounding of `datasets` (to the nearest row).
 
     >>> slice_of("train[:95%]", 200), slice_of("test", 5), slice_of("train[-3:]", 10)
-    (slice(0, 190, None), slice(0, 5, None), slice(7, 10, None))
+    (slice(0, 190, 1), slice(0, 5, 1), slice(7, 10, 1))
 
     Raises:
         DataError: a string that is no split.
