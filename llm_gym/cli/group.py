@@ -93,4 +93,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Curves and models' text are Unicode; a terminal that is not must not end the run.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.path.append(os.getcwd())  # environments and reward functions in this folder, as under `python -m`
     llmgym(prog_name="llmgym")
