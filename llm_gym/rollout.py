@@ -29,6 +29,8 @@ Env = gymnasium.Env[Any, Any]
 OnEpisode = Callable[[Episode], None]
 CONCURRENT = 128
 """Episodes under way at once, unless the policy has a `max_rows` of its own."""
+PATIENCE = 10.0
+"""Seconds that `Driver.close` waits for environments that close in a thread."""
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ class Driver:
         self._blocking: bool | None = None  # not known before the first environment was made
         self._free: list[_Seat] = []
         self._seats: set[_Seat] = set()
+        self._ending: list[Worker] = []  # threads that are closing their environment
 
     def run(
         self,
@@ -158,6 +161,11 @@ class Driver:
         for seat in list(self._seats):
             self._discard(seat)
         self._free.clear()
+        until = time.monotonic() + PATIENCE
+        for worker in self._ending:
+            if not worker.join(max(0.0, until - time.monotonic())):
+                log.warning("an environment of %s did not close in %g s", self.env_id, PATIENCE)
+        self._ending.clear()
 
     def __enter__(self) -> Driver:
         return self
@@ -245,11 +253,22 @@ class Driver:
             seat = _Seat(self._first(), None)
             self._blocking = bool(seat.env.metadata.get("blocking", False))
             seat.worker = Worker() if self._blocking else None
+        elif self._blocking:
+            seat = await self._make_in_thread()
         else:
-            worker = Worker() if self._blocking else None
-            seat = _Seat(await worker.run(self._new) if worker else self._new(), worker)
+            seat = _Seat(self._new(), None)
         self._seats.add(seat)
         return seat
+
+    async def _make_in_thread(self) -> _Seat:
+        """A seat whose environment is made, used and closed in a thread of its own."""
+        worker, made = Worker(), list[Env]()
+        try:
+            await worker.run(lambda: made.append(self._new()))
+        except BaseException:  # if cancelled, the environment may yet appear
+            worker.stop(lambda: _close(*made))
+            raise
+        return _Seat(made[0], worker)
 
     def _first(self) -> Env:
         """The first environment: if it cannot be made, none can."""
@@ -272,14 +291,19 @@ class Driver:
         """Frees the episode's environment, or closes it if it may be broken."""
         if tale.seat is None:
             return
-        if tale.seat.busy or tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE):
+        if tale.seat.abandoned or tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE):
             self._discard(tale.seat)
         else:
             self._free.append(tale.seat)
 
     def _discard(self, seat: _Seat) -> None:
         self._seats.discard(seat)
-        seat.close()
+        if seat.worker is None:
+            _close(seat.env)
+            return
+        seat.worker.stop(lambda: _close(seat.env))
+        if not seat.abandoned:  # else it closes whenever the call that hangs comes back
+            self._ending.append(seat.worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,31 +341,26 @@ class _Seat:
 
     env: Env
     worker: Worker | None
-    busy: bool = False
-    """Whether a call is under way, or was left unfinished."""
+    abandoned: bool = False
+    """Whether a call was left unfinished."""
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.busy = True
         if self.worker is None:
-            result = function(*args, **kwargs)
-        else:
-            result = await self.worker.run(function, *args, **kwargs)
-        self.busy = False
-        return result
-
-    def close(self) -> None:
-        """Closes the environment, after the call that is under way if there is one; an error is only logged."""
-        if self.worker is None:
-            _close(self.env)
-        else:
-            self.worker.stop(lambda: _close(self.env), wait=not self.busy)
+            return function(*args, **kwargs)
+        try:
+            return await self.worker.run(function, *args, **kwargs)
+        except asyncio.CancelledError:
+            self.abandoned = True
+            raise
 
 
-def _close(env: Env) -> None:
-    try:
-        env.close()
-    except Exception:
-        log.warning("closing an environment failed", exc_info=True)
+def _close(*envs: Env) -> None:
+    """Closes environments; an error is only logged, for nothing depends on them any more."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception:
+            log.warning("closing an environment failed", exc_info=True)
 
 
 def _stop_reason(info: Mapping[str, Any], terminated: bool, cut: bool) -> StopReason:

@@ -82,12 +82,15 @@ class Worker:
         self._calls.put(call)
         return await future
 
-    def stop(self, last: Callable[[], None], *, wait: bool) -> None:
-        """Runs `last` after the calls under way, then ends the thread; `wait` for that."""
+    def stop(self, last: Callable[[], None]) -> None:
+        """Runs `last` after the calls under way, then ends the thread; does not wait for it."""
         self._calls.put(last)
         self._calls.put(None)
-        if wait:
-            self._thread.join()
+
+    def join(self, seconds: float) -> bool:
+        """Waits for the thread's end; whether it came."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class ScriptedPolicy:
         Raises:
             PolicyError: the reply is empty, or a text although no chat was given.
         """
+        await asyncio.sleep(0)  # others get their turn, as with any engine
         reply = self._say(context)
         if isinstance(reply, str) and self.chat is None:
             raise PolicyError("ScriptedPolicy: a reply is text; pass chat= to encode it.")

@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, contexts, teacher_forced, tiny, worst_gap
 
@@ -136,7 +136,10 @@ class TestBatching:
             assert tokens(again) == tokens(want[1]), options
 
     @settings(deadline=None, max_examples=60)
-    @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), prefill=st.sampled_from([1, 2, 5, 12, 30, 1000]))
+    @given(
+        lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), prefill=st.sampled_from([1, 2, 5, 12, 30, 1000])
+    )
+    @example(lengths=[1, 5, 3, 9], prefill=1000)  # first and last in place, the middle not
     def test_prefill_in_pieces_of_any_size(self, model, lengths, prefill):
         start = [np.random.default_rng(n).integers(2, VOCABULARY, n).astype(np.int32) for n in lengths]
         policy = TransformersPolicy(model, prefill_tokens=prefill)
