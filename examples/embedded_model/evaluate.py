@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,15 +57,26 @@ def _tool_skills(policy: Policy, folder: Path, tool: Tool, problems: Sequence[Pr
     answered = [np.concatenate([c, s, chat.extend(s, r)]) for c, s, r in zip(contexts, said, results, strict=True)]
     answers = _replies(policy, chat, answered, GREEDY)
     free = {n: _replies(policy, chat, contexts, s) for n, s in (("greedy", GREEDY), ("sampled", SAMPLED))}
-    called = {n: _mean([r.startswith("<tool_call>") for r in replies]) for n, replies in free.items()}
+    called = {n: [r for r in replies if r.startswith("<tool_call>")] for n, replies in free.items()}
     return {
-        "greedy_call_rate": called["greedy"],
-        "sampled_call_rate": called["sampled"],
+        "greedy_call_rate": round(len(called["greedy"]) / len(problems), 4),
+        "sampled_call_rate": round(len(called["sampled"]) / len(problems), 4),
+        "sampled_well_formed_rate": _mean([_well_formed(r, tool) for r in called["sampled"]] or [0.0]),
         "sampled_exact_call_rate": _mean([r == w for r, w in zip(free["sampled"], wanted, strict=True)]),
         "sampled_guess_accuracy": _accuracy(problems, free["sampled"]),
         "exact_when_calling": _mean(["<tool_call>" + c == w for c, w in zip(calls, wanted, strict=True)]),
         "exact_answer_from_result": _mean([a == f"Answer: {p.answer}" for a, p in zip(answers, problems, strict=True)]),
     }
+
+
+def _well_formed(reply: str, tool: Tool) -> bool:
+    """Whether a reply is one call of this tool with its one argument, whatever that says."""
+    call = re.fullmatch(r"<tool_call>\n(.*)\n</tool_call>", reply)
+    try:
+        content = json.loads(call[1]) if call else None
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("name") == tool.name and [*content["arguments"]] == [tool.argument]
 
 
 def _asked(problem: Problem) -> Messages:
@@ -89,8 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
+    parser.add_argument("--problems", type=int, default=512, help="problems of each kind")
     args = parser.parse_args()
-    print(json.dumps(evaluate(args.folder, split=args.split), indent=2))
+    print(json.dumps(evaluate(args.folder, split=args.split, count=args.problems), indent=2))
 
 
 if __name__ == "__main__":
