@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llm_gym.harness.config import to_dict
+from llm_gym.report.run import problems
 from llm_gym.report.scale import duration, short
 
 LINES = 12
@@ -26,7 +28,7 @@ class TrainProgress:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.run: Path | None = None
         self.step = self.steps = 0
-        self._phase, self._units = "", 0
+        self._phase, self._units, self._problems = "", 0, ""
         self._row: Mapping[str, Any] = {}
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._bar: Progress | None = None
@@ -35,6 +37,7 @@ class TrainProgress:
     def on_start(self, config: Any, run: Path, step: int) -> None:
         """The run begins, or goes on, at `step`."""
         self.run, self.step, self.steps = run, step, config.steps
+        self._problems = problems(to_dict(config))
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())
             words = TextColumn("{task.fields[words]}")
@@ -57,7 +60,7 @@ class TrainProgress:
         if self.step and _number(row, "time/step") is not None:
             self._seconds.append(float(row["time/step"]))
         said = [self.words()] if self._bar is None and self.step % max(1, self.steps // LINES) == 0 else []
-        for text in filter(None, [*said, evaluation(row)]):
+        for text in filter(None, [*said, evaluation(row, self._problems)]):
             self.console.print(f"step {self.step}/{self.steps}: {text}")
         self._update(completed=self.step, words=self.words())
 
@@ -88,11 +91,11 @@ class TrainProgress:
             self._bar.update(self._task, **fields)
 
 
-def evaluation(row: Mapping[str, Any]) -> str:
+def evaluation(row: Mapping[str, Any], on: str) -> str:
     """A row's evaluation in words; empty if it has none."""
     names = (("greedy", "eval/greedy_reward"), ("sampled", "eval/sampled_reward"))
     found = [f"{word} {value:.3f}" for word, name in names if (value := _number(row, name)) is not None]
-    return "reward on unseen problems: " + ", ".join(found) if found else ""
+    return f"reward on {on}: " + ", ".join(found) if found else ""
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

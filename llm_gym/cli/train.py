@@ -105,13 +105,20 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
 
 
 def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Greedy and sampled reward on unseen problems, first against last."""
+    """Greedy and sampled reward in evaluation, first against last."""
+    from llm_gym.harness.config import to_dict
+    from llm_gym.report.run import problems
+
     lines = []
     for word in ("greedy", "sampled"):
         seen = [row[name] for row in rows if row.get(name := f"eval/{word}_reward") is not None]
         if len(seen) > 1:
             lines.append(f"  {word:<8} {seen[0]:.3f} -> {seen[-1]:.3f}")
-    return ["\n".join([f"Reward on {config.eval.episodes} unseen problems:", *lines])] if lines else []
+    if not lines:
+        return []
+    on = problems(to_dict(config))
+    hint = "  (for unseen ones: --set eval.env_args.dataset=FILE)" if on == "training problems" else ""
+    return ["\n".join([f"Reward on {config.eval.episodes} {on}:{hint}", *lines])]
 
 
 def _next(run: Path, config: TrainConfig) -> list[str]:

@@ -99,8 +99,8 @@ def _one(title: str, note: str, metric: str) -> Plot:
 
 MAIN = (
     Plot(
-        "Reward on unseen problems",
-        "the same held-out problems each time",
+        "Reward in evaluation",
+        "on the same problems each time",
         (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")),
     ),
     _one("Training reward", "mean of the episodes of each step", "reward/mean"),

@@ -11,7 +11,7 @@ import jinja2
 
 from llm_gym.harness.checkpoint import write_atomically
 from llm_gym.report import charts
-from llm_gym.report.run import Run, Series, read
+from llm_gym.report.run import Run, Series, problems, read
 from llm_gym.report.scale import duration, short
 from llm_gym.report.transcripts import Decode, along_the_way, compare
 
@@ -57,6 +57,7 @@ def render(run: Run, decode: Decode | None = None) -> str:
         main=charts.main_charts(run),
         more=charts.more_charts(run),
         constants=charts.constants(run),
+        problems=problems(run.config),
         comparison=compare(run, decode),
         steps=along_the_way(run, decode),
         box=charts,
@@ -68,7 +69,7 @@ def facts(run: Run) -> list[Fact]:
     found = []
     for label, name in (("greedy", "eval/greedy_reward"), ("sampled", "eval/sampled_reward")):
         if series := run.series(name):
-            found.append(_change(f"{label} reward, unseen problems", series))
+            found.append(_change(f"{label} reward, {problems(run.config)}", series))
     if not found and (series := run.series("reward/mean")):
         found.append(_change("training reward, first and last step", series))
     found.append(Fact("steps", f"{run.last_step:,}"))

@@ -3,12 +3,14 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import decode, episode, run
 
 from llm_gym import report
 from llm_gym.errors import CheckpointError
+from llm_gym.report.run import problems
 
 
 class Page(HTMLParser):
@@ -162,3 +164,21 @@ def test_folder_without_a_run(tmp_path: Path) -> None:
         report.write(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         report.write(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"env": "Arithmetic-v0"}, "unseen"),
+        ({"env": "GSM8K-v0"}, "unseen"),
+        ({"env": "GSM8K-v0", "env_args": {"dataset": "openai/gsm8k"}}, "unseen"),
+        ({"env": "GSM8K-v0", "env_args": {"dataset": "a/train.jsonl"}}, "training"),
+        ({"env": "GSM8K-v0", "env_args": {"dataset": "sample"}, "eval": {"env_args": {}}}, "training"),
+        ({"env": "GSM8K-v0", "env_args": {"dataset": "a.csv"}, "eval": {"env_args": {"dataset": "b.csv"}}}, "unseen"),
+        ({"env": "GSM8K-v0", "env_args": {"dataset": "a.csv"}, "eval": {"env_args": {"split": "x[90%:]"}}}, "unseen"),
+        ({"env": "llm_gym/Dataset-v0", "env_args": {"dataset": "me/data"}}, "training"),
+        ({}, "unseen"),
+    ],
+)
+def test_training_problems_are_not_called_unseen(config: dict[str, Any], words: str) -> None:
+    assert problems(config) == f"{words} problems"
