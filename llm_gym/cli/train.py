@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from llm_gym.harness import TrainConfig
 
 
+LINE = 160
+"""Characters of a transcript in the terminal."""
+
+
 @click.command("train", short_help="Train a policy in an environment (GRPO).")
 @env_option
 @env_args_option
@@ -100,6 +104,7 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
     page = report.write(run, decode=decoder(run))
     rewards = [float("nan") if (r := row.get("reward/mean")) is None else float(r) for row in rows if row["step"] > 0]
     parts = [report.terminal_curve(rewards, "Mean training reward by step"), *_before_after(config, rows)]
+    parts += _example(run)
     parts.append("\n".join([f"Report: {page}", "Next:", *(f"  {line}" for line in _next(run, config))]))
     return "\n" + "\n\n".join(parts)
 
@@ -119,6 +124,29 @@ def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> lis
     on = problems(to_dict(config))
     hint = "  (for unseen ones: --set eval.env_args.dataset=FILE)" if on == "training problems" else ""
     return ["\n".join([f"Reward on {config.eval.episodes} {on}:{hint}", *lines])]
+
+
+def _example(run: Path) -> list[str]:
+    """One problem before and after: the first of the report's that went better, else its first."""
+    from llm_gym.report.run import read
+    from llm_gym.report.transcripts import compare
+
+    comparison = compare(read(run))
+    if comparison is None:
+        return []
+    pairs = comparison.pairs
+    pair = next((p for p in pairs if p.after.good > p.before.good), pairs[0])
+    question = _line(m.text for m in pair.before.opening if m.role != "system")
+    sides = (
+        (word, _line(m.text for m in t.rest), t.reward) for word, t in (("before", pair.before), ("after", pair.after))
+    )
+    return ["\n".join([f"For example: {question}", *(f"  {w:<7} {text}  (reward {r})" for w, text, r in sides)])]
+
+
+def _line(texts: Iterable[str]) -> str:
+    """Texts on one short line; what models wrote must not steer the terminal."""
+    line = "".join(c if c.isprintable() else " " for c in " | ".join(texts))
+    return line if len(line) <= LINE else f"{line[:LINE]}..."
 
 
 def _next(run: Path, config: TrainConfig) -> list[str]:

@@ -124,7 +124,7 @@ MORE = (
     _one("Reward spread", "standard deviation over the episodes of a step", "reward/std"),
     _one("Loss", "its value means little in policy-gradient training", "policy/loss"),
     _one("KL to the reference", "nats per token", "policy/kl"),
-    _one("Learning rate", "peak of its schedule at the end of the warm-up", "policy/lr"),
+    _one("Learning rate", "of each step", "policy/lr"),
     _one("Failed", "fraction of episodes lost to errors, never trained on", "episode/failed_fraction"),
     _one("Clipped", "fraction of tokens outside the trust region", "policy/clip_fraction"),
     Plot(
@@ -141,11 +141,13 @@ def main_charts(run: Run) -> list[Chart]:
 
 
 def constants(run: Run) -> dict[str, str]:
-    """The metrics that never changed over several steps; a line of text serves them better than a chart."""
+    """The metrics that were one number (up to rounding) over several steps; they need no chart."""
     return {
-        name: short(series.values[0])
+        name: short(series.values[-1])
         for name, series in run.metrics.items()
-        if len(series.values) > 1 and min(series.values) == max(series.values) and not name.startswith("eval/")
+        if len(series.values) > 1
+        and max(series.values) - min(series.values) <= 1e-6 * abs(series.values[-1])
+        and not name.startswith("eval/")
     }
 
 

@@ -58,6 +58,7 @@ def test_train_says_what_happened(trained: tuple[Path, str]) -> None:
     assert f"3 steps -> {out}" in said
     assert "Mean training reward by step" in said
     assert "Reward on 8 unseen problems:" in said
+    assert "For example: What is " in said
     assert f"Report: {out / 'report.html'}" in said
     assert f"llmgym eval --model {out}" in said
     html = (out / "report.html").read_text("utf-8")
@@ -137,3 +138,10 @@ def test_sft_writes_a_model_that_eval_takes(tmp_path: Path) -> None:
     assert f"{out / 'report.html'}" in done.stdout
     words = ["eval", "--env", "Arithmetic-v0", "--model", str(out), "--episodes", "2", "--max-tokens", "4"]
     assert CliRunner().invoke(llmgym, words).exit_code == 0
+
+
+def test_transcripts_do_not_steer_the_terminal() -> None:
+    from llm_gym.cli.train import LINE, _line
+
+    assert _line(["a\x1b[2J\nb", "\x9bc\u202e"]) == "a [2J b |  c "
+    assert len(_line(["x" * 1000])) == LINE + 3

@@ -182,3 +182,11 @@ def test_folder_without_a_run(tmp_path: Path) -> None:
 )
 def test_training_problems_are_not_called_unseen(config: dict[str, Any], words: str) -> None:
     assert problems(config) == f"{words} problems"
+
+
+def test_what_never_changes_needs_no_chart(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", 1, evaluated=False)
+    for step in range(2, 5):
+        folder.log({"step": step, "policy/ratio_mean": 1 + 1e-8 * step, "sampler/staleness_max": 0, "wave": step})
+    words = " ".join(page(tmp_path / "r").text.split())
+    assert "Constant throughout: policy/ratio_mean 1, sampler/staleness_max 0." in words
