@@ -33,12 +33,16 @@ class RunFolder:
         """Begins a new run here.
 
         Raises:
-            CheckpointError: the folder already holds one.
+            CheckpointError: the folder already holds one that has begun (a configuration alone is none).
         """
-        if self.metrics_file.exists() or self.config_file.exists():
+        if self.metrics_file.exists():
             raise CheckpointError(f"out: {str(self.path)!r} already holds a run; pass --resume, or another folder.")
         for folder in ("episodes", "checkpoints"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
+        self.write_config(config_yaml)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Replaces config.yaml; a resumed run may have been given more steps."""
         write_atomically(self.config_file, config_yaml)
 
     def rewind(self, step: int) -> None:

@@ -55,7 +55,9 @@ class PolicyConfig:
     engine: str = "auto"
     """A row of `policies.ENGINES`."""
     max_rows: int = 256
-    """Sequences decoded at once."""
+    """Sequences that the built-in engine decodes at once."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_context` ...)."""
 
 
 @dataclass(frozen=True)

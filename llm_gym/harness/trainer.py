@@ -20,9 +20,9 @@ from llm_gym.harness.config import TrainConfig, dump
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, describe, speeds, staleness
 from llm_gym.harness.model import load_model
+from llm_gym.harness.sync import engine_of, make_sampler, push
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
-from llm_gym.policies.transformers import TransformersPolicy
 from llm_gym.rollout import Driver
 
 EVAL_SEED = 2**32
@@ -95,6 +95,7 @@ class Trainer:
         self.observer = observer or Silent()
         self.step = 0
         self.weigh = advantage(config.advantage)
+        engine_of(config)
         self.env_id, self.env_args, self.eval_args = environments(config)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
@@ -105,7 +106,7 @@ class Trainer:
         if checkpoint is not None:
             self.step = step_of(checkpoint)
             restore(self.learner, checkpoint)
-        self.policy = TransformersPolicy(self.model, version=self.step, max_rows=config.policy.max_rows)
+        self.policy = make_sampler(config, self.model, version=self.step)
         self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
         self.eval_driver = Driver(self.env_id, self.policy, env_args=self.eval_args, time_limit=config.time_limit)
 
@@ -132,7 +133,7 @@ class Trainer:
             with clock(times, "time/train"):
                 learned = self.learn(episodes)
             with clock(times, "time/sync"):
-                self.policy.refresh(version=self.step + 1)
+                push(self.model, self.policy, version=self.step + 1)
         played = describe(episodes) | {"sampler/staleness_max": staleness(episodes, self.step)}
         self.step += 1
         row = {"step": self.step, **played, **learned, **times, **speeds(learned, played["tokens/generated"], times)}
@@ -202,6 +203,7 @@ class Trainer:
         if not resume or not self.run.config_file.exists():
             self.run.start(dump(self.config))
             return None
+        self.run.write_config(dump(self.config))
         saved = self.run.checkpoints()
         self.run.rewind(step_of(saved[-1]) if saved else -1)
         return saved[-1] if saved else None

@@ -62,6 +62,8 @@ def test_rows_are_json_even_when_numbers_are_not(run: RunFolder) -> None:
 
 
 def test_a_folder_with_a_run_is_not_overwritten(run: RunFolder) -> None:
+    run.start("steps: 3\n")  # nothing has happened here yet
+    run.log({"step": 0})
     with pytest.raises(CheckpointError, match="--resume"):
         run.start("steps: 4\n")
     assert run.config_file.read_text() == "steps: 3\n"

@@ -148,6 +148,8 @@ def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
         ({"env": "Aritmetic-v0"}, "Arithmetic-v0"),
         ({"env_args": {"max_turn": 3}}, "max_turn"),
         ({"advantage": "group_nrom"}, "group_norm"),
+        ({"policy": {"engine": "vlm"}}, "vllm"),
+        ({"policy": {"engine": "vllm"}, "lora": {"rank": 4}}, "adapters"),
         ({"model": "no/such/model/anywhere"}, "no/such/model/anywhere"),
     ],
 )
