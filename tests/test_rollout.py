@@ -345,41 +345,55 @@ class TestBlockingEnvironments:
         assert where == {threading.get_ident()}
 
 
+class Chatter(llm_gym.TextEnv):
+    """Lasts 1 to 5 turns, whatever is said, and answers at uneven length."""
+
+    def open(self):
+        self.left = int(self.np_random.integers(1, 6))
+        return [{"role": "user", "content": f"Say {self.left} things."}]
+
+    def reply(self, text):
+        self.left -= 1
+        more = [{"role": "user", "content": "Go on. " * int(self.np_random.integers(1, 5))}]
+        return llm_gym.Reply(more, reward=1.0, done=self.left == 0)
+
+
+def chatter(policy, *, seeds=range(16), **options):
+    """Uneven episodes of the embedded model: hot, and with many stop tokens, so that lengths vary."""
+    sampling = Sampling(temperature=3.0, max_tokens=60, stop_token_ids=tuple(range(10, 560, 36)))
+    return rollout(Chatter, policy, seeds=seeds, group_size=4, sampling=sampling, **options)
+
+
 class TestWithTheRealEngine:
-    """64 uneven multi-turn episodes of the embedded model."""
-
-    def played(self, policy, **options):
-        stops = tuple(range(10, 560, 40))  # any of these ends a completion, so that lengths vary
-        sampling = Sampling(temperature=1.5, max_tokens=60, stop_token_ids=stops)
-        args = {"max_turns": 5}
-        return rollout(
-            "GuessNumber-v0", policy, seeds=range(16), group_size=4, sampling=sampling, env_args=args, **options
-        )
-
     def test_log_probabilities_are_those_of_a_plain_forward_over_the_rows(self):
         policy = make_policy(None, device="cpu")
-        episodes = self.played(policy)
-        assert len({len(e.turns) for e in episodes}) > 2
+        episodes = chatter(policy)
+        assert len({len(e.turns) for e in episodes}) == 5
+        assert len({len(turn.completion.tokens) for e in episodes for turn in e.turns}) > 30
         for episode in episodes:
             (row,) = episode.rows()
             assert row.trained.sum() == episode.tokens_generated
-            want = teacher_forced(policy.model, row.tokens[:1], row.tokens[1:], temperature=1.5)
+            want = teacher_forced(policy.model, row.tokens[:1], row.tokens[1:], temperature=3.0)
             assert np.abs(want - row.logprobs[1:])[row.trained[1:]].max() < 1e-5
 
     def test_the_number_under_way_changes_nothing(self):
         exact = make_policy(None, dtype=torch.float64, device="cpu")
         tokens = [
-            [turn.completion.tokens.tolist() for episode in self.played(exact, **options) for turn in episode.turns]
-            for options in ({}, {"max_concurrent": 1}, {"max_concurrent": 7})
+            [
+                turn.completion.tokens.tolist()
+                for episode in chatter(exact, seeds=range(3), max_concurrent=concurrent)
+                for turn in episode.turns
+            ]
+            for concurrent in (1, 5, None)
         ]
         assert tokens[0] == tokens[1] == tokens[2]
 
     def test_nothing_that_came_before_changes_a_bit(self):
         policy = make_policy(None, device="cpu")
-        before = self.played(policy)
+        before = chatter(policy)
         policy.generate([turn.prompt for turn in before[3].turns], Sampling())
         rollout("Arithmetic-v0", policy, seeds=range(9))
-        for a, b in zip(before, self.played(policy), strict=True):
+        for a, b in zip(before, chatter(policy), strict=True):
             for x, y in zip(a.turns, b.turns, strict=True):
                 assert np.array_equal(x.completion.tokens, y.completion.tokens)
                 assert np.array_equal(x.completion.logprobs, y.completion.logprobs)
@@ -388,7 +402,7 @@ class TestWithTheRealEngine:
         policy = make_policy(None, device="cpu")
         with torch.no_grad():
             policy.model.model.norm.weight.fill_(torch.nan)
-        episodes = self.played(policy)
+        episodes = chatter(policy)
         assert {e.stop_reason for e in episodes} == {StopReason.POLICY_ERROR}
         assert "finite" in episodes[0].error
 
