@@ -120,9 +120,9 @@ def _config(path: str | Path) -> Any:
 def fuse_norms(model: nn.Module) -> int:
     """Gives the usual RMSNorm layers torch's own `rms_norm`, and returns how many.
 
-    Transformers writes the norm as five elementwise operations, which on CPU cost a fifth of a small model's
-    step. A layer is changed only if the result is equal to 1e-6 on a random input, so norms of another form
-    (1 + weight, no weight, ...) are left alone. Unlike the original it also keeps float64 in float64.
+    Transformers writes the norm as seven calls; one call makes decoding and small models faster. A layer is
+    changed only if the result is equal to 1e-6 on a probe, so norms of another form (1 + weight, no weight, ...)
+    are left alone. Unlike the original it keeps float64 in float64, and half precision in half precision.
     """
     changed = 0
     for module in model.modules():
@@ -151,7 +151,8 @@ def _fused(cls: type) -> type:
     """A subclass of a transformers norm that computes the same in one call."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     if cls not in _FUSED:
         _FUSED[cls] = type(f"Fused{cls.__name__}", (cls,), {"forward": forward})
@@ -233,26 +234,22 @@ class Body:
     @torch.no_grad()
     def _packs(self) -> bool:
         """Whether packing is exact here; sets `scale` and the attention implementation."""
-        lengths = (7, 5)
-        device = next(self.causal.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self.config.vocab_size, (sum(lengths),), generator=generator).to(device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        empty = tokens[:0]
-        batch = MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
-        self.causal.set_attn_implementation("sdpa")
-        rows = torch.split(tokens, list(lengths))
-        plain = torch.cat([self.causal(input_ids=row[None]).logits[0] for row in rows]).float()
-        self.scale = self._scale(self._logits(self._padded(batch)), plain)
+        batch = _probe(self.config.vocab_size, next(self.causal.parameters()).device)
+        capped = getattr(self.config, "attn_logit_softcapping", None)  # which `sdpa` leaves out without a word
+        plainly = "sdpa" if getattr(self.causal, "_supports_sdpa", True) and not capped else "eager"
+        self.causal.set_attn_implementation(plainly)
+        rows = torch.split(batch.tokens, list(batch.lengths))
+        logits = torch.cat([self.causal(input_ids=row[None]).logits[0] for row in rows]).float()
+        self.scale = self._scale(self._logits(self._padded(batch)), logits)
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        if kinds == {"full_attention"}:
+        if kinds == {"full_attention"} and plainly == "sdpa":
             self.causal.set_attn_implementation(NAME)
             try:
-                if _close(self._logits(self._packed(batch)), plain):
+                if self._close(self._logits(self._packed(batch)), logits):
                     return True
             except RuntimeError as error:
                 log.debug("packing: %s", error)
-            self.causal.set_attn_implementation("sdpa")
+            self.causal.set_attn_implementation(plainly)
         log.warning("packing is not exact for %s (layers: %s): rows are padded.", type(self.causal).__name__, kinds)
         return False
 
@@ -262,20 +259,28 @@ class Body:
 
     def _scale(self, linear: Tensor, logits: Tensor) -> float:
         """The factor between them (Granite and Cohere have one); 1.0 exactly where there is none."""
-        if linear.shape == logits.shape:
+        if linear.shape == logits.shape and not getattr(self.config, "final_logit_softcapping", None):
             factor = float((linear * logits).sum() / (linear * linear).sum())
             factor = 1.0 if abs(factor - 1) < 1e-3 else factor
-            if _close(factor * linear, logits):
+            if self._close(factor * linear, logits):
                 return factor
         raise ConfigError(
             f"model: the logits of {type(self.causal).__name__} are not a linear map of its last hidden states "
             "(a soft cap?); such heads are not supported."
         )
 
+    def _close(self, a: Tensor, b: Tensor) -> bool:
+        """Equal up to the rounding of the weights' type; NaN is not."""
+        exact = next(self.causal.parameters()).dtype in (torch.float32, torch.float64)
+        return bool((a - b).abs().max() <= (1e-3 if exact else 3e-2) * b.abs().max())
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, of half precision at worst; other sequences' tokens change logits far more."""
-    return bool((a - b).abs().max() <= 2e-2 * b.abs().max())
+
+def _probe(vocabulary: int, device: torch.device) -> MicroBatch:
+    """Two short sequences of random tokens, nothing trained."""
+    lengths = (7, 5)
+    tokens = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    return MicroBatch(tokens, positions, lengths, *[tokens[:0]] * 6)
 
 
 # --- in and out --------------------------------------------------------------------------------------------

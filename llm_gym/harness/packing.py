@@ -142,10 +142,16 @@ def attention(
 
     Returns:
         ([1, N, heads, D], None).
+
+    Raises:
+        RuntimeError: the layer wants something that packed attention does not do.
     """
     if layout is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise RuntimeError(f"packing: attention with {name!r} cannot be packed.")
     layout.seen += 1
     sizes = [block.tokens for block in layout.blocks]
     streams = zip(*(torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value)), strict=True)

@@ -55,6 +55,23 @@ def body_logits(body: Body, batch: MicroBatch) -> torch.Tensor:
         return body.scale * torch.nn.functional.linear(body.hidden(batch), weight, bias)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_gives_the_packed_logits(side: str) -> None:
+    model = qwen3()
+    batch = micro(LENGTHS)
+    packed = body_logits(Body(model), batch)
+    width = max(batch.lengths)
+    ids = torch.zeros(len(LENGTHS), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, tokens in enumerate(batch.tokens.split(list(batch.lengths))):
+        where = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
+        ids[i, where], mask[i, where] = tokens, 1
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(logits[mask.bool()], packed, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [qwen3, llama])
 def test_packed_logits_are_transformers_own(make) -> None:
     model = make()
@@ -156,9 +173,21 @@ def test_a_logit_scale_is_found() -> None:
     torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
 
 
-def test_a_soft_cap_is_refused() -> None:
+def test_a_soft_cap_in_attention_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """`sdpa` ignores it silently."""
     torch.manual_seed(0)
-    config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5)
+    fields = {"final_logit_softcapping": None, "attn_logit_softcapping": 0.5, "layer_types": ["full_attention"] * 2}
+    model = prepare(Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, **fields)))
+    body, batch = Body(model), micro([23, 5, 17])
+    assert not body.packed
+    torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_a_soft_cap_is_refused(cap: float) -> None:
+    """Even one that small logits do not notice."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=cap)
     with pytest.raises(ConfigError, match="not a linear map"):
         Body(prepare(Gemma2ForCausalLM(config)))
 
@@ -166,7 +195,7 @@ def test_a_soft_cap_is_refused() -> None:
 # Norms
 
 
-def test_fused_norms_are_equal_and_cheaper_in_nodes() -> None:
+def test_fused_norms_are_equal() -> None:
     slow, fast = qwen3(fused=False), qwen3()
     assert fuse_norms(copy.deepcopy(slow)) == 2 * 4 + 1
     ids = torch.randint(0, VOCABULARY, (2, 9))
