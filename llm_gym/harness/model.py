@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from llm_gym import embedded
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
+from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Layout
 
 log = logging.getLogger(__name__)
@@ -112,51 +113,6 @@ def _config(path: str | Path) -> Any:
         raise ConfigError(
             f"model: {str(path)!r} is neither a model folder nor a hub id that can be read ({reason})."
         ) from error
-
-
-# --- norms ------------------------------------------------------------------------------------------------
-
-
-def fuse_norms(model: nn.Module) -> int:
-    """Gives the usual RMSNorm layers torch's own `rms_norm`, and returns how many.
-
-    Transformers writes the norm as seven calls; one call makes decoding and small models faster. A layer is
-    changed only if the result is equal to 1e-6 on a probe, so norms of another form (1 + weight, no weight, ...)
-    are left alone. Unlike the original it keeps float64 in float64, and half precision in half precision.
-    """
-    changed = 0
-    for module in model.modules():
-        if _is_rms_norm(module):
-            module.__class__ = _fused(type(module))
-            changed += 1
-    return changed
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, Tensor):
-        return False
-    if weight.dtype not in (torch.float32, torch.float64) or weight.device.type == "meta":
-        return False
-    probe = torch.linspace(-3, 3, weight.numel(), device=weight.device, dtype=torch.float32)
-    with torch.no_grad():
-        ours = nn.functional.rms_norm(probe, weight.shape, weight.float(), eps)
-        return torch.allclose(module(probe).float(), ours, rtol=1e-6, atol=1e-6)
-
-
-_FUSED: dict[type, type] = {}
-
-
-def _fused(cls: type) -> type:
-    """A subclass of a transformers norm that computes the same in one call."""
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        weight = self.weight.to(hidden_states.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
-
-    if cls not in _FUSED:
-        _FUSED[cls] = type(f"Fused{cls.__name__}", (cls,), {"forward": forward})
-    return _FUSED[cls]
 
 
 # --- body and head ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import peft
@@ -20,7 +19,7 @@ from transformers import (
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch, pack
-from llm_gym.harness.model import Body, LoraConfig, export, fuse_norms, load_model, merged, new_model, prepare
+from llm_gym.harness.model import Body, LoraConfig, export, load_model, merged, new_model, prepare
 from llm_gym.harness.packing import Layout
 
 SMALL = {
@@ -190,23 +189,6 @@ def test_a_soft_cap_is_refused(cap: float) -> None:
     config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=cap)
     with pytest.raises(ConfigError, match="not a linear map"):
         Body(prepare(Gemma2ForCausalLM(config)))
-
-
-# Norms
-
-
-def test_fused_norms_are_equal() -> None:
-    slow, fast = qwen3(fused=False), qwen3()
-    assert fuse_norms(copy.deepcopy(slow)) == 2 * 4 + 1
-    ids = torch.randint(0, VOCABULARY, (2, 9))
-    torch.testing.assert_close(fast(input_ids=ids).logits, slow(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    assert fast.state_dict().keys() == slow.state_dict().keys()
-
-
-def test_norms_of_another_form_are_left_alone() -> None:
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8))
-    assert fuse_norms(model) == 0
 
 
 # LoRA
