@@ -22,7 +22,7 @@ import numpy as np
 from llm_gym import envs
 from llm_gym.core import Episode, Ids, Message, Sampling, StopReason, Turn
 from llm_gym.errors import SettingError, boundary
-from llm_gym.policies import Policy
+from llm_gym.policies import Completer
 from llm_gym.policies.running import Worker, run_here
 
 Env = gymnasium.Env[Any, Any]
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 def rollout(
     env: str | Callable[..., Env],
-    policy: Policy,
+    policy: Completer,
     *,
     seeds: Iterable[int],
     group_size: int = 1,
@@ -76,7 +76,7 @@ def rollout(
 
 async def rollout_async(
     env: str | Callable[..., Env],
-    policy: Policy,
+    policy: Completer,
     *,
     seeds: Iterable[int],
     group_size: int = 1,
@@ -95,7 +95,7 @@ class Driver:
     def __init__(
         self,
         env: str | Callable[..., Env],
-        policy: Policy,
+        policy: Completer,
         *,
         sampling: Sampling | None = None,
         env_args: Mapping[str, Any] | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,15 +23,25 @@ ENGINES = {
 
 
 @runtime_checkable
-class Policy(Protocol):
-    """What the driver and the trainer need of an engine."""
+class Completer(Protocol):
+    """All that the episode driver needs.
 
-    version: int
-    """Version of the weights now serving; every completion carries the one that sampled it."""
+    It uses three more attributes where they exist: `max_rows` (as many episodes are under way), `stop_ids`
+    (they end a completion beside the chat's own), and `forget()` (called around a rollout, so that what was
+    cached before changes nothing).
+    """
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
         """One completion of `context` (int32 [p]); requests in flight together are batched continuously."""
         ...
+
+
+@runtime_checkable
+class Policy(Completer, Protocol):
+    """What the trainer needs of an engine."""
+
+    version: int
+    """Version of the weights now serving; every completion carries the one that sampled it."""
 
     def generate(
         self, contexts: Sequence[Ids], sampling: Sampling, *, seeds: Sequence[int] | None = None
@@ -63,7 +74,13 @@ def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: st
     if name not in ENGINES:
         raise SettingError(unknown("engine", engine, ["auto", *ENGINES]))
     module, _, attribute = ENGINES[name].partition(":")
-    policy: Policy = getattr(importlib.import_module(module), attribute)(model, **options)
+    make = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(make).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for option in options:
+            if option not in known:
+                raise SettingError(unknown(f"option of the {name} engine", option, known))
+    policy: Policy = make(model, **options)
     return policy
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,26 @@ def load_model(source: str | Path | None, device: str | None = None, dtype: torc
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
+        with _no_progress_bar():
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
     return model.to(device).eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing a bar for every load, which would run into the trainer's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def max_context_of(model: nn.Module, wanted: int | None) -> int:
