@@ -20,6 +20,8 @@ from llm_gym.policies.slots import Slots
 
 ROUND = 64
 """Row lengths are multiples of this many tokens."""
+KEPT_BYTES = 1 << 28
+"""A cache up to this size is kept between rollouts."""
 Index = npt.NDArray[np.integer]
 
 
@@ -61,14 +63,25 @@ class Engine:
         self.max_context, self.max_rows = max_context, max_rows
         self.cache_bytes, self.prefill_tokens = cache_bytes, prefill_tokens
         self.autocast_dtype = autocast_dtype
+        self.slots = Slots(SlotCache(layout))
+        self._finite = True
         self.clear()
 
     def clear(self) -> None:
-        """Drops everything: requests, cached rows, and the memory they took."""
+        """Drops everything: requests, cached rows, and the memory they took, unless it is little.
+
+        Clearing new memory would cost a small model a sixth of its rollout. What follows does not depend on what is
+        kept: the mask hides old keys and values (they are finite), and their length never limits the number of rows.
+        """
         self.waiting: deque[Request] = deque()
         self.flying: list[Request] = []
         """The requests in flight, by row."""
-        self.slots = Slots(SlotCache(self.layout))
+        cache = self.slots.cache
+        row_bytes = cache.length * self.layout.token_bytes
+        little = cache.rows * row_bytes <= KEPT_BYTES and self.max_rows * row_bytes <= self.cache_bytes
+        keep = little and self._finite
+        self.slots = Slots(cache if keep else SlotCache(self.layout))
+        self._finite = True
 
     @property
     def requests(self) -> list[Request]:
@@ -76,11 +89,11 @@ class Engine:
         return [*self.flying, *self.waiting]
 
     def forget(self) -> None:
-        """Drops the rows kept for a next turn; frees their memory if nothing is in flight."""
-        if self.flying:
+        """Drops the rows kept for a next turn; as `clear` if nothing is in flight."""
+        if self.requests:
             self.slots.forget()
         else:
-            self.slots = Slots(SlotCache(self.layout))
+            self.clear()
 
     def drop(self, unwanted: Callable[[Request], bool]) -> None:
         """Gives up requests."""
@@ -229,6 +242,7 @@ class Engine:
         stopped = (rows["stops"] == rows["pending"][:, None]).any(axis=1)
         spent = rows["filled"] + 1 - rows["prompt"] >= rows["limit"]
         broken = ~np.isfinite(self.slots.logprobs[np.arange(self.slots.active), rows["filled"]])
+        self._finite &= not broken.any()
         done: list[tuple[Request, Completion | PolicyError]] = []
         for row in np.flatnonzero(stopped | spent | broken)[::-1].tolist():  # from the back: swaps bring in none done
             if broken[row]:

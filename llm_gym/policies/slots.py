@@ -39,9 +39,10 @@ class Slots:
         self.cache = cache
         self.active = 0
         self.clock = 0
-        self.rows = np.zeros(0, ROW)
-        self.known = np.full((0, 1), -1, np.int32)
-        self.logprobs = np.zeros((0, 0), np.float32)
+        self.rows = np.zeros(cache.rows, ROW)
+        # One column more than there are tokens, never known: where every comparison ends.
+        self.known = np.full((cache.rows, cache.length + 1), -1, np.int32)
+        self.logprobs = np.zeros((cache.rows, cache.length), np.float32)
 
     def resize(self, rows: int, length: int) -> None:
         """Makes room for `rows` rows of `length` tokens; idle rows beyond are dropped."""
@@ -50,7 +51,6 @@ class Slots:
         before, self.rows = self.rows, np.zeros(rows, ROW)
         self.rows[:n] = before[:n]
         self.rows["filled"] = np.minimum(self.rows["filled"], length)
-        # One column more than there are tokens, never known: where every comparison ends.
         known, self.known = self.known, np.full((rows, length + 1), -1, np.int32)
         self.known[:n, :t] = known[:n, :t]
         logprobs, self.logprobs = self.logprobs, np.zeros((rows, length), np.float32)

@@ -129,7 +129,7 @@ class TransformersPolicy:
         self.refresh(version=version)
 
     def refresh(self, *, version: int | None = None) -> None:
-        """Drops everything cached and frees its memory; call it when the shared weights have changed.
+        """Drops everything cached; call it when the shared weights have changed.
 
         Args:
             version: the new weights' version; None: as before.
@@ -142,10 +142,7 @@ class TransformersPolicy:
         self.version = self.version if version is None else version
 
     def forget(self) -> None:
-        """Drops the rows kept for a next turn: what follows depends on nothing that came before.
-
-        It also frees the cache's memory, if nothing is in flight.
-        """
+        """Drops the rows kept for a next turn: what follows depends on nothing that came before."""
         self._drop_cancelled()
         self._engine.forget()
 

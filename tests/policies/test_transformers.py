@@ -1,7 +1,7 @@
 """The built-in engine against plain forwards of the same model."""
 
 import asyncio
-import gc
+import copy
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, contexts, teacher_forced, tiny, worst_gap
 
 from llm_gym.core import Sampling
 from llm_gym.errors import PolicyError, SettingError
+from llm_gym.policies import engine
 from llm_gym.policies.transformers import TransformersPolicy
 
 STOPS = (1, 2, 3)
@@ -418,10 +419,32 @@ class TestLife:
             asyncio.run(impatient())
         assert len(policy.generate(start, SAMPLING)) == 3
 
-    def test_refresh_and_close_free_the_cache(self, model):
+    @pytest.mark.parametrize("kept", [0, 1 << 28])
+    def test_what_follows_does_not_depend_on_what_was_cached(self, model, monkeypatch, kept):
+        monkeypatch.setattr(engine, "KEPT_BYTES", kept)
         policy = TransformersPolicy(model)
+        fresh = TransformersPolicy(model).generate(contexts(2), SAMPLING, seeds=[1, 2])
         for end in (policy.refresh, policy.forget, policy.close):
-            policy.generate(contexts(2), SAMPLING)
+            policy.generate([np.concatenate(contexts(3)), *contexts(4)], SAMPLING)
             end()
-            gc.collect()
-            assert policy._engine.slots.cache.keys.numel() == 0
+            assert (policy._engine.slots.cache.keys.numel() > 0) == bool(kept)
+            again = policy.generate(contexts(2), SAMPLING, seeds=[1, 2])
+            for one, two in zip(fresh, again, strict=True):
+                assert one.tokens.tolist() == two.tokens.tolist()
+                assert one.logprobs.tobytes() == two.logprobs.tobytes()
+
+    def test_a_cache_that_is_not_finite_is_not_kept(self, model):
+        policy = TransformersPolicy(copy.deepcopy(model))
+        policy.generate(contexts(2), SAMPLING)
+        weight = policy.model.get_output_embeddings().weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(torch.nan)
+        policy.refresh()
+        with pytest.raises(PolicyError, match="not finite"):
+            policy.generate(contexts(2), SAMPLING)
+        with torch.no_grad():
+            weight.copy_(before)
+        policy.refresh()
+        assert policy._engine.slots.cache.keys.numel() == 0
+        assert len(policy.generate(contexts(2), SAMPLING)) == 2
