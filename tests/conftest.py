@@ -6,7 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No deadline: how long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("llm_gym", deadline=None)
+hypothesis.settings.load_profile("llm_gym")
 
 SHARED = Path(os.environ.get("LLM_GYM_SHARED", Path(__file__).parents[1].resolve().parent / "shared"))
 """Data that lies beside the checkout, not in it."""

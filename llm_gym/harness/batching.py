@@ -11,15 +11,17 @@ zero (advantage 0, no KL or entropy term) is counted there but never computed, w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_gym.core import Group, Row, StopReason
+from llm_gym.core import Group, Ids, Row, StopReason
 from llm_gym.harness.named import by_name
 
 Floats = npt.NDArray[np.float64]
@@ -46,7 +48,8 @@ class MicroBatch:
     positions: Tensor
     """Position ids, int64 [N], from 0 in every sequence."""
     lengths: tuple[int, ...]
-    """Input tokens of each sequence, longest first; they sum to N."""
+    """Input tokens of each piece; they sum to N. A piece is a sequence, or a prefix that sequences share, or
+    what follows it."""
     source: Tensor
     """Index into N of the hidden state that predicts each trained token, int64 [M]."""
     target: Tensor
@@ -59,12 +62,15 @@ class MicroBatch:
     """Weight of each token's loss, float32 [M]."""
     sequence: Tensor
     """Index into S of each trained token's sequence, int64 [M]."""
+    parents: tuple[int, ...] = ()
+    """The piece that each piece goes on from, or -1; those with -1 come first. Empty: no piece has a parent."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on another device."""
-        moved = (getattr(self, name).to(device) for name in self.__slots__ if name != "lengths")
-        tokens, positions, *rest = moved
-        return MicroBatch(tokens, positions, self.lengths, *rest)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,19 @@ class Batch:
     episodes: int
     """Episodes with at least one trained token."""
 
+
+class Piece(NamedTuple):
+    """Consecutive tokens of the packed row."""
+
+    tokens: Ids
+    position: int
+    """Position of the first token."""
+    parent: int
+    """The piece it goes on from; -1: none."""
+
+
+Weighted = tuple[Sample, float]
+"""A sample and the weight of each of its trained tokens."""
 
 Normaliser = Callable[[Counts, int], Floats]
 """(trained tokens of each episode [E], constant length) -> weight of each of its tokens [E]."""
@@ -131,6 +150,7 @@ def pack(
     normaliser: str = "token_global",
     constant_length: int = 256,
     skip_zero: bool = False,
+    share: bool = False,
 ) -> Batch:
     """Lays rows into micro-batches of at most `max_tokens` input tokens (a longer row goes alone).
 
@@ -140,6 +160,8 @@ def pack(
         normaliser: a name in `NORMALISERS`, or `package.module:function`.
         constant_length: see `constant`.
         skip_zero: leave out sequences whose advantages are all 0. Exact if no other loss term is on.
+        share: lay out a prompt once for all rows of a micro-batch that begin with it (a group's prompt). The
+            gradient is the same; the model must read `parents` (`Body.packed`).
 
     Raises:
         ValueError: a row whose first token is trained (nothing predicts it).
@@ -156,21 +178,32 @@ def pack(
     weights = fn(counts, constant_length)
     live = [i for i, s in enumerate(kept) if not skip_zero or np.any(_credits(s) != 0)]
     live.sort(key=lambda i: -_length(kept[i]))  # stable: neighbours of like length need little attention padding
-    micro = tuple(_micro([(kept[i], weights[of_row[i]]) for i in part]) for part in _cut(kept, live, max_tokens))
-    return Batch(micro, int(counts.sum()), len(numbers))
+    parts = _cut([(kept[i], weights[of_row[i]]) for i in live], max_tokens, share)
+    return Batch(tuple(_micro(part, share) for part in parts), int(counts.sum()), len(numbers))
 
 
-def _cut(kept: Sequence[Sample], order: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive runs of `order` within the budget, each with at least one row."""
-    parts: list[list[int]] = []
-    room = 0
-    for i in order:
-        if not parts or _length(kept[i]) > room:
+def _cut(rows: Sequence[Weighted], budget: int, share: bool) -> list[list[Weighted]]:
+    """Consecutive runs of rows within the budget, each with at least one; rows that share a prompt are neighbours."""
+    if share:
+        place: dict[bytes, int] = {}
+        rows = sorted(rows, key=lambda row: place.setdefault(_prompt(row[0]).tobytes(), len(place)))
+    parts: list[list[Weighted]] = []
+    room, known = 0, set[bytes]()
+    for row in rows:
+        prompt = _prompt(row[0])
+        cost = _length(row[0]) - (len(prompt) if prompt.tobytes() in known else 0)
+        if not parts or cost > room:
             parts.append([])
-            room = budget
-        parts[-1].append(i)
-        room -= _length(kept[i])
+            room, known, cost = budget, set(), _length(row[0])
+        parts[-1].append(row)
+        room -= cost
+        known |= {prompt.tobytes()} if share else set()
     return parts
+
+
+def _prompt(sample: Sample) -> Ids:
+    """The tokens before the first trained one."""
+    return sample.row.tokens[: int(sample.row.trained.argmax())]
 
 
 def _length(sample: Sample) -> int:
@@ -184,24 +217,57 @@ def _credits(sample: Sample) -> Floats:
     return credits[sample.row.trained]
 
 
-def _micro(rows: Sequence[tuple[Sample, float]]) -> MicroBatch:
+def _pieces(rows: Sequence[Sample], share: bool) -> tuple[list[Piece], list[tuple[int, int]]]:
+    """The pieces of a micro-batch, and for each row its prompt's piece and its own.
+
+    A prompt that only one row has is no piece of its own: both numbers are then the row's. Pieces without a
+    parent come first; each kind is sorted, longest first.
+    """
+    prompts = [_prompt(s).tobytes() if share else b"" for s in rows]
+    count = Counter(prompts)
+    shared = [share and count[prompt] > 1 for prompt in prompts]
+    roots: dict[bytes | int, Ids] = {}
+    for i, s in enumerate(rows):
+        roots.setdefault(prompts[i] if shared[i] else i, _prompt(s) if shared[i] else s.row.tokens[: _length(s)])
+    order = {key: n for n, key in enumerate(sorted(roots, key=lambda key: -len(roots[key])))}
+    pieces = [Piece(roots[key], 0, -1) for key in order]
+    at = [(order[prompts[i] if shared[i] else i],) * 2 for i in range(len(rows))]
+    for i in sorted(range(len(rows)), key=lambda i: len(_prompt(rows[i])) - _length(rows[i])):
+        own = rows[i].row.tokens[len(_prompt(rows[i])) : _length(rows[i])]
+        if shared[i] and len(own):
+            at[i] = (at[i][0], len(pieces))
+            pieces.append(Piece(own, len(_prompt(rows[i])), at[i][0]))
+    return pieces, at
+
+
+def _sources(sample: Sample, starts: Counts, pieces: Sequence[Piece], at: tuple[int, int]) -> Counts:
+    """Where in the packed row each trained token's predecessor stands."""
+    before = np.flatnonzero(sample.row.trained) - 1
+    prompt, own = at
+    first = pieces[own].position if own != prompt else 0
+    return np.where(before >= first, starts[own] + before - first, starts[prompt] + before)
+
+
+def _micro(rows: Sequence[Weighted], share: bool) -> MicroBatch:
     """Samples and their token weights, end to end."""
-    lengths = [_length(s) for s, _ in rows]
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    where = [np.flatnonzero(s.row.trained) for s, _ in rows]
-    trained = [len(w) for w in where]
+    samples, weights = [s for s, _ in rows], [w for _, w in rows]
+    pieces, at = _pieces(samples, share)
+    lengths = [len(piece.tokens) for piece in pieces]
+    starts = np.cumsum([0, *lengths[:-1]])
+    trained = [int(s.row.trained.sum()) for s in samples]
 
     def flat(parts: Iterable[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> Tensor:
         return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype))
 
     return MicroBatch(
-        tokens=flat((s.row.tokens[:n] for (s, _), n in zip(rows, lengths, strict=True)), np.int64),
-        positions=flat((np.arange(n) for n in lengths), np.int64),
+        tokens=flat((piece.tokens for piece in pieces), np.int64),
+        positions=flat((piece.position + np.arange(len(piece.tokens)) for piece in pieces), np.int64),
         lengths=tuple(lengths),
-        source=flat((start + w - 1 for start, w in zip(starts, where, strict=True)), np.int64),
-        target=flat((s.row.tokens[w] for (s, _), w in zip(rows, where, strict=True)), np.int64),
-        old_logprobs=flat((s.row.logprobs[w] for (s, _), w in zip(rows, where, strict=True)), np.float32),
-        advantages=flat((_credits(s) for s, _ in rows), np.float32),
-        weight=torch.from_numpy(np.repeat([w for _, w in rows], trained).astype(np.float32)),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(rows)), trained)),
+        source=flat((_sources(s, starts, pieces, where) for s, where in zip(samples, at, strict=True)), np.int64),
+        target=flat((s.row.tokens[s.row.trained] for s in samples), np.int64),
+        old_logprobs=flat((s.row.logprobs[s.row.trained] for s in samples), np.float32),
+        advantages=flat((_credits(s) for s in samples), np.float32),
+        weight=torch.from_numpy(np.repeat(weights, trained).astype(np.float32)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(samples)), trained)),
+        parents=tuple(piece.parent for piece in pieces) if any(p.parent >= 0 for p in pieces) else (),
     )

@@ -160,7 +160,7 @@ class Body:
 
     def _packed(self, batch: MicroBatch) -> Tensor:
         tokens = batch.tokens
-        layout = Layout.of(batch.lengths, tokens.device)
+        layout = Layout.of(batch.lengths, tokens.device, batch.parents)
         unread = torch.full((1, 1, 1, 1), torch.nan, device=tokens.device)
         out = self.decoder(
             input_ids=tokens[None],
@@ -178,6 +178,8 @@ class Body:
         return hidden
 
     def _padded(self, batch: MicroBatch) -> Tensor:
+        if batch.parents:
+            raise ValueError("batch: its rows share prompts, which this model cannot read; pack with share=False.")
         width = max(batch.lengths)
         real = torch.tensor(batch.lengths, device=batch.tokens.device)[:, None] > torch.arange(
             width, device=batch.tokens.device
@@ -236,7 +238,8 @@ def _probe(vocabulary: int, device: torch.device) -> MicroBatch:
     lengths = (7, 5)
     tokens = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    return MicroBatch(tokens, positions, lengths, *[tokens[:0]] * 6)
+    empty = tokens[:0]
+    return MicroBatch(tokens, positions, lengths, empty, empty, empty, empty, empty, empty)
 
 
 # --- in and out --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Linear layers and norms read the packed row as it is. Only inside attention are queries, keys and values
 laid out as [sequences, longest], run through causal SDPA (which has kernels everywhere, unlike
 variable-length attention) and laid back. Padding sits on the right, so that no real query sees it.
+A prompt that several sequences share stands in the row once; their keys are its keys and their own.
 
 The layout reaches every layer as the keyword argument `layout` of the model's forward. Transformers
 drops unknown arguments silently, so two things prove that it arrived: each layer adds to `Layout.seen`,
@@ -12,7 +13,7 @@ and the attention mask passed along with it is NaN, which poisons the output of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ SPREAD = 0.75
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """The shared pieces that the sequences of a block go on from."""
+
+    index: Tensor
+    """Where in the packed row their tokens stand, int64 [sequences, longest]; 0 where a prefix is shorter."""
+    mask: Tensor
+    """True where a query may look: bool [sequences or 1, 1, width, longest + width]."""
+
+    def before(self, stream: Tensor, own: Tensor) -> Tensor:
+        """The prefixes' keys (or values) from the whole row [N, H, D], in front of the own [sequences, H, width, D]."""
+        sequences, longest = self.index.shape
+        read = stream.index_select(0, self.index.flatten()).view(sequences, longest, *stream.shape[1:])
+        return torch.cat([read.transpose(1, 2), own], 2)
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive sequences that are padded together."""
 
@@ -39,6 +56,8 @@ class Block:
     """Longest sequence."""
     index: Tensor | None
     """Where each real token sits in [sequences * width], int64 [n]; None if nothing is padded."""
+    prefix: Prefix | None = None
+    """What comes before the sequences; None: nothing, and attention is plainly causal."""
 
     def pad(self, x: Tensor) -> Tensor:
         """[n, H, D] -> [sequences, H, width, D]."""
@@ -63,9 +82,22 @@ class Layout:
     """Attention layers that have read this layout."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-        """The layout of sequences of these lengths, in order; fewest padded tokens if sorted by length."""
-        return cls(tuple(_block(part, device) for part in _runs(lengths)))
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", parents: Sequence[int] = ()) -> Layout:
+        """The layout of pieces of these lengths, in order; fewest padded tokens if sorted by length.
+
+        Args:
+            lengths: tokens of each piece.
+            device: where the row is.
+            parents: for each piece the one it goes on from, or -1; those with -1 first. Empty: all -1.
+        """
+        roots = sum(parent < 0 for parent in parents) if parents else len(lengths)
+        blocks = [_block(part, device) for part in _runs(lengths[:roots])]
+        done = roots
+        for part in _runs(lengths[roots:]):
+            prefix = _prefix(lengths, parents[done : done + len(part)], part, device)
+            blocks.append(replace(_block(part, device), prefix=prefix))
+            done += len(part)
+        return cls(tuple(blocks))
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -85,6 +117,20 @@ def _block(lengths: Sequence[int], device: torch.device | str) -> Block:
     if min(lengths) != width:
         index = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)]).to(device)
     return Block(sum(lengths), len(lengths), width, index)
+
+
+def _prefix(lengths: Sequence[int], parents: Sequence[int], own: Sequence[int], device: torch.device | str) -> Prefix:
+    """The prefixes of sequences of lengths `own`, which go on from the pieces `parents`."""
+    starts = torch.tensor([sum(lengths[:parent]) for parent in parents])[:, None]
+    sizes = torch.tensor([lengths[parent] for parent in parents])[:, None]
+    place = torch.arange(int(sizes.max()))
+    real, width = place < sizes, max(own)
+    if real.all():
+        real = real[:1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    n = len(real)
+    seen = [real[:, None, None].expand(n, 1, width, len(place)), causal.expand(n, 1, width, width)]
+    return Prefix(torch.where(place < sizes, starts + place, 0).to(device), torch.cat(seen, -1).to(device))
 
 
 class _Spread(torch.autograd.Function):
@@ -154,14 +200,17 @@ def attention(
             raise RuntimeError(f"packing: attention with {name!r} cannot be packed.")
     layout.seen += 1
     sizes = [block.tokens for block in layout.blocks]
-    streams = zip(*(torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value)), strict=True)
-    grouped = query.shape[1] != key.shape[1]
+    streams = [x[0].transpose(0, 1) for x in (query, key, value)]
+    how: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outs = []
-    for block, (q, k, v) in zip(layout.blocks, streams, strict=True):
-        padded = (block.pad(q), block.pad(k), block.pad(v))
-        outs.append(
-            block.unpad(scaled_dot_product_attention(*padded, is_causal=True, scale=scaling, enable_gqa=grouped))
-        )
+    for block, parts in zip(layout.blocks, zip(*(torch.split(x, sizes) for x in streams), strict=True), strict=True):
+        q, k, v = (block.pad(part) for part in parts)
+        if block.prefix is None:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, **how)
+        else:
+            k, v = block.prefix.before(streams[1], k), block.prefix.before(streams[2], v)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=block.prefix.mask, **how)
+        outs.append(block.unpad(out))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0), None
 
 
