@@ -65,7 +65,7 @@ def draw(logits: torch.Tensor, knobs: Knobs, uniform: Floats) -> tuple[torch.Ten
     greedy = knobs.temperature == 0
     if (knobs.temperature != 1).any():
         logits = logits / _column(np.where(greedy, 1.0, knobs.temperature), logits)
-    top, best = logits.max(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp()
     filtered = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0))
     if filtered.any():
@@ -76,7 +76,7 @@ def draw(logits: torch.Tensor, knobs: Knobs, uniform: Floats) -> tuple[torch.Ten
     tokens = torch.searchsorted(cumulative, total * _column(uniform, total), right=True)
     tokens.clamp_(max=logits.shape[-1] - 1)  # only ever needed for NaN, which the log-probability then shows
     if greedy.any():
-        tokens = torch.where(_column(greedy, None, logits.device), best, tokens)
+        tokens = torch.where(_column(greedy, None, logits.device), logits.argmax(-1, keepdim=True), tokens)
     logprobs = (logits - top).gather(-1, tokens) - total.log()
     return tokens[:, 0], logprobs[:, 0].to(logits.dtype)
 
