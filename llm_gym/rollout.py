@@ -11,9 +11,11 @@ import asyncio
 import hashlib
 import logging
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -371,3 +373,13 @@ def _stop_reason(info: Mapping[str, Any], terminated: bool, cut: bool) -> StopRe
     if cut:
         return StopReason.TOKEN_LIMIT
     return StopReason.ANSWERED if terminated else StopReason.TURN_LIMIT
+
+
+class _Callable(ModuleType):
+    """This module, callable: whoever imported it first, `llm_gym.rollout` is then the module, not the function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Episode]:
+        return rollout(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

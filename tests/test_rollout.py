@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -405,6 +407,12 @@ class TestWithTheRealEngine:
         episodes = chatter(policy)
         assert {e.stop_reason for e in episodes} == {StopReason.POLICY_ERROR}
         assert "finite" in episodes[0].error
+
+
+@pytest.mark.parametrize("first", ["import llm_gym", "import llm_gym.rollout", "from llm_gym.rollout import Driver"])
+def test_the_public_name_can_be_called_whatever_was_imported_first(first):
+    code = f"{first}; import llm_gym; assert llm_gym.rollout('Arithmetic-v0', None, seeds=[]) == []"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_completion_may_come_from_anywhere():
