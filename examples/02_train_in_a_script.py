@@ -1,6 +1,6 @@
 """Train from Python: a configuration, a trainer, rows of metrics.
 
-    python examples/02_train_in_a_script.py
+python examples/02_train_in_a_script.py
 """
 
 import tempfile
