@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import row
+from small_models import row
 
 from llm_gym.core import Completion, Episode, Group, Row, StopReason, Turn
 from llm_gym.errors import ConfigError

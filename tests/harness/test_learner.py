@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import gradients, llama, qwen3, row, samples
+from small_models import gradients, llama, qwen3, row, samples
 from torch import Tensor
 
 from llm_gym.core import Row

@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny_models import VOCABULARY, llama, qwen3, samples
+from small_models import VOCABULARY, llama, qwen3, samples
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,

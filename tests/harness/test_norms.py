@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, gradients, qwen3
+from small_models import VOCABULARY, gradients, qwen3
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llm_gym.harness.norms import _RMSNorm, fuse_norms

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, gradients, llama, qwen3, row
+from small_models import VOCABULARY, gradients, llama, qwen3, row
 
 from llm_gym.harness.batching import MicroBatch, Sample, pack
 from llm_gym.harness.learner import Learner
