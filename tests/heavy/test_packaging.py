@@ -71,8 +71,8 @@ def test_an_editable_install_is_the_checkout(built: Path, tmp_path: Path) -> Non
     source = built / "source"
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target))
     run(*pip, "-e", str(source), cwd=tmp_path)
-    code = f"import site; site.addsitedir({str(target)!r})\n" + IMPORT_ALL
-    run(sys.executable, "-S", "-c", _without_site_packages() + code, str(source), cwd=tmp_path)
+    first = f"import site; sys.path.insert(0, {str(target)!r}); site.addsitedir({str(target)!r})\n"
+    run(sys.executable, "-S", "-c", _without_site_packages() + first + IMPORT_ALL, str(source), cwd=tmp_path)
 
 
 def _without_site_packages() -> str:
