@@ -94,8 +94,18 @@ class Piece(NamedTuple):
     """The piece it goes on from; -1: none."""
 
 
-Weighted = tuple[Sample, float]
-"""A sample and the weight of each of its trained tokens."""
+class Weighted(NamedTuple):
+    """A sample that is to be laid out."""
+
+    sample: Sample
+    weight: float
+    """Of each of its trained tokens."""
+    prompt: int
+    """Tokens before the first trained one."""
+    length: int
+    """Input tokens that matter: what follows the last trained token, and that token itself, predict nothing."""
+    key: bytes
+    """The prompt's tokens if it may be shared, else empty."""
 
 Normaliser = Callable[[Counts, int], Floats]
 """(trained tokens of each episode [E], constant length) -> weight of each of its tokens [E]."""
@@ -176,39 +186,35 @@ def pack(
     counts = np.bincount(of_row, weights=per_row, minlength=len(numbers)).astype(np.int64)
     fn: Normaliser = by_name("loss.normaliser", normaliser, NORMALISERS)
     weights = fn(counts, constant_length)
-    live = [i for i, s in enumerate(kept) if not skip_zero or np.any(_credits(s) != 0)]
-    live.sort(key=lambda i: -_length(kept[i]))  # stable: neighbours of like length need little attention padding
-    parts = _cut([(kept[i], weights[of_row[i]]) for i in live], max_tokens, share)
-    return Batch(tuple(_micro(part, share) for part in parts), int(counts.sum()), len(numbers))
+    live = [
+        _weighted(s, float(weights[number]), share)
+        for s, number in zip(kept, of_row, strict=True)
+        if not skip_zero or np.any(_credits(s) != 0)
+    ]
+    live.sort(key=lambda row: -row.length)  # stable: neighbours of like length need little attention padding
+    return Batch(tuple(_micro(part) for part in _cut(live, max_tokens)), int(counts.sum()), len(numbers))
 
 
-def _cut(rows: Sequence[Weighted], budget: int, share: bool) -> list[list[Weighted]]:
+def _weighted(sample: Sample, weight: float, share: bool) -> Weighted:
+    trained = np.flatnonzero(sample.row.trained)
+    prompt = int(trained[0])
+    return Weighted(sample, weight, prompt, int(trained[-1]), sample.row.tokens[:prompt].tobytes() if share else b"")
+
+
+def _cut(rows: Sequence[Weighted], budget: int) -> list[list[Weighted]]:
     """Consecutive runs of rows within the budget, each with at least one; rows that share a prompt are neighbours."""
-    if share:
-        place: dict[bytes, int] = {}
-        rows = sorted(rows, key=lambda row: place.setdefault(_prompt(row[0]).tobytes(), len(place)))
+    place: dict[bytes, int] = {}
     parts: list[list[Weighted]] = []
     room, known = 0, set[bytes]()
-    for row in rows:
-        prompt = _prompt(row[0])
-        cost = _length(row[0]) - (len(prompt) if prompt.tobytes() in known else 0)
+    for row in sorted(rows, key=lambda row: place.setdefault(row.key, len(place))):
+        cost = row.length - (row.prompt if row.key in known else 0)
         if not parts or cost > room:
             parts.append([])
-            room, known, cost = budget, set(), _length(row[0])
+            room, known, cost = budget, set(), row.length
         parts[-1].append(row)
         room -= cost
-        known |= {prompt.tobytes()} if share else set()
+        known |= {row.key} - {b""}
     return parts
-
-
-def _prompt(sample: Sample) -> Ids:
-    """The tokens before the first trained one."""
-    return sample.row.tokens[: int(sample.row.trained.argmax())]
-
-
-def _length(sample: Sample) -> int:
-    """Input tokens that matter: what follows the last trained token, and that token itself, predict nothing."""
-    return int(np.flatnonzero(sample.row.trained)[-1])
 
 
 def _credits(sample: Sample) -> Floats:
@@ -217,41 +223,41 @@ def _credits(sample: Sample) -> Floats:
     return credits[sample.row.trained]
 
 
-def _pieces(rows: Sequence[Sample], share: bool) -> tuple[list[Piece], list[tuple[int, int]]]:
+def _pieces(rows: Sequence[Weighted]) -> tuple[list[Piece], list[tuple[int, int]]]:
     """The pieces of a micro-batch, and for each row its prompt's piece and its own.
 
     A prompt that only one row has is no piece of its own: both numbers are then the row's. Pieces without a
     parent come first; each kind is sorted, longest first.
     """
-    prompts = [_prompt(s).tobytes() if share else b"" for s in rows]
-    count = Counter(prompts)
-    shared = [share and count[prompt] > 1 for prompt in prompts]
+    count = Counter(row.key for row in rows)
+    shared = [row.key != b"" and count[row.key] > 1 for row in rows]
     roots: dict[bytes | int, Ids] = {}
-    for i, s in enumerate(rows):
-        roots.setdefault(prompts[i] if shared[i] else i, _prompt(s) if shared[i] else s.row.tokens[: _length(s)])
+    for i, row in enumerate(rows):
+        end = row.prompt if shared[i] else row.length
+        roots.setdefault(row.key if shared[i] else i, row.sample.row.tokens[:end])
     order = {key: n for n, key in enumerate(sorted(roots, key=lambda key: -len(roots[key])))}
     pieces = [Piece(roots[key], 0, -1) for key in order]
-    at = [(order[prompts[i] if shared[i] else i],) * 2 for i in range(len(rows))]
-    for i in sorted(range(len(rows)), key=lambda i: len(_prompt(rows[i])) - _length(rows[i])):
-        own = rows[i].row.tokens[len(_prompt(rows[i])) : _length(rows[i])]
-        if shared[i] and len(own):
+    at = [(order[row.key if shared[i] else i],) * 2 for i, row in enumerate(rows)]
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].prompt - rows[i].length):
+        row = rows[i]
+        if shared[i] and row.length > row.prompt:
             at[i] = (at[i][0], len(pieces))
-            pieces.append(Piece(own, len(_prompt(rows[i])), at[i][0]))
+            pieces.append(Piece(row.sample.row.tokens[row.prompt : row.length], row.prompt, at[i][0]))
     return pieces, at
 
 
-def _sources(sample: Sample, starts: Counts, pieces: Sequence[Piece], at: tuple[int, int]) -> Counts:
+def _sources(row: Weighted, starts: Counts, pieces: Sequence[Piece], at: tuple[int, int]) -> Counts:
     """Where in the packed row each trained token's predecessor stands."""
-    before = np.flatnonzero(sample.row.trained) - 1
+    before = np.flatnonzero(row.sample.row.trained) - 1
     prompt, own = at
     first = pieces[own].position if own != prompt else 0
     return np.where(before >= first, starts[own] + before - first, starts[prompt] + before)
 
 
-def _micro(rows: Sequence[Weighted], share: bool) -> MicroBatch:
+def _micro(rows: Sequence[Weighted]) -> MicroBatch:
     """Samples and their token weights, end to end."""
-    samples, weights = [s for s, _ in rows], [w for _, w in rows]
-    pieces, at = _pieces(samples, share)
+    samples = [row.sample for row in rows]
+    pieces, at = _pieces(rows)
     lengths = [len(piece.tokens) for piece in pieces]
     starts = np.cumsum([0, *lengths[:-1]])
     trained = [int(s.row.trained.sum()) for s in samples]
@@ -263,11 +269,11 @@ def _micro(rows: Sequence[Weighted], share: bool) -> MicroBatch:
         tokens=flat((piece.tokens for piece in pieces), np.int64),
         positions=flat((piece.position + np.arange(len(piece.tokens)) for piece in pieces), np.int64),
         lengths=tuple(lengths),
-        source=flat((_sources(s, starts, pieces, where) for s, where in zip(samples, at, strict=True)), np.int64),
+        source=flat((_sources(row, starts, pieces, where) for row, where in zip(rows, at, strict=True)), np.int64),
         target=flat((s.row.tokens[s.row.trained] for s in samples), np.int64),
         old_logprobs=flat((s.row.logprobs[s.row.trained] for s in samples), np.float32),
         advantages=flat((_credits(s) for s in samples), np.float32),
-        weight=torch.from_numpy(np.repeat(weights, trained).astype(np.float32)),
+        weight=torch.from_numpy(np.repeat([row.weight for row in rows], trained).astype(np.float32)),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples)), trained)),
         parents=tuple(piece.parent for piece in pieces) if any(p.parent >= 0 for p in pieces) else (),
     )

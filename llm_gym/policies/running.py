@@ -21,8 +21,19 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        return _in_loop(coroutine)
     return _in_thread(coroutine)
+
+
+def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, whose task ends without a result: Python 3.11 prints it, episodes and all, into an unused text."""
+    outcome: list[T] = []
+
+    async def main() -> None:
+        outcome.append(await coroutine)
+
+    asyncio.run(main())
+    return outcome[0]
 
 
 def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
