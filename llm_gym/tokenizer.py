@@ -121,7 +121,8 @@ class Coder:
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included; ids out of range are left out."""
-        known = [i for i in ids if 0 <= i < self.vocab_size]
+        odd = bool(ids) and (min(ids) < 0 or max(ids) >= self.vocab_size)
+        known = [i for i in ids if 0 <= i < self.vocab_size] if odd else ids
         if self._backend is not None:
             return str(self._backend.decode(known, skip_special_tokens=False))
         return str(self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
