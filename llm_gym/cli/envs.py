@@ -72,10 +72,8 @@ def _hang(text: str, indent: int) -> str:
 def _example(env_id: str, args: Mapping[str, Any], say: str) -> Iterator[str]:
     """The spaces and one exchange of the episode with seed 0, or what is missing to show them."""
     from llm_gym.envs import make
-    from llm_gym.envs.parameters import check
 
     try:
-        check(env_id, args)
         with settings():
             env = make(env_id, **args)
     except SettingError as error:

@@ -101,7 +101,7 @@ def make_plan(
     from llm_gym.cli.runs import model_path, run_of
     from llm_gym.core import Sampling
     from llm_gym.envs import make, resolve
-    from llm_gym.envs.parameters import check, environment_class
+    from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
 
     run, path = run_of(model), model_path(model)
@@ -111,7 +111,6 @@ def make_plan(
     args |= getattr(environment_class(env_id), "eval_args", {})
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)
-    check(env_id, args)
     made = make(env_id, **{"tokenizer": path, **args})
     rows = getattr(made.unwrapped, "num_tasks", None)
     made.close()

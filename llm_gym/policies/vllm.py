@@ -8,6 +8,7 @@ thread, which also batches continuously: requests join and leave between any two
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -72,6 +73,7 @@ class VLLMPolicy:
         settings = _defaults() | {"model": str(model or PATH), "dtype": dtype, "max_model_len": max_context}
         self.version = version
         self._calls: queue.Queue[Call] = queue.Queue()
+        self._ended = False
         self._waiting: dict[str, Future[Any]] = {}
         self._names = (f"request-{n}" for n in itertools.count())
         ready: Future[Any] = Future()
@@ -134,7 +136,19 @@ class VLLMPolicy:
         """Runs `function(engine)` on the engine's thread, between two steps."""
         future: Future[Any] = Future()
         self._calls.put((function, future))
+        if self._ended:  # looked at after the call was put: either the thread takes it, or it is refused here
+            self._refuse()
         return future
+
+    def _refuse(self) -> None:
+        """Fails every call and request that nobody will serve any more."""
+        error = PolicyError("The vLLM engine has ended.")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _, future = self._calls.get_nowait()
+                if not future.done():
+                    future.set_exception(error)
+        self._fail(error)
 
     def _serve(self, args: Any, ready: Future[Any]) -> None:
         """The engine's thread: takes calls, decodes a step, hands out what is finished."""
@@ -153,7 +167,8 @@ class VLLMPolicy:
         except BaseException as error:
             self._fail(PolicyError(f"vLLM failed: {type(error).__name__}: {error}"))
         finally:
-            self._fail(PolicyError("The vLLM engine was closed."))
+            self._ended = True
+            self._refuse()
             engine.engine_core.shutdown()
 
     def _take_calls(self, engine: Any) -> bool:

@@ -105,3 +105,11 @@ def test_an_unknown_engine_argument_is_refused_before_loading() -> None:
 
     with pytest.raises(ConfigError, match="gpu_memory_utilization"):
         VLLMPolicy(gpu_memory_utilisation=0.5)
+
+
+def test_an_engine_that_has_ended_refuses_and_never_hangs(policy) -> None:
+    policy.close()
+    with pytest.raises(PolicyError, match="ended"):
+        asyncio.run(asyncio.wait_for(policy.complete(contexts(1)[0], Sampling()), timeout=60))
+    with pytest.raises(PolicyError, match="ended"):
+        policy.load(load_model(None).state_dict().items(), version=1)
