@@ -103,7 +103,17 @@ class Completion:
     finish_reason: FinishReason
     """`stop` (a stop token was drawn), `length` (cut) or `abort`."""
     version: int = 0
-    """Version of the weights that sampled it."""
+    """Version of the weights that sampled its first token."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """(index of the first token, version) of every weight update that arrived while it was being sampled."""
+
+    @property
+    def versions(self) -> Ids:
+        """Version of the weights that sampled each token, int32 [n]."""
+        versions = np.full(len(self.tokens), self.version, np.int32)
+        for start, version in self.updates:
+            versions[start:] = version
+        return versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +203,7 @@ class Episode:
                     "logprobs": turn.completion.logprobs.tolist(),
                     "finish_reason": turn.completion.finish_reason,
                     "version": turn.completion.version,
+                    "updates": [list(update) for update in turn.completion.updates],
                     "reward": turn.reward,
                 }
                 for turn in self.turns
@@ -210,6 +221,7 @@ class Episode:
                     np.asarray(turn["logprobs"], np.float32),
                     turn["finish_reason"],
                     turn["version"],
+                    tuple((start, version) for start, version in turn.get("updates", ())),
                 ),
                 turn["reward"],
             )
@@ -271,5 +283,5 @@ def _merge(turns: list[tuple[int, Turn]]) -> Row:
     for index, turn in turns:
         span = slice(len(turn.prompt), len(turn.prompt) + len(turn.completion.tokens))
         trained[span], logprobs[span] = True, turn.completion.logprobs
-        versions[span], of_turn[span] = turn.completion.version, index
+        versions[span], of_turn[span] = turn.completion.versions, index
     return Row(tokens, trained, logprobs, versions, of_turn)
