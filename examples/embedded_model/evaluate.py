@@ -90,7 +90,7 @@ def _replies(policy: Policy, chat: Chat, contexts: Sequence[Ids], sampling: Samp
 
 def _accuracy(problems: Sequence[Problem], replies: Sequence[str]) -> float:
     graded = zip(problems, replies, strict=True)
-    return _mean([0.0 if "<tool_call>" in r else verify(str(p.answer), r).score for p, r in graded])
+    return _mean([0.0 if "<tool_call>" in r else verify(p.answer, r, kind="number").score for p, r in graded])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -124,7 +124,7 @@ class Arithmetic(TextEnv):
 
     def reply(self, text: str) -> Reply:
         """Grades the answer; the episode is over."""
-        return Reply(reward={"correct": verify(self._gold, text).score}, done=True)
+        return Reply(reward={"correct": verify(self._gold, text, kind="number").score}, done=True)
 
     def _draw(self, rng: np.random.Generator, split: str) -> Problem:
         """A problem of `split`.

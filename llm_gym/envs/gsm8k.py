@@ -55,7 +55,7 @@ class GSM8K(TextEnv):
         self.instruction, self.where = instruction, where
         self._problems = load_problems(dataset, split, question, answer)
         self.num_tasks = len(self._problems)
-        verify("0", "", where=where)  # an unknown policy is found now
+        verify("0", "", where=where, kind="number")  # an unknown policy is found now
 
     def open(self) -> Messages:
         """The question, and how to answer it."""
@@ -64,7 +64,7 @@ class GSM8K(TextEnv):
 
     def reply(self, text: str) -> Reply:
         """Grades the answer; the episode is over."""
-        return Reply(reward={"correct": verify(self._gold, text, where=self.where).score}, done=True)
+        return Reply(reward={"correct": verify(self._gold, text, where=self.where, kind="number").score}, done=True)
 
 
 @lru_cache(maxsize=32)

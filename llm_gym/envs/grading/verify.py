@@ -1,29 +1,34 @@
-"""Finds the final answer in a reply and compares it exactly with the reference.
+"""Finds the final answer in a reply and compares it with the reference.
 
-Where the answer stands is a policy, and it is explicit (`where`). `auto` follows the usual rules
-of GSM8K graders: the last `#### N`; or the last `\\boxed{N}`; or the last `<answer>N</answer>`; or
-the last line or sentence "Answer: N", "A: N", "the answer is N"; or else the last number. A marker
-whose content is no number is no answer: it never falls back to something weaker.
+Numbers are read and compared here, exactly and in microseconds. Everything else (expressions,
+sets, intervals, tuples, matrices, equations, words) goes to a worker process with a deadline.
+Where the answer stands is a policy, and it is explicit (`where`, see the module of that name).
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
 from typing import Literal
 
-from llm_gym.envs.grading.numbers import NUMBER, number, parse, plain
+from llm_gym.envs.grading import workers
+from llm_gym.envs.grading.numbers import approximates, parse
+from llm_gym.envs.grading.read import Hedged, choice, number_in, stated
+from llm_gym.envs.grading.where import WHERE, Span, answer_part, find, last_formula
 from llm_gym.errors import DataError, SettingError, unknown
 
-MAX_SPAN = 300
-"""An answer stands within so many characters of its phrase (and a hostile reply costs linear time)."""
+MAX_ANSWER = 2_000
+"""Characters of an answer; a longer one is not read."""
 
-Status = Literal["correct", "wrong", "no_answer"]
-"""`no_answer`: the reply states none, or one that cannot be read as a number."""
+Status = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed"]
+"""`no_answer`: the reply states none, or (for a number) none that is one. `unparsed`: what it states cannot
+be read. `timeout`, `crashed`: comparing it overran its deadline or its memory. All but `correct` score 0."""
+Kind = Literal["math", "number"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,140 +39,180 @@ class Grade:
     """1 if right, else 0."""
     status: Status
     extracted: str | None
-    """The answer as it was read, in canonical form; None if there was none."""
+    """The answer as it was read, a number in canonical form; None if there was none."""
     why: str
     """One sentence for a person."""
 
 
-def verify(gold: str | int | float, text: str, *, where: str = "auto") -> Grade:
-    """Grades a reply against a numeric reference.
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is left to compare by a worker."""
+
+    gold: str
+    answer: str
+    ordered: bool
+    deadline: float
+
+
+def verify(
+    gold: str | int | float,
+    text: str,
+    *,
+    where: str = "auto",
+    kind: Kind = "math",
+    ordered: bool = True,
+    deadline: float = workers.DEADLINE,
+) -> Grade:
+    """Grades a reply against a reference.
 
     Args:
-        gold: the reference: a number, or its text (`1,234`, `$5`, `-3.5`, `1/2`).
+        gold: the reference: a number (`1,234`, `$5`, `-3.5`, `1/2`), an expression, set, interval, tuple, matrix,
+            equation or word, in LaTeX or plain text; or a solution that states one (in a box, after `####`).
         text: the whole reply. Thinking up to the last `</think>` is not part of the answer.
-        where: `auto`, `hash` (`#### N`), `boxed`, `tag` (`<answer>`), `phrase` ("Answer: N") or `last` (number).
+        where: `auto`, `hash` (`#### N`), `boxed`, `tag` (`<answer>`), `phrase` ("Answer: N") or `last`.
+        kind: `math`: anything equal to the reference is right (`\\sqrt{16}` for 4, but not the calculation `2 * 2`).
+            `number`: the reference is a number, and the answer must be written as one; no worker is ever needed.
+        ordered: a bare list (`1, -2`) must keep the reference's order. Sets, `1 and -2` and `\\pm 1` never need to.
+        deadline: seconds a worker may take, from when it takes the case; then it is killed (`timeout`).
 
     Raises:
-        DataError: `gold` is no number.
-        SettingError: an unknown `where`.
+        DataError: `gold` states nothing, or with `kind="number"` is no number.
+        SettingError: an unknown `where` or `kind`, or no worker process can be started.
     """
-    want = _gold(gold)
-    if where not in _WHERE:
-        raise SettingError(unknown("where", where, _WHERE))
-    stated = extract(text, where)
-    if stated is None:
-        return Grade(0.0, "no_answer", None, "The reply states no answer that is a number.")
-    got = str(stated)
-    if stated == want:
-        return Grade(1.0, "correct", got, f"{got} is the reference.")
-    return Grade(0.0, "wrong", got, f"{got} is not {want}.")
+    outcome = read(gold, text, where=where, kind=kind, ordered=ordered, deadline=deadline)
+    return outcome if isinstance(outcome, Grade) else _judge(outcome)
 
 
-def extract(text: str, where: str = "auto") -> int | Fraction | None:
-    """The number that `text` states as its answer under the policy `where`; None if none."""
-    _, closed, answer = text.rpartition("</think>")
-    if not closed and "<think>" in answer:
-        return None  # the thinking was cut short: nothing was answered
-    for find in _WHERE[where]:
-        found, value = find(answer)
-        if found:
-            return value
-    return None
+async def verify_async(gold: str | int | float, text: str, **options: object) -> Grade:
+    """`verify`, without holding up the event loop while a worker compares."""
+    outcome = read(gold, text, **options)  # type: ignore[arg-type]
+    return outcome if isinstance(outcome, Grade) else await asyncio.to_thread(_judge, outcome)
 
 
-Found = tuple[bool, int | Fraction | None]
-_NOTHING: Found = (False, None)
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|(-?\d[\d.,]*))")
-_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_PHRASE = re.compile(
-    r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_DIGIT = re.compile(r"\d")
-_WORD = re.compile(r"\w")
-_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
-_TERM_FOLLOWS = re.compile(r"\s*(?:[-+*/^=×÷·]|\\times|\\cdot|\bx\b)\s*[\d(\\$]")
+def verify_many(pairs: Iterable[tuple[str | int | float, str]], **options: object) -> list[Grade]:
+    """The grade of every (gold, text), in order; the workers share what needs them.
 
+    Args:
+        pairs: the references and replies.
+        options: as for `verify`.
 
-def _hash(text: str) -> Found:
-    """What follows the last `####`, on its line."""
-    _, mark, tail = text.rpartition("####")
-    if not mark:
-        return _NOTHING
-    return True, _of_span(tail.lstrip(": \t").partition("\n")[0])
-
-
-def _boxed(text: str) -> Found:
-    """The content of the last box."""
-    boxes = _BOXED.findall(text)
-    return (True, parse(boxes[-1][0] or boxes[-1][1].rstrip(".,"))) if boxes else _NOTHING
-
-
-def _tag(text: str) -> Found:
-    """The content of the last answer tag; a box or a phrase inside it is opened first."""
-    pairs = [(a.end(), b.start()) for a, b in pairwise(_TAG.finditer(text)) if (a[1], b[1]) == ("", "/")]
-    if not pairs:
-        return _NOTHING
-    content = text[slice(*pairs[-1])]
-    for find in (_hash, _boxed, _phrase):
-        found, value = find(content)
-        if found:
-            return True, value
-    return True, _of_span(content.strip())
-
-
-def _phrase(text: str) -> Found:
-    """What the last "Answer: ..." or "the answer is ..." that holds a digit says, up to its sentence's end."""
-    for mark in reversed(list(_PHRASE.finditer(text))):
-        span = text[mark.end() : mark.end() + MAX_SPAN].partition("\n")[0]
-        if _DIGIT.search(span):
-            return True, _of_span(span)
-    return _NOTHING
-
-
-def _last(text: str) -> Found:
-    """The last number of the text."""
-    matches = list(NUMBER.finditer(plain(text)))
-    return (True, number(matches[-1])) if matches else _NOTHING
-
-
-def _of_span(span: str) -> int | Fraction | None:
-    """The number stated by what follows a marker.
-
-    After a final `=` if there is one; the number that comes first, or else the only or last one. None
-    if a scale word or another term of an expression follows it.
+    Raises:
+        DataError, SettingError: as `verify`, before anything is compared.
     """
-    span = plain(span)
-    span = span[: match.start()] if (match := _SENTENCE_END.search(span)) else span
-    span = span.rpartition("=")[2].strip()
-    matches = list(NUMBER.finditer(span))
-    if not matches:
-        return None
-    match = matches[0] if not _WORD.search(span, 0, matches[0].start()) else matches[-1]
-    if _TERM_FOLLOWS.match(span, match.end()) or _SCALE.match(span, match.end()):
-        return None
-    return number(match)
+    outcomes = [read(gold, text, **options) for gold, text in pairs]  # type: ignore[arg-type]
+    cases = list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, Case)))
+    if not cases:
+        return [outcome for outcome in outcomes if isinstance(outcome, Grade)]
+    with ThreadPoolExecutor(workers.pool().size, "llm_gym-grading") as threads:
+        grades = dict(zip(cases, threads.map(_judge, cases), strict=True))
+    return [outcome if isinstance(outcome, Grade) else grades[outcome] for outcome in outcomes]
 
 
-_WHERE: dict[str, tuple[Callable[[str], Found], ...]] = {
-    "auto": (_hash, _boxed, _tag, _phrase, _last),
-    "hash": (_hash,),
-    "boxed": (_boxed,),
-    "tag": (_tag,),
-    "phrase": (_phrase,),
-    "last": (_last,),
+def read(
+    gold: str | int | float,
+    text: str,
+    *,
+    where: str = "auto",
+    kind: Kind = "math",
+    ordered: bool = True,
+    deadline: float = workers.DEADLINE,
+) -> Grade | Case:
+    """What `verify` can tell without a worker: the grade, or else the case for one."""
+    if where not in WHERE:
+        raise SettingError(unknown("where", where, WHERE))
+    if kind not in ("math", "number"):
+        raise SettingError(unknown("kind", kind, ("math", "number")))
+    want = reference(gold)
+    numeric = not isinstance(want, str)
+    if kind == "number" and not numeric:
+        raise DataError(f"gold: {gold!r} is not a number.")
+    answer = answer_part(text)
+    span = None if answer is None else find(answer, where, numeric=numeric)
+    if span is None:
+        return _nothing(numeric)
+    if isinstance(want, str):
+        return _general(want, span, ordered, deadline)
+    got = number_in(span)
+    if isinstance(got, Hedged):
+        return Grade(0.0, "wrong", None, "The reply states several different answers.")
+    if got is not None:
+        return _number(want, got, kind)
+    return _nothing(numeric) if kind == "number" else _general(str(want), span, ordered, deadline)
+
+
+_ARITHMETIC = re.compile(r"(?:[\d\s+*/().,$×÷·-]|\\(?:times|cdot|div|left|right|[,;! ]))+")
+_OPERATOR = re.compile(r"[\d)]\s*(?:[+*/×÷·-]|\\(?:times|cdot|div))")
+"""A sum, difference, product or quotient of numbers: a calculation left to the reader, where a number was asked."""
+
+
+def _number(want: int | Fraction, got: int | Fraction, kind: Kind) -> Grade:
+    """Compares two numbers."""
+    if got == want:
+        return Grade(1.0, "correct", str(got), f"{got} is the reference.")
+    if kind == "math" and approximates(got, want):
+        return Grade(1.0, "correct", str(got), f"{got} is {want}, rounded.")
+    return Grade(0.0, "wrong", str(got), f"{got} is not {want}.")
+
+
+def _general(want: str, span: Span, ordered: bool, deadline: float) -> Grade | Case:
+    """Compares what needs no mathematics; the rest is a case."""
+    letter = choice(want)
+    answer = stated(span, letter=letter is not None)
+    if answer is None:
+        return _nothing(parse(want) is not None)
+    if parse(want) is not None and _ARITHMETIC.fullmatch(answer) and _OPERATOR.search(answer):
+        return Grade(0.0, "unparsed", answer[:200], f"{answer[:200]} is no number.")
+    if answer == want or (letter is not None and choice(answer) == letter):
+        return Grade(1.0, "correct", answer, f"{answer} is the reference.")
+    if len(answer) > max(MAX_ANSWER, 2 * len(want)):
+        return Grade(0.0, "unparsed", answer[:100], f"The answer has {len(answer):,} characters.")
+    return Case(want, answer, ordered, deadline)
+
+
+def _judge(case: Case) -> Grade:
+    """Has a worker compare."""
+    verdict = workers.pool().ask(case.gold, case.answer, ordered=case.ordered, deadline=case.deadline)
+    status, why = _VERDICTS[verdict]
+    shown = case.answer[:200]
+    return Grade(float(verdict == "equal"), status, shown, why.format(shown, case.gold[:200], case.deadline))
+
+
+_VERDICTS: dict[str, tuple[Status, str]] = {
+    "equal": ("correct", "{0} equals {1}."),
+    "different": ("wrong", "{0} is not {1}."),
+    "unparsed": ("unparsed", "{0} cannot be read as an answer like {1}."),
+    "timeout": ("timeout", "Comparing {0} with {1} took more than {2:g} s."),
+    "crashed": ("crashed", "Comparing {0} with {1} took more memory than a worker has."),
 }
 
 
+def _nothing(numeric: bool) -> Grade:
+    return Grade(0.0, "no_answer", None, f"The reply states no answer{' that is a number' if numeric else ''}.")
+
+
 @lru_cache(maxsize=65536)
-def _gold(gold: str | int | float) -> int | Fraction:
-    """The reference as an exact number.
+def reference(gold: str | int | float) -> int | Fraction | str:
+    """The reference as an exact number, or else as the text of the answer it states.
 
     Raises:
-        DataError: it is none.
+        DataError: it states none.
     """
-    value = parse(str(gold))
-    if value is None:
-        raise DataError(f"gold: {gold!r} is not a number.")
-    return value
+    text = str(gold).strip()
+    for candidate in (text, _stated_reference(text)):
+        value = parse(candidate)
+        if value is not None:
+            return value
+    answer = _stated_reference(text)
+    if not re.search(r"[^\W_]|\\", answer):
+        raise DataError(f"gold: {gold!r} states no answer.")
+    return answer
+
+
+def _stated_reference(text: str) -> str:
+    """The part of a reference solution that states its answer: a box, what follows `####`, the last formula."""
+    text += "}" * min(20, text.count("{") - text.count("}"))  # cut in a box
+    for where in ("hash", "boxed"):
+        if (span := find(text, where)) is not None and span.text.strip():
+            return span.text.strip()
+    formula = last_formula(text)
+    return formula[0] if formula is not None else text
