@@ -50,6 +50,7 @@ class Unread(Exception):
 def _spelling(text: str) -> str:
     """The letters and signs alone: for words, and for answers written alike."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)
     return re.sub(r"(?<=[_^])\{(\w)\}|[\s\\]", lambda m: m[1] or "", text)
 
 
@@ -77,8 +78,8 @@ class _Comparison:
         if max(len(gold.items), len(got.items)) > MAX_ITEMS:
             raise Unread
         kinds = {gold.kind, got.kind}
-        if kinds == {"tuple"} and len(gold.items) == 2 and gold.brackets != got.brackets:
-            return False  # an interval of another kind
+        if kinds == {"tuple"} and gold.brackets != got.brackets and (len(gold.items) == 2 or _half_open(got)):
+            return False  # an interval of another kind, or no tuple at all
         if kinds == {"tuple", "list"} and "()" not in (gold.brackets, got.brackets):
             return False
         if kinds in ({"tuple"}, {"tuple", "list"}) or (kinds == {"list"} and self.keeps_order(gold)):
@@ -104,6 +105,8 @@ class _Comparison:
 
     def values(self, gold: str, got: str) -> bool:
         """Whether two single values are equal."""
+        if ":" in gold + got:
+            return _spelling(gold).lower() == _spelling(got).lower()  # a time or a ratio: only as written
         (left, unit), (right, other) = split_unit(gold), split_unit(got)
         if unit and other and unit != other:
             return False
@@ -116,8 +119,8 @@ class _Comparison:
             return a == b or approximates(b, a) or approximates(a, b)
         if _word(left) or _word(right):
             return _word(left) is not None and _word(left) == _word(right)
-        if ":" in left + right or _based(left) or _based(right):
-            return False  # a time, a ratio, a number in another base: only as written
+        if _based(left) or _based(right):
+            return False  # only as written
         verdict = symbolic.same(left, right)
         if verdict is None:
             raise Unread
@@ -135,8 +138,8 @@ class _Comparison:
         relation, other = (gold, got) if isinstance(gold, Relation) else (got, gold)
         assert isinstance(relation, Relation)
         if set(relation.signs) == {"="}:
-            if _name(relation) is None and (relation is gold or not _is_result(relation)):
-                return False
+            if _name(relation) is None:
+                return relation is got and _is_result(relation) and all(self.nodes(gold, p) for p in relation.parts)
             return self.nodes(relation.parts[-1], other) if relation is gold else self.nodes(other, relation.parts[-1])
         return self.same_bounds(_bounds_of(relation), _bounds_of(other, relation))
 
@@ -155,6 +158,11 @@ class _Comparison:
 
 Bound = tuple[str, str, str]
 """(left, sign, right) of one relation, its sign `=`, `ne`, `<` or `le`."""
+
+
+def _half_open(many: Many) -> bool:
+    """Whether the two brackets are of different kinds."""
+    return many.brackets not in ("()", "[]")
 
 
 def _single(node: Node) -> Node | None:
@@ -190,7 +198,7 @@ def _name(relation: Relation) -> str | None:
 
 
 def _is_result(relation: Relation) -> bool:
-    """Whether `a = b` ends in the value of a calculation: only numbers stand on the left."""
+    """Whether `a = b` is a calculation: only numbers stand on the left."""
     first = relation.parts[0]
     return isinstance(first, Value) and re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", first.text) is None
 
@@ -247,11 +255,14 @@ def _number(text: str, *, comma: bool = False) -> int | Fraction | None:
 _CHOICE = re.compile(r"\(?([a-zA-Z])\)?(?:[.):]\s.*)?")
 
 
+_SHORT = ("yes", "no", "odd", "all")
+
+
 def _word(text: str) -> str | None:
     """The words of a text answer, in lower case; None for mathematics."""
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
     bare = " ".join(bare.replace("(", " ").replace(")", " ").split()).strip(" .,;:!\"'").lower()
-    wordy = re.fullmatch(r"[a-z][a-z'’-]+(?: [a-z'’-]+)*", bare) is not None
+    wordy = re.fullmatch(r"[a-z][a-z'-]+(?: [a-z'-]+)*", bare) is not None and (len(bare) > 3 or bare in _SHORT)
     marked = "\\text" in text and not re.search(r"\\(?!text)", text)
     if not bare or not (wordy or marked):
         return None

@@ -33,11 +33,14 @@ _SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)", re.IGNO
 _SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
 _OPERATOR = r"(?:[-+*/^×÷·]|\\times|\\cdot|\bx\b)"
 _TERM_FOLLOWS = re.compile(rf"\s*(?:{_OPERATOR}|=)\s*[\d(\\$]")
+_INEXACT = re.compile(r"\s*(?:or\s+(?:more|less|so)\b|\+(?!\S))")
 _TERM_PRECEDES = re.compile(rf"[\w)\]}}]\s*{_OPERATOR}\s*[$(]?$")
 _EITHER = re.compile(
-    r"[^\w\n]*(?:[a-z%$]+[^\w\n]+)?(?:or|either|maybe|perhaps|possibly)\b[^\w\n]*(?:[a-z]+[^\w\n]+){0,3}",
+    r"[^\w\n]*(?:[a-z%$]+[^\w\n]+)?(?:or|either|maybe|perhaps|possibly)\b[^\w\n]*(?:[a-z]+[^\w\n]+){0,3}"
+    r"|\s*(?:[,;|/&]|,?\s*and\b|to\b|\s)\s*(?:[a-z]\s*=\s*)?",
     re.IGNORECASE,
 )
+"""What stands between two numbers of which either may be the answer, or of several answers."""
 _COMMA_DECIMAL = re.compile(r"(?<![\w.,])(-?\d+),(\d{1,2})(?![\w,]|\.\d)")
 
 
@@ -56,9 +59,7 @@ def _of_phrase(span: str) -> Value | Hedged | None:
     if not matches:
         return None
     match = matches[0] if not _WORD.search(span, 0, matches[0].start()) else matches[-1]
-    if _TERM_FOLLOWS.match(span, match.end()) or _SCALE.match(span, match.end()):
-        return None
-    return number(match)
+    return None if _changed(span, match) else number(match)
 
 
 def _last(text: str) -> Value | Hedged | None:
@@ -71,16 +72,19 @@ def _last(text: str) -> Value | Hedged | None:
     if _hedged(text, matches[-2:]):
         return Hedged()
     before = text[max(0, matches[-1].start() - 20) : matches[-1].start()]
-    if _TERM_PRECEDES.search(before) or _TERM_FOLLOWS.match(text, matches[-1].end()):
-        return None
-    return number(matches[-1])
+    return None if _TERM_PRECEDES.search(before) or _changed(text, matches[-1]) else number(matches[-1])
+
+
+def _changed(text: str, match: re.Match[str]) -> bool:
+    """Whether what follows a number makes it another: a scale word, a term, "or more"."""
+    return any(follows.match(text, match.end()) for follows in (_TERM_FOLLOWS, _SCALE, _INEXACT))
 
 
 def _hedged(text: str, matches: list[re.Match[str]]) -> bool:
-    """Whether two different numbers are joined by "or"."""
+    """Whether two different numbers are joined by "or", or stand in one list."""
     for one, two in pairwise(matches):
         between = text[one.end() : two.start()]
-        if len(between) <= 60 and _EITHER.fullmatch(between.replace("=", " ")) and number(one) != number(two):
+        if len(between) <= 60 and _EITHER.fullmatch(between) and number(one) != number(two):
             return True
     return False
 

@@ -19,8 +19,12 @@ from math_verify import parse as math_verify_parse
 
 from llm_gym.envs.grading.latex import exact_decimals
 
-DIGITS = 40
-"""Digits to which values are computed; two that agree to half of them are equal."""
+DIGITS = 100
+"""Digits to which a difference is computed, beyond those of the values themselves."""
+ZERO = sympy.Float("1e-60")
+"""A difference this small, relative to values below 1 and absolute above, is none."""
+MAX_DIGITS = 4000
+"""Most digits of a value: a larger one is not read."""
 POINTS = 6
 """Random points at which two expressions must agree."""
 _MIN_POINTS = 3
@@ -40,6 +44,7 @@ _LETTERS = re.compile(r"\\[a-zA-Z]+|([a-zA-Z])")
 def expression(text: str) -> Any | None:
     """The sympy expression of a single value in LaTeX; None if it cannot be read."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", r"\\cdot\\cdot ", exact_decimals(text))  # "3 4" is no number
+    text = text.replace("°", r"\cdot \frac{\pi}{180}")
     found = math_verify_parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     value = found[0] if found else None
     if not isinstance(value, sympy.Expr) or value.has(sympy.nan, sympy.zoo):
@@ -89,13 +94,27 @@ def _agree(a: Any, b: Any) -> bool | None:
     seen = 0
     for point in range(POINTS if symbols else 1):
         at = {s: _coordinate(point, i) for i, s in enumerate(symbols)}
-        one, two = (sympy.N(e.subs(at), DIGITS) for e in (a, b))
-        if not (one.is_number and two.is_number and one.is_finite and two.is_finite):
+        difference = _difference(a.subs(at), b.subs(at))
+        if difference is None:
             continue
-        if abs(one - two) > sympy.Float(10) ** (-DIGITS // 2) * max(1, abs(one)):
+        if difference:
             return False
         seen += 1
     return True if seen >= (_MIN_POINTS if symbols else 1) else None
+
+
+def _difference(a: Any, b: Any) -> bool | None:
+    """Whether two constants differ; None if one of them has no finite value."""
+    sizes = [abs(sympy.N(value, 15)) for value in (a, b)]
+    if not all(size.is_number and size.is_finite for size in sizes):
+        return None
+    size = max(sizes)
+    if size == 0:
+        return False
+    digits = DIGITS + abs(int(sympy.log(size, 10).evalf(5)))
+    if digits > MAX_DIGITS:
+        return None if a != b else False
+    return bool(abs(sympy.N(a - b, 15, maxn=digits)) > ZERO * min(1, size))
 
 
 def _coordinate(point: int, index: int) -> Any:
@@ -117,5 +136,5 @@ def rounds_to(exact: str, shown: str) -> bool:
     places = len(shown.partition(".")[2])
     if abs(value) * 10**places < 1000:
         return False
-    real = sympy.N(expr, DIGITS + places)
+    real = sympy.N(expr, 30 + places)
     return bool(real.is_real and abs(real - sympy.Rational(value)) * 10**places <= sympy.Rational(1, 2))
