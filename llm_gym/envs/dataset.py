@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from llm_gym.core import Messages
 from llm_gym.env import Reply, TextEnv
+from llm_gym.envs.grading import verify
+from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
 from llm_gym.errors import ConfigError, DataError, RewardError, unknown
 
@@ -20,16 +25,20 @@ class Dataset(TextEnv):
 
     Args:
         dataset: a hub id, or the path of a .jsonl, .json, .parquet or .csv file.
-        reward: the reward function `score(text, row)`: `package.module:function` or the function
-            itself. Several: a mapping of component name -> function, or a list (each named after its function).
+        reward: `math` (the default): 1 if the reply's answer equals the column `answer`, by `envs.grading.verify`
+            (`number`: the answer must be written as a number). Or the reward function `score(text, row)`:
+            `package.module:function` or the function itself. Several: a mapping of component name -> function, or a list (each named after its function).
             A function may also return a mapping of component names to numbers.
         prompt: the column that holds the question, a string or a list of chat messages.
+        answer: the column that holds the reference, for `reward=math` and `number`: an answer, or a solution that
+            ends in one (`\\boxed{...}`, `#### ...`).
+        where: where the answer stands in the reply, for `reward=math` and `number` (see `envs.grading.verify`).
         split: a split of the hub data set, slices included; for a file only the slice counts.
         config: the configuration of the hub data set, where it has several.
         kwargs: the common arguments of `TextEnv`; `reward_weights` weighs the components by name.
 
     Raises:
-        DataError: no such data, or no such column.
+        DataError: no such data, no such column, or no reference in it.
         ConfigError: a reward function that cannot be imported or called.
         RewardError: two functions give a component of the same name.
     """
@@ -38,18 +47,24 @@ class Dataset(TextEnv):
         self,
         *,
         dataset: str,
-        reward: str | RewardFunction | Sequence[str | RewardFunction] | Mapping[str, str | RewardFunction],
+        reward: str | RewardFunction | Sequence[str | RewardFunction] | Mapping[str, str | RewardFunction] = "math",
         prompt: str = "prompt",
+        answer: str = "answer",
+        where: str = "auto",
         split: str = "train",
         config: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._functions = reward_functions(reward)
+        graded = next((kind for kind in GRADED if kind == reward), None)
+        self._functions = {"correct": answers(answer, where, graded)} if graded else reward_functions(reward)
         super().__init__(**kwargs)
         self.prompt = prompt
         self._rows = load_rows(dataset, split, name=config)
         self.num_tasks = len(self._rows)
-        check_columns(self._rows, {"prompt": prompt})
+        check_columns(self._rows, {"prompt": prompt, "answer": answer} if graded else {"prompt": prompt})
+        if graded:
+            check_references(dataset, split, config, answer, numeric=graded == "number")
+        self.metadata = {**self.metadata, "blocking": graded == "math"}  # grading may wait for a worker
 
     def open(self) -> Messages:
         """The row's question as a user message, or its chat as it is."""
@@ -71,6 +86,55 @@ class Dataset(TextEnv):
                 raise RewardError(f"reward: two functions give the component {min(twice)!r}.")
             parts.update(named)
         return Reply(reward=parts, done=True)
+
+
+GRADED: tuple[Kind, ...] = ("math", "number")
+"""The rewards that compare the reply's answer with a column."""
+
+
+def answers(column: str, where: str, kind: Kind) -> RewardFunction:
+    """The reward function that grades a reply's answer against a column.
+
+    Raises:
+        SettingError: an unknown `where`.
+    """
+    verify("0", "", where=where)
+
+    def correct(text: str, row: Row) -> float:
+        return verify(_text(row[column]), text, where=where, kind=kind).score
+
+    return correct
+
+
+@lru_cache(maxsize=32)
+def check_references(dataset: str, split: str, config: str | None, answer: str, *, numeric: bool) -> None:
+    """Reads every reference, once per process; warns of rows that have none, as no reply to them can score.
+
+    Raises:
+        DataError: no row has one, or (`numeric`) one is no number.
+    """
+    rows = load_rows(dataset, split, name=config)
+    missing = []
+    for index, row in enumerate(rows):
+        try:
+            found = reference(_text(row[answer]))
+        except DataError:
+            found = None
+            missing.append(index)
+        if numeric and not isinstance(found, int | Fraction):
+            raise DataError(f"answer: row {index} of {dataset!r} has {_text(row[answer])[-40:]!r}, want a number.")
+    if len(missing) == len(rows):
+        raise DataError(f"answer: no row of {dataset!r} has an answer in column {answer!r}.")
+    if missing:
+        warnings.warn(
+            f"answer: {len(missing)} of {len(rows)} rows of {dataset!r} state none (row {missing[0]} first).",
+            stacklevel=2,
+        )
+
+
+def _text(value: Any) -> str:
+    """A cell as text; an absent value is empty."""
+    return "" if value is None else str(value)
 
 
 def reward_functions(reward: Any) -> dict[str, RewardFunction]:

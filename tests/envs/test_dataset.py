@@ -101,3 +101,39 @@ def test_a_reward_that_is_no_number_is_refused(data):
     env = Dataset(dataset=data, reward=lambda text, row: None)
     with pytest.raises(RewardError, match="Dataset: reward component 'reward' is None"):
         answer(env, "one")
+
+
+def test_a_column_of_answers_is_graded_without_a_reward_function(tmp_path):
+    path = tmp_path / "maths.jsonl"
+    answers = ["\\\\frac{1}{2}", "x^2 - 1", "so it is \\\\boxed{(1, 2)}."]
+    path.write_text("".join(f'{{"problem": "?", "answer": "{text}"}}\n' for text in answers))
+    env = Dataset(dataset=str(path), prompt="problem")
+    assert env.metadata["blocking"]
+    assert not Dataset.metadata["blocking"]
+    for row, right in enumerate(["\\boxed{0.5}", "Answer: $(x-1)(x+1)$", "<answer>(1,2)</answer>"]):
+        assert answer(env, right, row)[4]["rewards"] == {"correct": 1.0}
+        assert answer(env, right, (row + 1) % 3)[1] == 0.0
+    with pytest.raises(DataError, match="answer: row 1 of .* has 'x.2 - 1', want a number"):
+        Dataset(dataset=str(path), prompt="problem", reward="number")
+    with pytest.raises(DataError, match="answer: unknown value 'answers'; did you mean 'answer'"):
+        Dataset(dataset=str(path), prompt="problem", answer="answers")
+
+
+def test_rows_without_an_answer_are_reported(tmp_path):
+    path = tmp_path / "gaps.jsonl"
+    path.write_text('{"prompt": "?", "answer": "1"}\n{"prompt": "?", "answer": null}\n')
+    with pytest.warns(UserWarning, match="1 of 2 rows of .* state none \\(row 1 first\\)"):
+        env = Dataset(dataset=str(path))
+    assert answer(env, "1", 0)[1] == 1.0
+    assert answer(env, "None", 1)[1] == 0.0
+    path.with_name("none.jsonl").write_text('{"prompt": "?", "answer": ""}\n')
+    with pytest.raises(DataError, match="no row of .* has an answer in column 'answer'"):
+        Dataset(dataset=str(path.with_name("none.jsonl")))
+
+
+def test_the_answers_of_math_are_right_and_their_neighbours_wrong(shared):
+    env = Dataset(dataset=str(shared("data/math/math500/math.json")), prompt="problem", max_tokens=1000)
+    rows = [row["answer"] for row in env._rows]
+    for task in range(0, len(rows), 25):
+        assert answer(env, f"Thus $\\boxed{{{rows[task]}}}$.", task)[1] == 1.0
+        assert answer(env, f"Thus $\\boxed{{{rows[task]} + 1}}$.", task)[1] == 0.0

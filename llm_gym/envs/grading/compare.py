@@ -34,8 +34,8 @@ def compare(gold: str, answer: str, *, ordered: bool = True) -> Verdict:
         return "unparsed"
     if _spelling(left) == _spelling(right):
         return "equal"
-    numbers = _number(left, comma=left.startswith("0,")), _number(right, comma=True)
-    if None not in numbers:
+    numbers = _number(left, comma=True), _number(right, comma=True)
+    if None not in numbers and not (numbers[0] != numbers[1] and "," in left):
         return "equal" if numbers[0] == numbers[1] else "different"
     try:
         return "equal" if _Comparison(ordered).nodes(parse(left), parse(right)) else "different"
@@ -135,6 +135,8 @@ class _Comparison:
             if any(names) and {*gold.signs, *got.signs} == {"="} and len(got.parts) > 2:
                 return names[0] is not None and self.nodes(gold.parts[-1], got.parts[-1])
             return self.equations(gold, got)
+        if isinstance(gold, Many) and isinstance(got, Relation) and set(got.signs) != {"="}:
+            return False  # the reference fixes the form: a set or an interval
         relation, other = (gold, got) if isinstance(gold, Relation) else (got, gold)
         assert isinstance(relation, Relation)
         if set(relation.signs) == {"="}:
@@ -173,17 +175,17 @@ def _single(node: Node) -> Node | None:
 
 
 def _named_list(node: Node) -> Node:
-    """`n = 1, 2, 3` as the list of values that it is."""
+    """`n = 1, 2, 3` as the set of values that it is."""
     if not (isinstance(node, Many) and node.kind in ("list", "set") and len(node.items) > 1):
         return node
     first, *rest = node.items
     if isinstance(first, Relation) and _name(first) and not any(isinstance(item, Relation) for item in rest):
-        return Many(node.kind, (first.parts[-1], *rest))
+        return Many("set", (first.parts[-1], *rest))
     return node
 
 
 _NAME = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|\\angle|\\triangle|\\overline|\\frac|\\mathbf|\\vec|\\[a-z]+|[a-zA-Z]|_\{?\w+\}?|['\s{}|,()/+*]"
+    r"(?:\\text\s*\{[^{}]*\}|\\angle|\\triangle|\\overline|\\frac|\\mathbf|\\vec|\\[a-z]+|[a-zA-Z]|_\{?\w+\}?|['\s{}|,:()/+*]"
     r"|(?<=[a-zA-Z])\(-?[\w.,\s]*\))+"
 )
 
@@ -203,6 +205,9 @@ def _is_result(relation: Relation) -> bool:
     return isinstance(first, Value) and re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", first.text) is None
 
 
+_VARIABLE = re.compile(r"(?:[a-zA-Z]|\\(?!infty|pi)[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?")
+
+
 def _bounds_of(node: Node, like: Relation | None = None) -> list[Bound] | None:
     """The relations that a chain, or an interval for the variable of `like`, stands for; None if it is neither."""
     if isinstance(node, Relation):
@@ -213,7 +218,7 @@ def _bounds_of(node: Node, like: Relation | None = None) -> list[Bound] | None:
     if not (isinstance(node, Many) and node.kind == "tuple" and len(node.items) == 2 and like is not None):
         return None
     ends = [item.text for item in node.items if isinstance(item, Value)]
-    variables = {part.text for part in like.parts if isinstance(part, Value) and re.fullmatch(r"[a-zA-Z]", part.text)}
+    variables = {part.text for part in like.parts if isinstance(part, Value) and _VARIABLE.fullmatch(part.text)}
     if len(ends) != 2 or len(variables) != 1:
         return None
     (x,) = variables

@@ -45,7 +45,7 @@ _REWRITES = [
         (r"\\(?:displaystyle|textstyle|limits|nolimits|boxed|fbox)(?![a-zA-Z])", ""),
         (r"\\h?phantom\s*(?:\{[^{}]*\}|.)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"(?<=\d)(?:\\[,;! ]|\{,\}|,\\!)\s?(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)(?:\\[,;! ]|\s?\{,\s?\}|,\\!)\s?(?=\d{3}(?!\d))", ""),
         (r"\\(?:mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\*?\s*(?=\{)", r"\\text"),
         (r"\\text\s*\{\s*\}", ""),
         (r"\\\$|(?<!\\)\$|[€£¥₹]", ""),

@@ -34,18 +34,21 @@ _LATEX = (
     (re.compile(r"\\[cdt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\[cdt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"(?<=\d)(?:\\[,;!]|,\\!|\{,\})\s?(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"(?<=\d)(?:\\[,;!]|,\\!|\s?\{,\s?\})\s?(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\(?=[$%])|\\[()\[\]]"), ""),
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|__|`"), " "),
     (re.compile(r"(?<=[A-Za-z])\$|\$(?!\s?[-+]?[\d.])"), " "),
 )
+_GLUED_UNIT = re.compile(r"(?<=\d)(?:[kcm]?m[²³]|(?:[kcm]m|kg|mg|ml|ft|mph)[²³]?)(?!\w)")
+_SPACED = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+")
 _MINUS = str.maketrans("−–‐‑﹣－", "------")
 _VULGAR = re.compile(r"(\d?)([¼-¾⅐-⅞])")
 _MARKUP = re.compile(r"[\\*_`${]")
 
 
 def plain(text: str) -> str:
-    """Text with full-width digits, Unicode minus, Markdown and simple LaTeX reduced to ASCII forms."""
+    """Text with full-width digits, Unicode minus, Markdown, simple LaTeX and glued units reduced to ASCII."""
+    text = _GLUED_UNIT.sub("", text)
     if not text.isascii():
         text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".lstrip(), text)
         text = unicodedata.normalize("NFKC", text.translate(_MINUS)).replace("\N{FRACTION SLASH}", "/")
@@ -79,6 +82,8 @@ def parse(text: str) -> int | Fraction | None:
     (Fraction(2469, 2), -7, Fraction(12, 1), Fraction(5, 2), None, None)
     """
     text = plain(text).strip().rstrip(".%").strip()
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
     match = NUMBER.match(text)
     return number(match) if match is not None and match.end() == len(text) else None
 

@@ -22,12 +22,18 @@ def number_in(span: Span) -> Value | Hedged | None:
         return parse(span.text)
     if span.marked:
         return _of_phrase(span.text)
+    if _BROKEN.search(span.text):
+        return None
+    if len(span.text) < 100 and (whole := parse(span.text)) is not None:
+        return whole
     formula = last_formula(span.text)
     if formula is None or NUMBER.search(plain(formula[1])):
         return _last(span.text)
     return _of_phrase(formula[0])
 
 
+_BROKEN = re.compile(r"(?:\$|\\\()[ \t]*\n[^$\\]*\n[ \t]*(?:\$|\\\))[ \t]*$")
+"""An inline formula over several lines, at the end: broken markup, which states nothing."""
 _WORD = re.compile(r"\w")
 _SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
@@ -110,6 +116,8 @@ def stated(span: Span, *, letter: bool) -> str | None:
     text = span.text
     if letter and not span.marked and (found := [m for m in _LAST_CHOICE.finditer(text) if (m[1] or m[2]).isupper()]):
         return str(found[-1][1] or found[-1][2])
+    if not span.marked and _BROKEN.search(text):
+        return None
     if span.loose:
         text = _from_words(text, span.marked)
     text = text.strip()

@@ -121,7 +121,10 @@ def _list(text: str, depth: int) -> Node | None:
     words = list(_AND.finditer(text))
     marked = _cuts(text, [m.start() for m in words], [m.end() - m.start() for m in words])
     separators = ";" if len(split(text, ";")) > 1 else ","
-    pieces = [p for a, b in marked for p in split(text[a:b], separators) if p.strip()]
+    groups = [[p for p in split(text[a:b], separators) if p.strip()] for a, b in marked]
+    if len(groups) > 1 and len(groups[0]) > 1 and len({len(group) for group in groups}) == 1:
+        return Many("set", tuple(parse(text[a:b], depth) for a, b in marked))  # p=5, q=2 and p=7, q=2
+    pieces = [p for group in groups for p in group]
     if len(pieces) < 2:
         return None
     return Many("set" if len(marked) > 1 else "list", tuple(parse(p, depth) for p in pieces))

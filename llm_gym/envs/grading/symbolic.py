@@ -37,6 +37,8 @@ _CONFIG = (
         ),
     ),
 )
+_UNFINISHED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.core.function.AppliedUndef)
+"""What has no value at a point: unknown functions, and sums of symbolic length."""
 _LETTERS = re.compile(r"\\[a-zA-Z]+|([a-zA-Z])")
 
 
@@ -72,13 +74,10 @@ def equal(a: Any, b: Any) -> bool:
     """Whether two sympy expressions have the same value wherever both have one."""
     if a == b:
         return True
-    if a.free_symbols != b.free_symbols:
-        a, b = sympy.simplify(a), sympy.simplify(b)
-        if a.free_symbols != b.free_symbols:
-            return False
     if a.is_infinite or b.is_infinite:
         return False
-    verdict = _agree(a, b)
+    unfinished = any(e.has(*_UNFINISHED) and e.free_symbols for e in (a, b))
+    verdict = None if unfinished else _agree(a, b)
     return bool(sympy.simplify(a - b) == 0) if verdict is None else verdict
 
 
@@ -90,11 +89,11 @@ def ratio(a: Any, b: Any) -> Any | None:
 
 def _agree(a: Any, b: Any) -> bool | None:
     """Whether both have the same value at every point where they have one; None if too few such points."""
-    symbols = sorted(a.free_symbols, key=str)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     seen = 0
     for point in range(POINTS if symbols else 1):
         at = {s: _coordinate(point, i) for i, s in enumerate(symbols)}
-        difference = _difference(a.subs(at), b.subs(at))
+        difference = _difference(a, b, at)
         if difference is None:
             continue
         if difference:
@@ -103,9 +102,9 @@ def _agree(a: Any, b: Any) -> bool | None:
     return True if seen >= (_MIN_POINTS if symbols else 1) else None
 
 
-def _difference(a: Any, b: Any) -> bool | None:
-    """Whether two constants differ; None if one of them has no finite value."""
-    sizes = [abs(sympy.N(value, 15)) for value in (a, b)]
+def _difference(a: Any, b: Any, at: dict[Any, Any]) -> bool | None:
+    """Whether two values differ at a point; None if one of them has no finite value there."""
+    sizes = [abs(value.evalf(15, subs=at)) for value in (a, b)]
     if not all(size.is_number and size.is_finite for size in sizes):
         return None
     size = max(sizes)
@@ -114,7 +113,7 @@ def _difference(a: Any, b: Any) -> bool | None:
     digits = DIGITS + abs(int(sympy.log(size, 10).evalf(5)))
     if digits > MAX_DIGITS:
         return None if a != b else False
-    return bool(abs(sympy.N(a - b, 15, maxn=digits)) > ZERO * min(1, size))
+    return bool(abs((a - b).evalf(15, subs=at, maxn=digits)) > ZERO * min(1, size))
 
 
 def _coordinate(point: int, index: int) -> Any:

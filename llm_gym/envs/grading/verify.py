@@ -25,9 +25,9 @@ from llm_gym.errors import DataError, SettingError, unknown
 MAX_ANSWER = 2_000
 """Characters of an answer; a longer one is not read."""
 
-Status = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed"]
+Status = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "no_reference"]
 """`no_answer`: the reply states none, or (for a number) none that is one. `unparsed`: what it states cannot
-be read. `timeout`, `crashed`: comparing it overran its deadline or its memory. All but `correct` score 0."""
+be read. `timeout`, `crashed`: comparing it overran its deadline or its memory. `no_reference`: the reference states nothing. All but `correct` score 0."""
 Kind = Literal["math", "number"]
 
 
@@ -76,7 +76,7 @@ def verify(
         deadline: seconds a worker may take, from when it takes the case; then it is killed (`timeout`).
 
     Raises:
-        DataError: `gold` states nothing, or with `kind="number"` is no number.
+        DataError: `gold` is no number, with `kind="number"`.
         SettingError: an unknown `where` or `kind`, or no worker process can be started.
     """
     outcome = read(gold, text, where=where, kind=kind, ordered=ordered, deadline=deadline)
@@ -122,7 +122,12 @@ def read(
         raise SettingError(unknown("where", where, WHERE))
     if kind not in ("math", "number"):
         raise SettingError(unknown("kind", kind, ("math", "number")))
-    want = reference(gold)
+    try:
+        want = reference(gold)
+    except DataError as error:
+        if kind == "number":
+            raise
+        return Grade(0.0, "no_reference", None, str(error))
     numeric = not isinstance(want, str)
     if kind == "number" and not numeric:
         raise DataError(f"gold: {gold!r} is not a number.")
