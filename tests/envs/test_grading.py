@@ -176,3 +176,106 @@ def test_exact_values_compare_exactly(value: Fraction):
 def test_long_digits_and_deep_braces_cost_little():
     for text in ("9" * 100_000, "\\boxed{" * 5_000, "{" * 50_000, "1," * 50_000, "-" * 50_000, "answer is " * 10_000):
         assert verify("9", text).score == 0.0
+
+
+BOX = "\\boxed{%s}"
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("1/2", BOX % "½"),
+        ("3.5", BOX % "3\\frac{1}{2}"),
+        ("3.5", "3 1/2"),
+        ("1e3", BOX % "1000"),
+        ("1000", "1 000"),
+        ("90", BOX % "[90]"),
+        ("90", BOX % "90^\\circ"),
+        ("1.25", "1,25"),
+        ("1/3", BOX % "0.3333"),
+        ("\\pi", BOX % "3.14159"),
+        ("x + 1", "**Answer:** $1 + x$"),
+        ("(x-1)(x+1)", BOX % "x² − 1"),
+        ("\\frac{\\sqrt{3}}{2}", "The answer is √3/2."),
+        ("\\text{east}", "The answer is East."),
+        ("\\text{(B)}", "The correct option is (B)."),
+        ("B", "Answer: B) 12 cm"),
+        ("True", BOX % "\\text{true}"),
+        ("10\\text{ cm}", BOX % "10 centimeters"),
+        ("10\\text{ cm}", BOX % "10"),
+        ("x = 5", BOX % "5"),
+        ("[0, 1)", BOX % "[0,1)"),
+        ("x < 3", BOX % "(-\\infty, 3)"),
+        ("x \\ge 5", "so $5 \\le x$"),
+        ("2x + 4y = 3", BOX % "y = -\\frac12 x + \\frac34"),
+        ("\\{1, 2\\}", BOX % "2, 1"),
+        ("1 \\pm \\sqrt 2", BOX % "1-\\sqrt2, 1+\\sqrt2"),
+        ("(2, 1), (1, 2)", "\\boxed{(1, 2)} and \\boxed{(2, 1)}"),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", BOX % "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+        ("So \\boxed{x^2} it is.", BOX % "x^2"),
+        ("\\sqrt 2", "first \\boxed{2}, no, \\boxed{\\sqrt{2}}"),
+        ("(1+i)^2", BOX % "2i"),
+    ],
+)
+def test_general_answers_that_are_right(gold, text):
+    assert verify(gold, text).status == "correct"
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("5", BOX % "5abc"),
+        ("6", "x=5 or x=6"),
+        ("5", "Answer: 5 or 6"),
+        ("6", "<answer>5</answer><answer>6</answer>"),
+        ("6", "\\boxed{5} \\boxed{6}"),
+        ("5", "#### 5, 6"),
+        ("5", BOX % "5=6"),
+        ("6", BOX % "2x=6"),
+        ("6", BOX % "2 * 3"),
+        ("12", BOX % "1 2"),
+        ("1", BOX % "1 \\text{ million}"),
+        ("12", "\\boxed{12"),
+        ("\\cos x = 1", BOX % "\\sin x = 1"),
+        ("\\text{east}", BOX % "\\text{northeast}"),
+        ("\\text{east}", BOX % "east or west"),
+        ("x + 1", BOX % "x + 1 \\text{ or } x + 2"),
+        ("x", "|x|"),
+        ("5t", BOX % "5"),
+        ("R^2", BOX % "r^2"),
+        ("\\pi", BOX % "3.14"),
+        ("\\pi", BOX % "\\pi + 10^{-20}"),
+        ("2^{100} - 2", BOX % "2^{100} + 2"),
+        ("(1, 2)", BOX % "[1, 2]"),
+        ("(1, 2, 3)", BOX % "(1, 2, 3]"),
+        ("[0, 1]", BOX % "[0, 1)"),
+        ("x < 5", BOX % "x \\le 5"),
+        ("x = 5", BOX % "y = 5"),
+        ("10\\text{ cm}", BOX % "10 m"),
+        ("\\{1, 2\\}", BOX % "\\{1, 2, 3\\}"),
+        ("\\begin{pmatrix} 0 & 0 \\\\ 0 & 0 \\end{pmatrix}", BOX % "\\begin{pmatrix} 0 & 3 \\\\ 0 & 0 \\end{pmatrix}"),
+        ("204_5", BOX % "204"),
+        ("8:34", BOX % "8:35"),
+        ("\\infty", BOX % "-\\infty"),
+        ("B", BOX % "A, B"),
+    ],
+)
+def test_general_answers_that_are_wrong(gold, text):
+    assert verify(gold, text).score == 0
+
+
+def test_a_number_may_be_asked_for_as_a_number():
+    assert verify("12", BOX % "\\sqrt{144}").status == "correct"
+    assert verify("12", BOX % "\\sqrt{144}", kind="number").status == "no_answer"
+    with pytest.raises(SettingError, match="kind: unknown value 'numbers'; did you mean 'number'"):
+        verify("12", "12", kind="numbers")
+
+
+def test_bare_lists_keep_their_order_unless_told_otherwise():
+    assert verify("1, -2", BOX % "-2, 1").status == "wrong"
+    assert verify("1, -2", BOX % "-2, 1", ordered=False).status == "correct"
+    assert verify("x = 1, -2", BOX % "-2, 1").status == "correct"
+
+
+def test_an_empty_reference_is_no_silent_zero():
+    assert verify("", "5").status == "no_reference"
