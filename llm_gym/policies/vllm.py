@@ -1,21 +1,18 @@
-"""The vLLM engine, in process: one thread owns it, a future per request, weights swapped live.
+"""The vLLM engine, in process: one thread owns it, requests join and leave between steps, weights change live.
 
-Everything that knows vLLM is in this file. `AsyncLLM` always spawns an engine process, through which
-tensors cannot pass; `LLMEngine` without multiprocessing runs in this process and can be driven from one
-thread, which also batches continuously: requests join and leave between any two decoding steps.
+Everything that knows vLLM is in this file and in `vllm_worker` (what runs in its workers). `AsyncLLM` always spawns
+an engine process, through which tensors cannot pass; `LLMEngine` without multiprocessing runs in this process and
+can be driven from one thread, which also batches continuously.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,9 @@ import numpy as np
 
 from llm_gym.core import Completion, FinishReason, Ids, Sampling
 from llm_gym.embedded import PATH
-from llm_gym.errors import ConfigError, PolicyError, unknown
+from llm_gym.errors import ConfigError, PolicyError, SettingError, unknown
+from llm_gym.policies.checksums import Report, differing
+from llm_gym.policies.engine_thread import EngineThread, Request
 
 if TYPE_CHECKING:
     import torch
@@ -31,27 +30,63 @@ if TYPE_CHECKING:
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to be handed tensors
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the CPU default takes half of the machine's memory
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
 }
-
+_RESERVED = {
+    "model": "the policy's own model is served",
+    "dtype": "the policy's own dtype is used",
+    "max_context": "vLLM's name for it is 'max_model_len'",
+    "version": "versions are counted by the policy",
+    "enable_lora": "'lora_rank' of the policy decides",
+    "max_lora_rank": "'lora_rank' of the policy decides",
+    "logprobs_mode": "the log-probabilities must be those of the distribution sampled from",
+    "worker_extension_cls": "the policy's own is needed to load weights",
+}
+"""Engine arguments that are not the user's to set, and why."""
+_EXTENSION = "llm_gym.policies.vllm_worker.WorkerExtension"
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
-Call = tuple[Callable[[Any], Any] | None, "Future[Any]"]
+
+def check(engine_args: Mapping[str, Any]) -> None:
+    """Refuses engine arguments that cannot work, before anything is loaded.
+
+    Raises:
+        ConfigError: an argument that this vLLM does not have, or that is not the user's to set.
+        SettingError: vLLM is not installed, or sleep mode is asked for without CUDA.
+    """
+    for name, reason in _RESERVED.items():
+        if name in engine_args:
+            raise ConfigError(f"policy.vllm.{name}: it cannot be set to {engine_args[name]!r} here; {reason}.")
+    known = {field.name for field in dataclasses.fields(_engine_args_class())}
+    for name in engine_args:
+        if name not in known:
+            raise ConfigError(unknown("policy.vllm engine argument", name, known - set(_RESERVED)))
+    if engine_args.get("enable_sleep_mode"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SettingError("policy.vllm.enable_sleep_mode: got True, but sleep mode needs CUDA; leave it out.")
 
 
 class VLLMPolicy:
     """A `Policy` on a real vLLM engine (CPU or CUDA) in this process.
+
+    Every way to new weights (`load`, `load_adapter`, `load_folder`) may be used while requests are in flight: they go
+    on with the new weights, their caches are recomputed, and their completions say from which token on.
 
     Args:
         model: folder or hub id; None: the embedded model.
         max_context: most tokens of context and completion together; None: the model's own limit.
         dtype: compute type of the engine.
         version: version of the weights in `model`.
+        lora_rank: highest rank of the adapters that `load_adapter` will bring; None: no adapters.
         engine_args: passed through to vLLM's `EngineArgs` (`gpu_memory_utilization`, `quantization`,
-            `tensor_parallel_size` ...).
+            `tensor_parallel_size`, `speculative_config` ...).
 
     Raises:
         ConfigError: an engine argument that this vLLM does not have; raised before anything is loaded.
+        SettingError: the engine cannot start with these settings on this machine.
     """
 
     def __init__(
@@ -61,41 +96,36 @@ class VLLMPolicy:
         max_context: int | None = None,
         dtype: str = "auto",
         version: int = 0,
+        lora_rank: int | None = None,
         **engine_args: Any,
     ) -> None:
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
-        from vllm.engine.arg_utils import EngineArgs
-
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
-        for name in engine_args:
-            if name not in known:
-                raise ConfigError(unknown("policy.vllm engine argument", name, known))
-        settings = _defaults() | {"model": str(model or PATH), "dtype": dtype, "max_model_len": max_context}
+        check(engine_args)
         self.version = version
-        self._calls: queue.Queue[Call] = queue.Queue()
-        self._ended = False
-        self._waiting: dict[str, Future[Any]] = {}
         self._names = (f"request-{n}" for n in itertools.count())
-        ready: Future[Any] = Future()
-        args = EngineArgs(**(settings | engine_args))
-        self._thread = threading.Thread(target=self._serve, args=(args, ready), name="vllm-engine", daemon=True)
-        self._thread.start()
-        self._engine = ready.result()
-        self.max_context: int = self._engine.model_config.max_model_len
+        self._settings = _defaults() | {"dtype": dtype, "max_model_len": max_context}
+        if lora_rank is not None:
+            self._settings |= {"enable_lora": True, "max_lora_rank": _round_rank(lora_rank), "max_loras": 1}
+        self._settings |= engine_args
+        self._adapter: Any = None
+        self._start(str(model or PATH))
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
-        """One completion; cancelling the awaiting task aborts the request in the engine."""
+        """One completion; cancelling the awaiting task aborts the request in the engine.
+
+        Raises:
+            PolicyError: the context leaves no room, vLLM refused it, or the engine has ended.
+        """
         room = self.max_context - len(context)
         if room < 1:
             raise PolicyError(f"The context has {len(context)} tokens; the engine's limit is {self.max_context}.")
-        name, done = next(self._names), Future[Any]()
-        self._waiting[name] = done
-        self._call(lambda engine: self._add(engine, name, context, sampling, min(room, sampling.max_tokens), seed))
+        name, loop = next(self._names), asyncio.get_running_loop()
+        params = _params(sampling, min(room, sampling.max_tokens), seed)
+        request = Request(name, lambda engine: self._add(engine, name, context, params), loop.create_future(), loop)
+        self._thread.submit(request)
         try:
-            return await asyncio.wrap_future(done)
+            return await request.future
         except asyncio.CancelledError:
-            self._waiting.pop(name, None)
-            self._call(lambda engine: engine.abort_request([name]))
+            self._thread.abort(request)
             raise
 
     def generate(
@@ -111,125 +141,210 @@ class VLLMPolicy:
         return asyncio.run(every())
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Swaps weights between two decoding steps; running requests go on with the new ones.
-
-        Their caches are recomputed: keys of the old weights would be silently wrong by nats.
-        """
+        """Replaces all weights (Hugging Face names); an adapter is emptied."""
         held = [(name, tensor.detach()) for name, tensor in tensors]
+        self._update("llm_gym_load", held, version=version)
 
-        def swap(engine: Any) -> None:
-            engine.collective_rpc(_reload, args=(held,))
-            if not engine.reset_prefix_cache(reset_running_requests=True):
-                raise PolicyError("vLLM could not reset its prefix cache after a weight update.")
-            self.version = version
+    def load_adapter(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int
+    ) -> None:
+        """Replaces the LoRA adapter, in memory; the base weights stay. Requests in flight switch to it too.
 
-        self._call(swap).result()
+        Args:
+            tensors: PEFT's names (`base_model.model.<module>.lora_A.weight`).
+            config: what PEFT writes to `adapter_config.json` (`r`, `lora_alpha`, `target_modules` ...).
+
+        Raises:
+            SettingError: the policy was made without `lora_rank`.
+        """
+        if self._adapter is None:
+            raise SettingError("load_adapter: the policy was made with lora_rank=None; give the adapters' rank.")
+        held = {name: tensor.detach() for name, tensor in tensors}
+        self._update("llm_gym_load_adapter", held, dict(config), version=version)
+
+    def load_folder(self, folder: str | Path, *, version: int) -> None:
+        """Replaces all weights by those of a model folder (safetensors) on disk."""
+        self._update("llm_gym_load_file", str(folder), version=version)
+
+    def restart(self, folder: str | Path | None = None, *, version: int) -> None:
+        """A new engine in place of this one; requests in flight fail with `PolicyError`.
+
+        Args:
+            folder: the model to serve from now on; None: the one it was serving.
+            version: version of its weights.
+        """
+        self.close()
+        self.version = version
+        self._start(str(folder) if folder is not None else self._model)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the engine's GPU memory back: weights go to the CPU (level 1) or are dropped (level 2), caches too.
+
+        Requests wait until `wake`. Needs the engine argument `enable_sleep_mode`.
+        """
+        if not self._settings.get("enable_sleep_mode"):
+            raise SettingError("sleep: the engine was started without enable_sleep_mode=True (CUDA only).")
+
+        def sleep(engine: Any) -> None:
+            _drain(self._thread, engine)
+            engine.reset_prefix_cache(reset_running_requests=True)
+            engine.sleep(level, mode="keep")
+            self._thread.asleep = True
+
+        self._thread.call(sleep).result()
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Takes the memory again; after level 2, weights must be loaded before anything is sampled.
+
+        Args:
+            tags: None: everything. `["weights"]`, then `load`, then `["kv_cache"]` needs the least memory at once.
+        """
+
+        def wake(engine: Any) -> None:
+            engine.wake_up(list(tags) if tags is not None else None)
+            self._thread.asleep = bool(engine.is_sleeping())
+
+        self._thread.call(wake).result()
+
+    def reports(self, names: Sequence[str]) -> list[Report]:
+        """What each worker received and holds of the named tensors: `checksums.Report`."""
+        found: list[Report] = self._thread.call(lambda e: e.collective_rpc("llm_gym_checksums", args=(names,))).result()
+        return found
+
+    def differing(self, expected: Mapping[str, int]) -> list[str]:
+        """The tensors that the engine does not hold as the learner does.
+
+        Args:
+            expected: `checksums.checksums` of the learner's tensors (and of the adapter's) in `self.dtype`.
+        """
+        return differing(expected, self.reports(list(expected)))
 
     def close(self) -> None:
         """Ends the engine thread; requests still running fail with `PolicyError`."""
-        if self._thread.is_alive():
-            future: Future[Any] = Future()
-            self._calls.put((None, future))
-            self._thread.join()
+        self._thread.close()
 
-    def _call(self, function: Callable[[Any], Any]) -> Future[Any]:
-        """Runs `function(engine)` on the engine's thread, between two steps."""
-        future: Future[Any] = Future()
-        self._calls.put((function, future))
-        if self._ended:  # looked at after the call was put: either the thread takes it, or it is refused here
-            self._refuse()
-        return future
+    def _start(self, model: str) -> None:
+        self._model = model
+        self._thread = EngineThread(lambda: _make(self._settings | {"model": model}), self._finish)
+        config = self._thread.engine.model_config
+        self.max_context: int = config.max_model_len
+        self.dtype: torch.dtype = config.dtype
+        if self._settings.get("enable_lora"):
+            self._update("llm_gym_load_adapter", {}, {}, version=self.version)
 
-    def _refuse(self) -> None:
-        """Fails every call and request that nobody will serve any more."""
-        error = PolicyError("The vLLM engine has ended.")
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _, future = self._calls.get_nowait()
-                if not future.done():
-                    future.set_exception(error)
-        self._fail(error)
+    def _update(self, method: str, *args: Any, version: int) -> None:
+        """Changes the weights between two steps; running requests go on with the new ones.
 
-    def _serve(self, args: Any, ready: Future[Any]) -> None:
-        """The engine's thread: takes calls, decodes a step, hands out what is finished."""
-        from vllm.v1.engine.llm_engine import LLMEngine
+        Their caches are recomputed: keys of the old weights would be silently wrong by nats.
+        """
 
-        try:
-            engine = LLMEngine.from_engine_args(args)
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        ready.set_result(engine)
-        try:
-            while self._take_calls(engine):
-                for output in engine.step():
-                    self._finish(output)
-        except BaseException as error:
-            self._fail(PolicyError(f"vLLM failed: {type(error).__name__}: {error}"))
-        finally:
-            self._ended = True
-            self._refuse()
-            engine.engine_core.shutdown()
+        def change(engine: Any) -> None:
+            _drain(self._thread, engine)
+            engine.collective_rpc(method, args=args)
+            if not engine.reset_prefix_cache(reset_running_requests=True):
+                raise PolicyError("vLLM could not reset its prefix cache after a weight update.")
+            self.version = version
+            if self._settings.get("enable_lora"):
+                self._adapter = _adapter(version)
+            for request in self._thread.requests.values():
+                request.update(version)
 
-    def _take_calls(self, engine: Any) -> bool:
-        """Runs the calls that wait; blocks while there is nothing to decode. False: the end."""
-        while True:
-            try:
-                function, future = self._calls.get(block=not engine.has_unfinished_requests())
-            except queue.Empty:
-                return True
-            if function is None:
-                return False
-            try:
-                future.set_result(function(engine))
-            except Exception as error:
-                future.set_exception(error)
+        self._thread.call(change).result()
 
-    def _add(self, engine: Any, name: str, context: Ids, sampling: Sampling, max_tokens: int, seed: int | None) -> None:
+    def _add(self, engine: Any, name: str, context: Ids, params: Any) -> Any:
         from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k or -1,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            max_tokens=max_tokens,
-            stop_token_ids=None if sampling.stop_token_ids is None else list(sampling.stop_token_ids),
-            ignore_eos=sampling.stop_token_ids is not None,
-            seed=None if seed is None else seed % 2**63,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        try:
-            engine.add_request(name, tokens_input(context.tolist()), params)
-        except Exception as error:
-            self._resolve(name, PolicyError(f"vLLM refused a request: {error}"))
+        request = self._thread.requests[name]
+        request.version = self.version
+        inner = engine.add_request(name, tokens_input(context.tolist()), params, lora_request=self._adapter)
+        return engine.output_processor.request_states[inner]
 
-    def _finish(self, output: Any) -> None:
-        if not output.finished:
-            return
+    def _finish(self, output: Any, request: Request) -> Completion:
         sample = output.outputs[0]
         tokens = np.asarray(sample.token_ids, np.int32)
-        logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=True)]
+        logprobs = np.asarray(sample.logprobs.logprobs, np.float32)
         reason = _FINISH.get(sample.finish_reason, "abort")
-        self._resolve(
-            output.request_id, Completion(tokens, np.asarray(logprobs, np.float32), reason, version=self.version)
-        )
+        return Completion(tokens, logprobs, reason, request.version, tuple(request.updates))
 
-    def _resolve(self, name: str, result: Completion | PolicyError) -> None:
-        future = self._waiting.pop(name, None)
-        if future is None or not future.set_running_or_notify_cancel():
-            return
-        if isinstance(result, PolicyError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
 
-    def _fail(self, error: PolicyError) -> None:
-        for name in list(self._waiting):
-            self._resolve(name, error)
+def _params(sampling: Sampling, max_tokens: int, seed: int | None) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k or -1,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        max_tokens=max_tokens,
+        stop_token_ids=None if sampling.stop_token_ids is None else list(sampling.stop_token_ids),
+        ignore_eos=sampling.stop_token_ids is not None,
+        seed=None if seed is None else seed % 2**63,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_clone=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _adapter(version: int) -> Any:
+    """The adapter as a request names it: one id for the engine, and a name of its own for the prefix cache."""
+    from vllm.lora.request import LoRARequest
+
+    from llm_gym.policies.vllm_worker import ADAPTER
+
+    return LoRARequest(f"version-{version}", ADAPTER, "in memory")
+
+
+def _round_rank(rank: int) -> int:
+    """The smallest rank >= `rank` that vLLM has kernels for."""
+    ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    if not 1 <= rank <= ranks[-1]:
+        raise SettingError(f"lora_rank: got {rank}, want 1 to {ranks[-1]}.")
+    return next(r for r in ranks if r >= rank)
+
+
+def _drain(thread: EngineThread, engine: Any) -> None:
+    """Finishes the steps that asynchronous scheduling has launched ahead: their tokens are the old weights'."""
+    core = engine.engine_core.engine_core
+    if getattr(core, "batch_queue", None):
+        core.pause_scheduler("keep", clear_cache=False)
+        while core.batch_queue:
+            thread.step(engine)
+        core.resume_scheduler()
+
+
+def _engine_args_class() -> Any:
+    os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:
+        raise SettingError(f"policy.engine: 'vllm' needs vLLM: pip install 'llm-gym[vllm]' ({error}).") from None
+    return EngineArgs
+
+
+def _make(settings: Mapping[str, Any]) -> Any:
+    """Builds the engine, or says in one sentence why it cannot be."""
+    arguments = _engine_args_class()
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        return LLMEngine.from_engine_args(arguments(**settings))
+    except BaseException as error:
+        cleanup_dist_env_and_memory()
+        if not isinstance(error, Exception):
+            raise
+        raise SettingError(f"policy.vllm: the engine cannot serve {settings['model']!r}: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    """The part of a vLLM error that says what is wrong."""
+    errors: Callable[[], list[dict[str, Any]]] | None = getattr(error, "errors", None)
+    text = "; ".join(str(each["msg"]) for each in errors()) if errors is not None else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _defaults() -> dict[str, Any]:
@@ -241,6 +356,8 @@ def _defaults() -> dict[str, Any]:
         "generation_config": "vllm",  # the model folder must not change the sampling
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": _EXTENSION,
     }
     if not torch.cuda.is_available():
         # CPU: compiled graphs start in 46 s and are no faster; a block of 128 gives short turns no prefix hits; a
@@ -248,16 +365,3 @@ def _defaults() -> dict[str, Any]:
         settings |= {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         settings |= {"max_num_batched_tokens": 8192, "max_num_seqs": 128}
     return settings
-
-
-def _reload(worker: Any, tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs in vLLM's worker: loads Hugging Face tensors into the running model."""
-    worker.reload_weights(weights_iterator=iter(tensors))
-    from vllm.platforms import current_platform
-
-    head = getattr(worker.model_runner.get_model(), "lm_head", None)
-    if current_platform.is_cpu() and hasattr(head, "cpu_linear"):
-        # vLLM on CPU keeps the packed matrix of a tied head from before the reload.
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
