@@ -8,11 +8,15 @@ can be driven from one thread, which also batches continuously.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
+import logging
 import os
+import tempfile
+import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,7 @@ from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError, SettingError, unknown
 from llm_gym.policies.checksums import Report, differing
 from llm_gym.policies.engine_thread import EngineThread, Request
+from llm_gym.policies.running import run_here
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +112,7 @@ class VLLMPolicy:
             self._settings |= {"enable_lora": True, "max_lora_rank": _round_rank(lora_rank), "max_loras": 1}
         self._settings |= engine_args
         self._adapter: Any = None
+        self._asleep: set[str] = set()
         self._start(str(model or PATH))
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
@@ -138,12 +144,12 @@ class VLLMPolicy:
             pairs = zip(contexts, of, strict=True)
             return await asyncio.gather(*(self.complete(context, sampling, seed=seed) for context, seed in pairs))
 
-        return asyncio.run(every())
+        return run_here(every())
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replaces all weights (Hugging Face names); an adapter is emptied."""
-        held = [(name, tensor.detach()) for name, tensor in tensors]
-        self._update("llm_gym_load", held, version=version)
+        """Replaces all weights (Hugging Face names, tied ones once or twice); an adapter is emptied."""
+        with _reachable(tensors, self._workers) as (suffix, source):
+            self._update("llm_gym_load" + suffix, source, version=version)
 
     def load_adapter(
         self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int
@@ -159,8 +165,8 @@ class VLLMPolicy:
         """
         if self._adapter is None:
             raise SettingError("load_adapter: the policy was made with lora_rank=None; give the adapters' rank.")
-        held = {name: tensor.detach() for name, tensor in tensors}
-        self._update("llm_gym_load_adapter", held, dict(config), version=version)
+        with _reachable(tensors, self._workers) as (suffix, source):
+            self._update("llm_gym_load_adapter" + suffix, source, dict(config), version=version)
 
     def load_folder(self, folder: str | Path, *, version: int) -> None:
         """Replaces all weights by those of a model folder (safetensors) on disk."""
@@ -190,19 +196,21 @@ class VLLMPolicy:
             engine.reset_prefix_cache(reset_running_requests=True)
             engine.sleep(level, mode="keep")
             self._thread.asleep = True
+            self._asleep |= {"weights", "kv_cache"}
 
         self._thread.call(sleep).result()
 
-    def wake(self, tags: Sequence[str] | None = None) -> None:
-        """Takes the memory again; after level 2, weights must be loaded before anything is sampled.
+    def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Takes memory again; after level 2, weights must be loaded before anything is sampled.
 
         Args:
-            tags: None: everything. `["weights"]`, then `load`, then `["kv_cache"]` needs the least memory at once.
+            tags: `["weights"]`, then `load`, then `["kv_cache"]` needs the least memory at once.
         """
 
         def wake(engine: Any) -> None:
-            engine.wake_up(list(tags) if tags is not None else None)
-            self._thread.asleep = bool(engine.is_sleeping())
+            engine.wake_up(list(tags))
+            self._asleep -= set(tags)
+            self._thread.asleep = bool(self._asleep)
 
         self._thread.call(wake).result()
 
@@ -226,11 +234,13 @@ class VLLMPolicy:
     def _start(self, model: str) -> None:
         self._model = model
         self._thread = EngineThread(lambda: _make(self._settings | {"model": model}), self._finish)
+        self._asleep.clear()
         config = self._thread.engine.model_config
+        self._workers: int = self._thread.engine.vllm_config.parallel_config.world_size
         self.max_context: int = config.max_model_len
         self.dtype: torch.dtype = config.dtype
         if self._settings.get("enable_lora"):
-            self._update("llm_gym_load_adapter", {}, {}, version=self.version)
+            self._update("llm_gym_load_adapter", [], {}, version=self.version)
 
     def _update(self, method: str, *args: Any, version: int) -> None:
         """Changes the weights between two steps; running requests go on with the new ones.
@@ -239,6 +249,8 @@ class VLLMPolicy:
         """
 
         def change(engine: Any) -> None:
+            if "weights" in self._asleep:
+                raise PolicyError("The engine's weights are asleep: wake(['weights']) before they are written.")
             _drain(self._thread, engine)
             engine.collective_rpc(method, args=args)
             if not engine.reset_prefix_cache(reset_running_requests=True):
@@ -314,8 +326,28 @@ def _drain(thread: EngineThread, engine: Any) -> None:
         core.resume_scheduler()
 
 
+@contextlib.contextmanager
+def _reachable(tensors: Iterable[tuple[str, torch.Tensor]], workers: int) -> Iterator[tuple[str, Any]]:
+    """Tensors as the engine's workers can take them, and the suffix of the method that does.
+
+    In this process: the tensors themselves. In processes of their own: a file in shared memory.
+    """
+    if workers == 1:
+        yield "", [(name, tensor.detach()) for name, tensor in tensors]
+        return
+    from safetensors.torch import save_file
+
+    unique: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in tensors:  # the two names of a tied tensor are one tensor in a file
+        unique.setdefault(tensor.data_ptr(), (name, tensor.detach().cpu().contiguous()))
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="llm_gym-", suffix=".safetensors") as file:
+        save_file(dict(unique.values()), file.name)
+        yield "_file", file.name
+
+
 def _engine_args_class() -> Any:
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it reads its settings
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     try:
         from vllm.engine.arg_utils import EngineArgs
@@ -342,9 +374,11 @@ def _make(settings: Mapping[str, Any]) -> Any:
 def _sentence(error: Exception) -> str:
     """The part of a vLLM error that says what is wrong."""
     errors: Callable[[], list[dict[str, Any]]] | None = getattr(error, "errors", None)
-    text = "; ".join(str(each["msg"]) for each in errors()) if errors is not None else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if errors is not None:  # pydantic's: one for each bad argument
+        text = "; ".join(": ".join([*map(str, each["loc"][:1]), str(each["msg"])]) for each in errors())
+    else:
+        text = str(error).strip() or type(error).__name__
+    return textwrap.shorten(text.removeprefix("Value error, ").split("\n\n")[0], 300, placeholder=" ...")
 
 
 def _defaults() -> dict[str, Any]:

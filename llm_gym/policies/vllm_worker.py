@@ -65,11 +65,10 @@ def _recorded(tensors: Tensors, dtype: torch.dtype, received: dict[str, int]) ->
         yield name, tensor
 
 
-def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(path: Path) -> Tensors:
     from safetensors import safe_open
 
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    for file in files:
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with safe_open(str(file), "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 yield name, opened.get_tensor(name)
