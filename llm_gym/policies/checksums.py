@@ -58,8 +58,9 @@ def checksums(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -
 def differing(expected: Mapping[str, int], reports: Sequence[Report]) -> list[str]:
     """The tensors that an engine holds differently from the learner, in the learner's order.
 
-    A tensor counts as equal if the workers' shards of every place that holds it add up to it; where no place is
-    readable, if every worker received it so. A tensor that is neither readable nor was received counts as different.
+    A tensor counts as equal if the workers' shards add up to it in every place that holds it. Where no place is
+    readable (quantised weights), or the engine holds another form of it, every worker must have received it so. A
+    tensor that is neither readable nor was received counts as different.
 
     Args:
         expected: the learner's checksums by name.
@@ -69,13 +70,12 @@ def differing(expected: Mapping[str, int], reports: Sequence[Report]) -> list[st
 
 
 def _agrees(name: str, expected: int, reports: Sequence[Report]) -> bool:
-    received = [report["received"][name] for report in reports if name in report["received"]]
-    if any(value != expected for value in received):
-        return False
-    held = [report["held"][name] for report in reports if report["held"].get(name)]
     meant = {report["meant"].get(name, expected) for report in reports}
-    places = zip(*held, strict=True)
-    return bool(received or held) and all(_adds_up(shards, want) for shards in places for want in meant)
+    held = [report["held"][name] for report in reports if report["held"].get(name)]
+    if held and not all(_adds_up(shards, want) for shards in zip(*held, strict=True) for want in meant):
+        return False
+    received = {report["received"].get(name) for report in reports}
+    return received == {expected} or (bool(held) and meant == {expected})
 
 
 def _adds_up(shards: Sequence[int], whole: int) -> bool:

@@ -1,0 +1,107 @@
+"""What several tests of real engines share: models to compare with, exact references, requests under way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_gym.core import Completion, Ids, Sampling
+from llm_gym.harness.model import load_model
+from llm_gym.policies.sampling import Knobs, _filter
+
+TOLERANCE = 1e-4
+FILTERS: dict[str, dict[str, Any]] = {"all": {}, "top-k": {"top_k": 20}, "top-p": {"top_p": 0.9}}
+COMBINATIONS = [(temperature, filters) for temperature in (0.6, 1.0, 1.3) for filters in FILTERS]
+
+
+def contexts(count: int, seed: int = 0) -> list[Ids]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(10, 500, rng.integers(4, 100)).astype(np.int32) for _ in range(count)]
+
+
+def sampling(temperature: float, filters: str, max_tokens: int = 64) -> Sampling:
+    return Sampling(temperature=temperature, max_tokens=max_tokens, stop_token_ids=(), **FILTERS[filters])
+
+
+def perturbed(seed: int, scale: float = 0.02) -> Any:
+    """The embedded model with noise on every weight."""
+    model, generator = load_model(None), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def learner_logprobs(model: Any, context: Ids, completion: Completion, how: Sampling, p: float = 0.0) -> np.ndarray:
+    """Log-probabilities of a completion under the model's own distribution, filtered and renormalised; float64 [n].
+
+    Args:
+        p: added to `top_p`.
+    """
+    ids = torch.from_numpy(np.concatenate([context, completion.tokens])).long()[None]
+    logits = model(input_ids=ids).logits[0, len(context) - 1 : -1].double() / how.temperature
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    if not how.full_support:
+        n = len(weights)
+        top_p = min(how.top_p + p, 1.0) if how.top_p < 1 else 1.0
+        knobs = Knobs(np.ones(n), np.full(n, how.top_k), np.full(n, top_p), np.full(n, how.min_p))
+        weights = _filter(weights, knobs, np.ones(n, np.bool_))
+    chosen = weights.gather(-1, torch.from_numpy(completion.tokens).long()[:, None])[:, 0]
+    return (chosen.log() - weights.sum(-1).log()).numpy()
+
+
+def gaps(model: Any, context: Ids, completion: Completion, how: Sampling) -> np.ndarray:
+    """|engine - learner| of every token, float64 [n].
+
+    Where the probabilities of a prefix reach `top_p` to within rounding, one side keeps one token more than the
+    other; so the nearest of the references with `top_p` a little less and a little more counts too.
+    """
+    steps = (0.0, -1e-5, 1e-5) if how.top_p < 1 else (0.0,)
+    each = [np.abs(learner_logprobs(model, context, completion, how, p) - completion.logprobs) for p in steps]
+    return np.min(each, axis=0)
+
+
+def worst(model: Any, prompts: list[Ids], completions: list[Completion], how: Sampling) -> float:
+    """The largest gap over all sampled tokens."""
+    return max(float(gaps(model, c, out, how).max()) for c, out in zip(prompts, completions, strict=True))
+
+
+def worst_by_version(
+    models: Mapping[int, Any], prompts: list[Ids], completions: list[Completion], hows: list[Sampling], shift: int = 0
+) -> float:
+    """The largest gap, every token against the weights of its own version (or those `shift` tokens before it)."""
+    largest = 0.0
+    for context, completion, how in zip(prompts, completions, hows, strict=True):
+        versions = np.roll(completion.versions, shift)
+        for version in np.unique(versions):
+            mine = gaps(models[int(version)], context, completion, how)[versions == version]
+            largest = max(largest, float(mine.max()))
+    return largest
+
+
+async def until_tokens(policy: Any, tokens: int) -> None:
+    """Waits until some request under way has that many tokens more than at its last update."""
+
+    def most(engine: object) -> int:
+        under_way = [r for r in policy._thread.requests.values() if r.state is not None]
+        done = ((r.state.detokenizer.num_output_tokens(), r.updates) for r in under_way)
+        return max((n - (updates[-1][0] if updates else 0) for n, updates in done), default=0)
+
+    while await asyncio.wrap_future(policy._thread.call(most)) < tokens:
+        pass
+
+
+def nudged(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every tensor's name, and all tensors with one element of that one moved to the next float."""
+    for name, tensor in tensors.items():
+        changed = tensor.detach().clone()
+        flat = changed.view(-1)
+        middle = len(flat) // 2
+        flat[middle] = torch.nextafter(flat[middle], torch.tensor(torch.inf))
+        same = [other for other in tensors if tensors[other].data_ptr() == tensor.data_ptr()]
+        yield name, {**tensors, **dict.fromkeys(same, changed)}
