@@ -252,7 +252,12 @@ class VLLMPolicy:
             if "weights" in self._asleep:
                 raise PolicyError("The engine's weights are asleep: wake(['weights']) before they are written.")
             _drain(self._thread, engine)
-            engine.collective_rpc(method, args=args)
+            try:
+                engine.collective_rpc(method, args=args)
+            except Exception as error:
+                raise PolicyError(
+                    f"vLLM could not take the weights of version {version}: {_sentence(error)}"
+                ) from error
             if not engine.reset_prefix_cache(reset_running_requests=True):
                 raise PolicyError("vLLM could not reset its prefix cache after a weight update.")
             self.version = version

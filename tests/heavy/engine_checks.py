@@ -14,8 +14,14 @@ from llm_gym.harness.model import load_model
 from llm_gym.policies.sampling import Knobs, _filter
 
 TOLERANCE = 1e-4
-FILTERS: dict[str, dict[str, Any]] = {"all": {}, "top-k": {"top_k": 20}, "top-p": {"top_p": 0.9}}
-COMBINATIONS = [(temperature, filters) for temperature in (0.6, 1.0, 1.3) for filters in FILTERS]
+FILTERS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "on": {"top_k": 20, "top_p": 0.9},
+    "top-k": {"top_k": 20},
+    "top-p": {"top_p": 0.9},
+    "min-p": {"min_p": 0.05},
+}
+COMBINATIONS = [(temperature, filters) for temperature in (0.6, 1.0, 1.3) for filters in ("off", "on")]
 
 
 def contexts(count: int, seed: int = 0) -> list[Ids]:

@@ -58,7 +58,7 @@ def restored(policy: Any, model: Any) -> Iterator[None]:
     policy.load(model.state_dict().items(), version=0)
 
 
-@pytest.mark.parametrize(("temperature", "filters"), COMBINATIONS)
+@pytest.mark.parametrize(("temperature", "filters"), [*COMBINATIONS, (0.8, "top-k"), (1.1, "top-p"), (1.0, "min-p")])
 def test_4096_tokens_agree(policy: Any, model: Any, temperature: float, filters: str) -> None:
     prompts, how = contexts(64), sampling(temperature, filters)
     completions = policy.generate(prompts, how, seeds=range(64))
@@ -138,7 +138,7 @@ def test_log_probabilities_see_a_changed_tensor(policy: Any, model: Any, restore
     policy.load(
         {n: changed if t.data_ptr() == tensors[name].data_ptr() else t for n, t in tensors.items()}.items(), version=1
     )
-    prompts, how = contexts(8), sampling(1.0, "all", max_tokens=32)
+    prompts, how = contexts(8), sampling(1.0, "off", max_tokens=32)
     assert worst(model, prompts, policy.generate(prompts, how, seeds=range(8)), how) > 10 * TOLERANCE
 
 
@@ -164,7 +164,7 @@ def test_the_proof_reads_what_the_engine_computes_with(policy: Any, model: Any, 
 
 def test_a_folder_is_loaded_in_flight(policy: Any, model: Any, other: Any, restored: None, tmp_path: Any) -> None:
     other.save_pretrained(tmp_path)
-    prompt, how = contexts(1)[0], sampling(1.0, "all", max_tokens=100)
+    prompt, how = contexts(1)[0], sampling(1.0, "off", max_tokens=100)
 
     async def main() -> Completion:
         running = asyncio.ensure_future(policy.complete(prompt, how, seed=0))
@@ -187,7 +187,7 @@ def test_the_proof_sees_tensors_left_out_of_an_update(policy: Any, other: Any, r
 
 def test_cancelled_requests_leave_the_engine(policy: Any) -> None:
     async def main() -> None:
-        how = sampling(1.0, "all", max_tokens=400)
+        how = sampling(1.0, "off", max_tokens=400)
         running = [asyncio.ensure_future(policy.complete(c, how)) for c in contexts(8)]
         await until_tokens(policy, 3)
         for task in running:
@@ -209,7 +209,7 @@ def test_a_next_turn_finds_its_prefix_cached(policy: Any, monkeypatch: pytest.Mo
         return finish(output, request)
 
     monkeypatch.setattr(policy._thread, "_finish", watch)
-    prompt, how = np.arange(10, 110, dtype=np.int32), sampling(1.0, "all", max_tokens=60)
+    prompt, how = np.arange(10, 110, dtype=np.int32), sampling(1.0, "off", max_tokens=60)
     first = policy.generate([prompt], how, seeds=[0])[0]
     policy.generate([np.concatenate([prompt, first.tokens, np.arange(40, 60, dtype=np.int32)])], how, seeds=[1])
     assert cached[0] == 0
@@ -246,7 +246,7 @@ def test_an_overlong_context_is_data_and_the_last_tokens_are_cut(policy: Any) ->
 
 def test_a_context_out_of_the_vocabulary_fails_alone(policy: Any) -> None:
     async def main() -> list[Any]:
-        jobs = [policy.complete(c, sampling(1.0, "all", 8)) for c in (contexts(1)[0], np.full(5, 10**6, np.int32))]
+        jobs = [policy.complete(c, sampling(1.0, "off", 8)) for c in (contexts(1)[0], np.full(5, 10**6, np.int32))]
         return await asyncio.gather(*jobs, return_exceptions=True)
 
     good, bad = asyncio.run(main())
@@ -295,13 +295,13 @@ def test_a_restart_serves_another_folder_and_ends_what_was_under_way(policy: Any
     load_tokenizer(PATH).save_pretrained(tmp_path)
 
     async def main() -> Any:
-        running = asyncio.ensure_future(policy.complete(contexts(1)[0], sampling(1.0, "all", 400)))
+        running = asyncio.ensure_future(policy.complete(contexts(1)[0], sampling(1.0, "off", 400)))
         await until_tokens(policy, 3)
         await asyncio.to_thread(policy.restart, tmp_path, version=11)
         return (await asyncio.gather(running, return_exceptions=True))[0]
 
     assert isinstance(asyncio.run(main()), PolicyError)
-    prompts, how = contexts(16), sampling(1.0, "all", 32)
+    prompts, how = contexts(16), sampling(1.0, "off", 32)
     completions = policy.generate(prompts, how, seeds=range(16))
     assert {c.version for c in completions} == {11}
     assert worst(other, prompts, completions, how) <= TOLERANCE
