@@ -211,7 +211,10 @@ def _adapter_module(name: str, mapper: Any) -> tuple[str, bool]:
 def _renames(model: nn.Module) -> Any:
     """What maps the learner's names to vLLM's, packing aside; None: they are the same."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # from vLLM 0.27 or so on, and before
+        if hasattr(mapper, name):
+            return getattr(mapper, name)()
+    return mapper
 
 
 def _vllm_name(model: nn.Module, name: str) -> str:
