@@ -187,7 +187,7 @@ class EngineThread:
         """Resolves futures, those of one event loop in one call."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Request, Outcome]]] = defaultdict(list)
         for request, outcome in done:
-            del self.requests[request.name]
+            self.requests.pop(request.name, None)  # once the thread has ended, several callers may be refused at once
             by_loop[request.loop].append((request, outcome))
         for loop, some in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits

@@ -23,11 +23,11 @@ from llm_gym.core import Sampling
 def say(text):
     print(text, flush=True)
 
-make = module._make
+make = module.make_engine
 def watched(settings):
     say("building")
     return make(settings)
-module._make = watched
+module.make_engine = watched
 
 say("importing")
 policy = module.VLLMPolicy(max_context=512, dtype="float32")
