@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/uneven.py [--blocks 5] [--episodes 64]
 
-Every episode has 1 to 6 turns. Each turn has its own exact number of tokens (log-normal, 4 to 160, stop tokens
-ignored), and between two turns a tool takes from 0 to 300 ms (Lomax: half of the calls below 20 ms, one in sixteen
-at the limit). All of it is drawn from the episode's seed, so every way of playing generates the same tokens:
+Every episode has 1 to 6 turns. Each turn has its own exact number of tokens (log-normal, median 16, from 4 to 256;
+stop tokens are ignored), and between two turns a tool takes from 0 to 300 ms (Lomax: half of the calls below 20 ms,
+one in sixteen at the limit). The seed of an episode decides all of it, so every way generates the same tokens:
 
 - raw: the engine alone, stepped in a loop. The contexts are known beforehand; an episode's next turn joins at the
   first step after its tool is ready. No environment, no text, no asyncio, no other thread: the delays overlap
@@ -16,6 +16,7 @@ at the limit). All of it is drawn from the episode's seed, so every way of playi
 
 The ways alternate within one run, on one engine, each from an empty prefix cache. `raw` runs twice in every block:
 the second beside the first is the noise of the machine. Ratios are medians over blocks of the ratio within a block.
+CPU seconds are those of the whole process; they say what a way costs when other work disturbs the wall clock.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ import llm_gym
 from llm_gym.core import Completion, Episode, Ids, Sampling
 from llm_gym.policies.vllm import VLLMPolicy
 
-TURNS, TOKENS, SECONDS = 6, (4, 160), 0.3
-PACES = {"": 1.0, ", no tools": 0.0}
+TURNS, TOKENS, SECONDS = 6, (4, 256), 0.3
+LIMIT = Sampling(max_tokens=TOKENS[1] + 1)
+NO_TOOLS = ", no tools"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Turn:
 def draw(rng: np.random.Generator) -> list[Turn]:
     """The turns of one episode."""
     count = int(rng.integers(1, TURNS + 1))
-    tokens = np.clip(rng.lognormal(np.log(24), 0.9, count), *TOKENS).astype(int)
+    tokens = np.clip(rng.lognormal(np.log(16), 1.2, count), *TOKENS).astype(int)
     delays = np.minimum(SECONDS, 0.02 * rng.pareto(1.0, count))
     return [Turn(int(n), float(delay)) for n, delay in zip(tokens, delays, strict=True)]
 
@@ -64,7 +66,7 @@ def draw(rng: np.random.Generator) -> list[Turn]:
 class Uneven(llm_gym.TextEnv):
     """Plays the turns that its seed says; `pace` multiplies the time of its tool."""
 
-    metadata = llm_gym.TextEnv.metadata | {"blocking": True}  # noqa: RUF012
+    metadata = llm_gym.TextEnv.metadata | {"blocking": True}
 
     def __init__(self, pace: float = 1.0) -> None:
         super().__init__()
@@ -101,8 +103,9 @@ class Exact(VLLMPolicy):
 
 def ours(policy: Exact, seeds: range, pace: float) -> tuple[int, list[Episode]]:
     """Our rollout; tokens sampled, and the episodes."""
-    episodes = llm_gym.rollout(Uneven, policy, seeds=seeds, env_args={"pace": pace})
-    assert not any(episode.error for episode in episodes)
+    episodes = llm_gym.rollout(Uneven, policy, seeds=seeds, sampling=LIMIT, env_args={"pace": pace})
+    if errors := [episode.error for episode in episodes if episode.error]:
+        raise RuntimeError(errors[0])
     return sum(episode.tokens_generated for episode in episodes), episodes
 
 
@@ -190,7 +193,7 @@ def ways(policy: Exact, seeds: range, pool: ThreadPoolExecutor) -> dict[str, Cal
     """Name -> what plays all episodes and counts the tokens; those played first warm everything up."""
     scripts = [script(episode) for episode in ours(policy, seeds, 0.0)[1]]
     table: dict[str, Callable[[], int]] = {}
-    for words, pace in PACES.items():
+    for words, pace in (("", 1.0), (NO_TOOLS, 0.0)):
         table[f"raw{words}"] = partial(on_engine, policy, partial(raw, scripts, pace))
         table[f"ours{words}"] = lambda pace=pace: ours(policy, seeds, pace)[0]  # type: ignore[misc]
         table[f"raw again{words}"] = table[f"raw{words}"]
@@ -199,28 +202,46 @@ def ways(policy: Exact, seeds: range, pool: ThreadPoolExecutor) -> dict[str, Cal
     return table
 
 
-def measure(policy: Exact, work: Callable[[], int]) -> tuple[float, int]:
-    """Seconds from an empty prefix cache, and tokens sampled."""
+def measure(policy: Exact, work: Callable[[], int]) -> tuple[float, float, int]:
+    """Seconds and CPU seconds from an empty prefix cache, and tokens sampled."""
     on_engine(policy, lambda engine: engine.reset_prefix_cache())
-    began = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     tokens = work()
-    return time.perf_counter() - began, tokens
+    return time.perf_counter() - wall, time.process_time() - cpu, tokens
 
 
-def report(seconds: dict[str, list[float]], tokens: int) -> None:
-    """The table: seconds (median, least, most), tokens per second, and the ratio to raw."""
-    print(f"{'':20}{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'/ raw':>8}{'/ ours':>8}")
-    for name, times in seconds.items():
-        base = ", no tools" if name.endswith("no tools") else ""
-        columns = [
-            statistics.median(a / b for a, b in zip(times, seconds[f"{side}{base}"], strict=True))
-            for side in ("raw", "ours")
-        ]
-        middle = statistics.median(times)
+def report(blocks: dict[str, list[tuple[float, float]]], tokens: int) -> None:
+    """The table: medians, the spread of the wall time, and ratios to `raw` and to `ours` of the same tools."""
+    print(f"{'':20}{'seconds':>9}{'least':>8}{'most':>8}{'CPU':>8}{'tokens/s':>10}{'/ raw':>8}{'CPU':>6}{'/ ours':>8}")
+    walls, cpus = ({name: [pair[i] for pair in pairs] for name, pairs in blocks.items()} for i in (0, 1))
+
+    def ratio(of: dict[str, list[float]], name: str, side: str) -> float:
+        base = side + NO_TOOLS * name.endswith(NO_TOOLS)
+        return statistics.median(a / b for a, b in zip(of[name], of[base], strict=True))
+
+    for name, times in walls.items():
+        middle, cpu = statistics.median(times), statistics.median(cpus[name])
         print(
-            f"{name:20}{middle:>9.3f}{min(times):>8.3f}{max(times):>8.3f}{tokens / middle:>10.0f}"
-            + "".join(f"{ratio:>8.2f}" for ratio in columns)
+            f"{name:20}{middle:>9.3f}{min(times):>8.3f}{max(times):>8.3f}{cpu:>8.3f}{tokens / middle:>10.0f}"
+            f"{ratio(walls, name, 'raw'):>8.2f}{ratio(cpus, name, 'raw'):>6.2f}{ratio(walls, name, 'ours'):>8.2f}"
         )
+
+
+def plays(policy: Exact, seeds: range, blocks: int, tokens: int) -> dict[str, list[tuple[float, float]]]:
+    """Name of the way -> its (seconds, CPU seconds) in each block.
+
+    Raises:
+        RuntimeError: a way did not sample `tokens` tokens.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {}
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        table = ways(policy, seeds, pool)
+        for name, work in list(table.items()) * blocks:
+            wall, cpu, sampled = measure(policy, work)
+            if sampled != tokens:
+                raise RuntimeError(f"{name} sampled {sampled} tokens instead of {tokens}")
+            taken.setdefault(name, []).append((wall, cpu))
+    return taken
 
 
 def main() -> None:
@@ -229,26 +250,19 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=64)
     arguments = parser.parse_args()
     seeds = range(arguments.episodes)
-    policy = Exact(None, dtype="float32")
     plans = [draw(np_random(seed)[0]) for seed in seeds]
     tokens = sum(turn.tokens for plan in plans for turn in plan)
-    seconds: dict[str, list[float]] = {}
+    policy = Exact(None, dtype="float32")
     try:
-        with ThreadPoolExecutor(len(seeds)) as pool:
-            table = ways(policy, seeds, pool)
-            for _ in range(arguments.blocks):
-                for name, work in table.items():
-                    taken, sampled = measure(policy, work)
-                    assert sampled == tokens, f"{name} sampled {sampled} tokens instead of {tokens}"
-                    seconds.setdefault(name, []).append(taken)
+        blocks = plays(policy, seeds, arguments.blocks, tokens)
     finally:
         policy.close()
     print(
-        f"{len(plans)} episodes, {sum(map(len, plans))} turns, {tokens} tokens in each way; tools "
+        f"{len(plans)} episodes, {sum(map(len, plans))} turns, {tokens} tokens in every way; tools "
         f"{sum(turn.delay for plan in plans for turn in plan[:-1]):.1f} s in all; {arguments.blocks} blocks; "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}, torch threads {torch.get_num_threads()}"
     )
-    report(seconds, tokens)
+    report(blocks, tokens)
 
 
 if __name__ == "__main__":
