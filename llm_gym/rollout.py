@@ -33,6 +33,8 @@ CONCURRENT = 128
 """Episodes under way at once, unless the policy has a `max_rows` of its own."""
 PATIENCE = 10.0
 """Seconds that `Driver.close` waits for environments that close in a thread."""
+BRIEF = 1.0
+"""Seconds that it waits where a call is still under way in an environment: most tools answer by then."""
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class Driver:
         self._blocking: bool | None = None  # not known before the first environment was made
         self._free: list[_Seat] = []
         self._seats: set[_Seat] = set()
-        self._ending: list[Worker] = []  # threads that are closing their environment
+        self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
 
     def run(
         self,
@@ -163,11 +165,11 @@ class Driver:
         for seat in list(self._seats):
             self._discard(seat)
         self._free.clear()
-        until = time.monotonic() + PATIENCE
-        for worker in self._ending:
-            if not worker.join(max(0.0, until - time.monotonic())):
-                log.warning("an environment of %s did not close in %g s", self.env_id, PATIENCE)
-        self._ending.clear()
+        ending, self._ending = self._ending, []
+        began = time.monotonic()
+        left = [w for w, patience in ending if not w.join(max(0.0, began + patience - time.monotonic()))]
+        if left:
+            log.warning("%d environments of %s did not close and are left behind", len(left), self.env_id)
 
     def __enter__(self) -> Driver:
         return self
@@ -268,7 +270,7 @@ class Driver:
         try:
             await worker.run(lambda: made.append(self._new()))
         except BaseException:  # if cancelled, the environment may yet appear
-            worker.stop(lambda: _close(*made))
+            self._end(worker, lambda: _close(*made), BRIEF)
             raise
         return _Seat(made[0], worker)
 
@@ -303,9 +305,12 @@ class Driver:
         if seat.worker is None:
             _close(seat.env)
             return
-        seat.worker.stop(lambda: _close(seat.env))
-        if not seat.abandoned:  # else it closes whenever the call that hangs comes back
-            self._ending.append(seat.worker)
+        self._end(seat.worker, lambda: _close(seat.env), BRIEF if seat.abandoned else PATIENCE)
+
+    def _end(self, worker: Worker, last: Callable[[], None], patience: float) -> None:
+        """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
+        worker.stop(last)
+        self._ending.append((worker, patience))
 
 
 @dataclass(frozen=True, slots=True)

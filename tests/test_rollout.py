@@ -261,6 +261,40 @@ class TestFailures:
         assert all(env.closed == 1 for env in book)
 
 
+HANGING = """
+import sys, time
+import gymnasium, numpy
+from llm_gym.policies.scripted import ScriptedPolicy
+from llm_gym.rollout import rollout
+from llm_gym.spaces import Tokens
+
+class Hangs(gymnasium.Env):
+    metadata = {"render_modes": [], "blocking": True}
+    observation_space = action_space = Tokens(10, 100)
+    made = 0
+
+    def __init__(self):
+        Hangs.made += 1
+        self.maybe("make" if Hangs.made > 1 else "make the first")  # which is made where the event loop runs
+
+    def maybe(self, what):
+        if what == sys.argv[1]:
+            sys.stdout.write("hangs\\n")
+            sys.stdout.flush()
+            time.sleep(3600)
+
+    def reset(self, *, seed=None, options=None):
+        self.maybe("reset")
+        return numpy.zeros(3, numpy.int32), {}
+
+    def step(self, action):
+        self.maybe("step")
+
+rollout(Hangs, ScriptedPolicy([[4]]), seeds=range(4))
+"""
+"""A program whose environments hang in the call that its argument names."""
+
+
 class TestStopping:
     @pytest.mark.parametrize("env", [Counting, Blocking])
     def test_cancelling_closes_everything(self, env):
@@ -301,6 +335,48 @@ class TestStopping:
             play(book=book, fault=fault)
         assert book
         assert all(env.closed == 1 for env in book)
+
+    def test_a_call_that_is_under_way_may_end_before_its_environment_is_closed(self):
+        """Ctrl-C while every environment waits for a tool: they are closed, because their tools answer soon."""
+        book, inside, interrupted = [], threading.Semaphore(0), threading.Event()
+
+        def fault(what, seed, turn):
+            if what == "step":
+                inside.release()
+                assert interrupted.wait(60)
+
+        async def scenario():
+            task = asyncio.ensure_future(
+                rollout_async(
+                    Blocking, ScriptedPolicy([[4, 5]]), seeds=range(8), env_args={"book": book, "fault": fault}
+                )
+            )
+            for _ in range(8):
+                await asyncio.to_thread(inside.acquire)
+            task.cancel()
+            asyncio.get_running_loop().call_soon(interrupted.set)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(scenario())
+        assert len(book) == 8
+        assert all(env.closed == 1 for env in book)
+
+    @pytest.mark.parametrize("where", ["make", "reset", "step"])
+    def test_ctrl_c_ends_a_program_whose_environments_hang(self, where):
+        """Nothing may keep the interpreter from exiting; the environments hang for an hour."""
+        program = [sys.executable, "-c", HANGING, where]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                for _ in range(3):
+                    assert process.stdout.readline() == "hangs\n"
+                process.send_signal(signal.SIGINT)
+                _, error = process.communicate(timeout=120)
+            finally:
+                process.kill()
+        assert "KeyboardInterrupt" in error
+        assert "did not close and are left behind" in error
+        assert process.returncode in (1, -signal.SIGINT, 128 + signal.SIGINT)
 
     def test_a_driver_goes_on_after_an_interruption(self):
         book, once = [], []
