@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,10 +33,35 @@ def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     outcome: list[T] = []
 
     async def main() -> None:
-        outcome.append(await coroutine)
+        with _woken_by_signals(asyncio.get_running_loop()):
+            outcome.append(await coroutine)
 
     asyncio.run(main())
     return outcome[0]
+
+
+@contextlib.contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Lets every signal wake the loop.
+
+    Python handles a signal between two bytecodes of the main thread. One that comes after the last of them and
+    before the loop sleeps would wait until something else wakes it; where threads compete for the interpreter
+    that is no rare moment, and with every environment waiting for a tool nothing else may.
+    """
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":  # there it is built in
+        yield
+        return
+    receive, send = socket.socketpair()
+    with receive, send:
+        receive.setblocking(False)
+        send.setblocking(False)
+        loop.add_reader(receive, receive.recv, 4096)
+        before = signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            loop.remove_reader(receive)
 
 
 def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
