@@ -8,7 +8,7 @@ one in sixteen at the limit). The seed of an episode decides all of it, so every
 
 - raw: the engine alone, stepped in a loop. The contexts are known beforehand; an episode's next turn joins at the
   first step after its tool is ready. No environment, no text, no asyncio, no other thread: the delays overlap
-  perfectly. It asks for what training needs (log-probabilities, a seed per request), as we do.
+  perfectly. It asks for the same as we do: log-probabilities, a seed per request.
 - ours: `llm_gym.rollout` over `VLLMPolicy`; the environment blocks in `time.sleep`, in one thread each.
 - lockstep: every turn waits for all: generate for the live episodes, then all their tools at once, in threads.
 - serial: lockstep with one tool after the other, as a plain loop over environments does.
@@ -39,7 +39,7 @@ from gymnasium.utils.seeding import np_random
 
 import llm_gym
 from llm_gym.core import Completion, Episode, Ids, Sampling
-from llm_gym.policies.vllm import VLLMPolicy
+from llm_gym.policies.vllm import VLLMPolicy, _params
 
 TURNS, TOKENS, SECONDS = 6, (4, 256), 0.3
 LIMIT = Sampling(max_tokens=TOKENS[1] + 1)
@@ -151,17 +151,10 @@ def script(episode: Episode) -> Script:
 def raw(scripts: list[Script], pace: float, engine: Any) -> int:
     """The engine stepped in a loop, on its own thread; tokens sampled."""
     from vllm.inputs.engine import tokens_input
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     def add(index: int, turn: int, context: list[int]) -> None:
-        params = SamplingParams(
-            max_tokens=scripts[index].turns[turn].tokens,
-            ignore_eos=True,
-            seed=index * TURNS + turn,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        tokens = scripts[index].turns[turn].tokens
+        params = _params(Sampling(stop_token_ids=()), tokens, index * TURNS + turn)
         engine.add_request(f"{index} {turn}", tokens_input(context), params)
 
     ready = [(0.0, index, 0, one.opening) for index, one in enumerate(scripts)]
@@ -186,7 +179,7 @@ def raw(scripts: list[Script], pace: float, engine: Any) -> int:
 
 def on_engine(policy: Exact, function: Callable[[Any], Any]) -> Any:
     """`function(engine)` on the engine's thread."""
-    return policy._call(function).result()
+    return policy._thread.call(function).result()
 
 
 def ways(policy: Exact, seeds: range, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
