@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENGINES = {
     "transformers": "llm_gym.policies.transformers:TransformersPolicy",
     "vllm": "llm_gym.policies.vllm:VLLMPolicy",
+    "server": "llm_gym.policies.server:ServerPolicy",
 }
 """Engine name -> its class, imported when it is asked for."""
 

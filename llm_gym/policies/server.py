@@ -1,0 +1,343 @@
+"""vLLM servers as one policy: token ids in and out over HTTP, live weights, and recovery when a server dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm_gym.core import Completion, Ids, Sampling
+from llm_gym.embedded import PATH
+from llm_gym.errors import ConfigError, PolicyError
+from llm_gym.policies.remote import Loop, RemoteError, delay
+from llm_gym.policies.routing import choose, pieces
+from llm_gym.policies.server_state import ADAPTER, CONTROL, Server, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+PER_SERVER = 128
+"""Episodes under way at once, per server."""
+FAULTS = 6
+"""A healthy server that answers so many times with an error will not do otherwise."""
+_START = "start it with `llmgym serve`"
+
+log = logging.getLogger(__name__)
+
+
+class ServerPolicy:
+    """A `Policy` on one or more running vLLM servers, as `llmgym serve` starts them.
+
+    Args:
+        model: folder or hub id that the servers were started with; None: the embedded model.
+        servers: their URLs, a sequence or one string with commas.
+        version: version of the weights in `model`.
+        max_context: most tokens of context and completion together; None: the servers' own limit.
+        folder: where weights are handed over, seen by the servers under the same path; None: shared memory, or
+            where there is none the folder for temporary files.
+        start_seconds: how long to wait for servers that are not up yet.
+        retry_seconds: how long a request waits for a server to come back before it fails.
+        on_wait: hears what is waited for, and for how long.
+
+    Raises:
+        ConfigError: a server that does not answer in time, serves another model, or lacks what updates need.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        servers: Sequence[str] | str,
+        version: int = 0,
+        max_context: int | None = None,
+        folder: str | Path | None = None,
+        start_seconds: float = 60.0,
+        retry_seconds: float = 300.0,
+        on_wait: Callable[[str], None] = log.info,
+    ) -> None:
+        urls = addresses(servers)
+        self.version, self.max_rows = version, PER_SERVER * len(urls)
+        self.max_context = 0
+        self._model, self._retry = str(model or PATH), retry_seconds
+        self._run, self._updates = uuid.uuid4().hex[:12], itertools.count(1)
+        self._want = Weights(f"{self._run}:0:{version}", version)
+        self._files = _folder(folder)
+        self._closed = False
+        self._loop = Loop("llm_gym-servers")
+        try:
+            self._loop.run(self._connect(urls, start_seconds, on_wait))
+            if max_context is not None and max_context > self.max_context:
+                raise ConfigError(f"max_context: got {max_context}, but the servers' limit is {self.max_context}.")
+            self.max_context = max_context or self.max_context
+        except BaseException:
+            self.close()
+            raise
+
+    async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
+        """One completion; cancelling the awaiting task aborts the request in the server.
+
+        Raises:
+            PolicyError: a context that is too long, a request that a server refuses, or no server for
+                `retry_seconds`.
+        """
+        return await asyncio.wrap_future(self._loop.submit(self._guarded(context, sampling, seed)))
+
+    def generate(
+        self, contexts: Sequence[Ids], sampling: Sampling, *, seeds: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """Completions of many contexts, in order."""
+        of = seeds if seeds is not None else [None] * len(contexts)
+
+        async def every() -> list[Completion]:
+            pairs = zip(contexts, of, strict=True)
+            return await asyncio.gather(*(self._guarded(context, sampling, seed) for context, seed in pairs))
+
+        return self._loop.run(every())
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """Gives every server new weights; requests under way go on with them, their caches recomputed.
+
+        A server that is away gets them when it is back. Returns when at least one has them.
+
+        Raises:
+            PolicyError: a server cannot load them, or none is there for `retry_seconds`.
+        """
+        number = next(self._updates)
+        path = self._files / f"weights-{number}.safetensors"
+        _write(path, tensors)
+        self._switch(Weights(self._label(number, version), version, source=path))
+
+    def load_folder(self, folder: str | Path, *, version: int) -> None:
+        """The same from a model folder, which must stay until the next update."""
+        path = Path(folder).resolve()
+        self._switch(Weights(self._label(next(self._updates), version), version, source=path))
+
+    def load_adapter(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int
+    ) -> None:
+        """Gives every server a new adapter for the weights that it serves: PEFT names, and its `adapter_config`."""
+        number = next(self._updates)
+        path = self._files / f"adapter-{number}"
+        path.mkdir()
+        _write(path / "adapter_model.safetensors", tensors)
+        (path / "adapter_config.json").write_text(json.dumps(dict(config)), "utf-8")
+        self._switch(Weights(self._label(number, version), version, self._want.source, path))
+
+    def close(self) -> None:
+        """Closes the connections and removes the weights handed over; requests under way fail with `PolicyError`."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(PolicyError):
+                self._loop.run(self._disconnect())
+            self._loop.stop()
+            shutil.rmtree(self._files, ignore_errors=True)
+
+    # Below here, coroutines run in the thread of `self._loop`.
+
+    async def _guarded(self, context: Ids, sampling: Sampling, seed: int | None) -> Completion:
+        try:
+            return await self._complete(context, sampling, seed)
+        except asyncio.CancelledError:
+            if self._closed:  # it is not the caller who was cancelled
+                raise PolicyError("The policy was closed.") from None
+            raise
+
+    async def _complete(self, context: Ids, sampling: Sampling, seed: int | None) -> Completion:
+        """Asks one server after another; every try is the whole request with the same seed."""
+        room = self.max_context - len(context)
+        if room < 1:
+            raise PolicyError(f"The context has {len(context)} tokens; the servers' limit is {self.max_context}.")
+        body = request(context, sampling, min(room, sampling.max_tokens), seed)
+        keys = pieces(context) if len(self._servers) > 1 else []
+        since, faults = None, 0
+        for attempt in itertools.count():
+            server = await self._pick(keys, since)
+            try:
+                named = {"model": ADAPTER} if self._want.adapter is not None else {}
+                completion = await server.ask(body | named)
+            except RemoteError as error:
+                faults += error.status is not None
+                if not error.passing or faults >= FAULTS:
+                    raise PolicyError(f"A request failed: {error}") from error
+                server.doubt(error)
+                server.repeated()
+                since = since or time.monotonic()
+                await asyncio.sleep(delay(attempt))
+                continue
+            if keys:
+                server.prefixes.add(pieces(np.concatenate([context, completion.tokens])))
+            return completion
+        raise AssertionError
+
+    async def _pick(self, keys: list[bytes], since: float | None) -> Server:
+        """A server that is there; waits for one, in all `retry_seconds` since the request's first failure."""
+        since = since or time.monotonic()
+        while not (ready := [server for server in self._servers if server.ready]):
+            left = since + self._retry - time.monotonic()
+            try:
+                await asyncio.wait_for(self._any.wait(), left)
+            except TimeoutError:
+                reasons = "; ".join(server.reason for server in self._servers)
+                raise PolicyError(f"No server for {self._retry:g} s: {reasons}") from None
+        if len(ready) == 1:
+            return ready[0]
+        cached = [server.prefixes.cached(keys) for server in ready]
+        return ready[choose([server.load for server in ready], cached)]
+
+    def _switch(self, weights: Weights) -> None:
+        """Makes all servers serve `weights`, and forgets those before."""
+        before = self._want
+        self._loop.run(self._update(weights))
+        self.version = weights.version
+        kept = {weights.source, weights.adapter}
+        for path in {before.source, before.adapter} - kept:
+            if path is not None and path.parent == self._files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    async def _update(self, weights: Weights) -> None:
+        self._want = weights
+        there = [server for server in self._servers if server.ready]
+        found = await asyncio.gather(*(server.bring() for server in there), return_exceptions=True)
+        for server, error in zip(there, found, strict=True):
+            if isinstance(error, RemoteError):
+                server.doubt(error)
+                if error.status is not None:
+                    raise PolicyError(f"A server could not take the new weights: {error}") from error
+            elif isinstance(error, BaseException):
+                raise error
+        await self._pick([], None)
+
+    async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> None:
+        self._any = asyncio.Event()
+        self._servers = [Server(url, lambda: self._want, self._changed) for url in urls]
+        limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self._servers))
+        self.max_context = min(limits)
+        self._watches = [asyncio.ensure_future(server.watch()) for server in self._servers]
+
+    async def _greet(self, server: Server, start_seconds: float, on_wait: Callable[[str], None]) -> int:
+        """Waits for a server, looks whether it is what it must be, and returns its limit of tokens."""
+        url, began = server.remote.url, time.monotonic()
+        for attempt in itertools.count():
+            try:
+                await server.remote.call("GET", "/health", seconds=CONTROL)
+                break
+            except RemoteError as error:
+                waited = time.monotonic() - began
+                if waited > start_seconds:
+                    text = f"servers: {url} is not up after {start_seconds:g} s ({error}); {_START}."
+                    raise ConfigError(text) from error
+                on_wait(f"waiting for {url} for {waited:.0f} s")
+            await asyncio.sleep(delay(attempt))
+        try:
+            limit = await self._check(server)
+            await server.bring()
+        except RemoteError as error:
+            raise ConfigError(f"servers: {url} cannot take new weights ({error}); {_START}.") from error
+        server.greet()
+        return limit
+
+    async def _check(self, server: Server) -> int:
+        url = server.remote.url
+        cards = (await server.remote.call("GET", "/v1/models", seconds=CONTROL))["data"]
+        card = next(card for card in cards if not card.get("parent"))
+        if not same_model(card["root"], self._model):
+            raise ConfigError(
+                f"servers: {url} serves {card['root']!r}, not {self._model!r}; start it with that `--model`."
+            )
+        # Under top-k 1 the sampled token has probability 1, unless log-probabilities ignore the sampling.
+        probe = request(np.zeros(1, np.int32), Sampling(top_k=1), 1, 0)
+        answer = await server.remote.call("POST", "/inference/v1/generate", probe, seconds=CONTROL)
+        if abs(answer["choices"][0]["logprobs"]["content"][0]["logprob"]) > 1e-3:
+            raise ConfigError(f"servers: {url} reports raw log-probabilities, without temperature and top-k; {_START}.")
+        return int(card["max_model_len"])
+
+    async def _disconnect(self) -> None:
+        for server in getattr(self, "_servers", []):
+            await server.remote.close()
+
+    def _changed(self) -> None:
+        if any(server.ready for server in self._servers):
+            self._any.set()
+        else:
+            self._any.clear()
+
+    def _label(self, number: int, version: int) -> str:
+        return f"{self._run}:{number}:{version}"
+
+
+def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None) -> dict[str, Any]:
+    """The body for `/inference/v1/generate`."""
+    stops = sampling.stop_token_ids
+    params = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "max_tokens": max_tokens,
+        "stop_token_ids": None if stops is None else list(stops),
+        "ignore_eos": stops is not None,
+        "seed": None if seed is None else seed % 2**63,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    return {"token_ids": context.tolist(), "sampling_params": params}
+
+
+def addresses(servers: Sequence[str] | str) -> list[str]:
+    """The servers' URLs.
+
+    Raises:
+        ConfigError: none, one twice, or something that is no URL.
+    """
+    found = [url.strip().rstrip("/") for url in (servers.split(",") if isinstance(servers, str) else servers)]
+    for url in found:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"servers: got {url!r}, want a URL such as 'http://127.0.0.1:8000'.")
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"servers: got {found}, want at least one URL, and each once.")
+    return found
+
+
+def same_model(served: str, wanted: str) -> bool:
+    """Whether two names mean one model: the same folder however written, or the same hub id."""
+    return served == wanted or os.path.realpath(served) == os.path.realpath(wanted)
+
+
+def _folder(chosen: str | Path | None) -> Path:
+    """A new folder for weights, under `chosen` or in shared memory; those of dead processes are removed there."""
+    shared = Path("/dev/shm")
+    parent = Path(chosen) if chosen else shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    if not chosen:
+        for old in parent.glob("llm_gym-*-*"):
+            number = old.name.split("-")[1]
+            if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(old, ignore_errors=True)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"llm_gym-{os.getpid()}-", dir=parent))
+    except OSError as error:
+        raise ConfigError(f"folder: cannot write in {parent}: {error}.") from error
+
+
+def _write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file; tensors that share memory (tied ones) are written once each."""
+    from safetensors.torch import save_file
+
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors:
+        held = tensor.detach().cpu().contiguous()
+        found[name] = held.clone() if held.data_ptr() in seen else held
+        seen.add(held.data_ptr())
+    save_file(found, str(path))

@@ -1,0 +1,294 @@
+"""One vLLM server of several: which weights it must serve, whether it is there, and how it comes back.
+
+Weights are known by a label, which the server's workers keep and which marks the tokens they sample. A server that
+restarted has lost it: it is told the weights again before it gets any request, and an answer whose tokens
+carry another label never counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_gym.core import Completion, FinishReason
+from llm_gym.policies.remote import Remote, RemoteError, delay
+from llm_gym.policies.routing import Prefixes
+
+ADAPTER = "llm_gym"
+"""The name under which requests ask for the adapter."""
+CHANGING = "changing"
+"""The label of weights that are half loaded."""
+CONTROL, LOADING = 30.0, 900.0
+"""Most seconds for a question about the server, and for new weights."""
+HEARTBEAT = 5.0
+"""Seconds between looks at a server that has requests under way; one that hangs closes no connection."""
+IDLE = 2.0
+"""Seconds of silence after which a server is asked for its label first; none restarts in less."""
+SAY = 15.0
+"""Seconds between two lines about a server that stays away."""
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What every server must serve."""
+
+    label: str
+    """`<run>:<update>:<version>`, never used twice."""
+    version: int
+    source: Path | None = None
+    """A safetensors file or a model folder; None: what the server was started with."""
+    adapter: Path | None = None
+    """A PEFT folder."""
+
+
+class Server:
+    """One server; everything here runs in the policy's event loop.
+
+    Args:
+        url: where it is.
+        want: what it must serve now.
+        changed: called when `ready` changes.
+    """
+
+    def __init__(self, url: str, want: Callable[[], Weights], changed: Callable[[], None]) -> None:
+        self.remote = Remote(url)
+        self.ready = False
+        self.load = 0
+        """Requests under way."""
+        self.prefixes = Prefixes()
+        self.reason = "it has not answered yet"
+        """What the last failure was."""
+        self._want, self._changed = want, changed
+        self._lock = asyncio.Lock()
+        self._gone = asyncio.Event()
+        self._revival: asyncio.Task[None] | None = None
+        self._heard = 0.0
+        self._repeats = 0
+
+    # Requests
+
+    async def ask(self, body: dict[str, Any]) -> Completion:
+        """One whole completion.
+
+        Raises:
+            RemoteError: there is none; if `passing`, the request may be repeated, here or elsewhere.
+        """
+        if not self.load and time.monotonic() - self._heard > IDLE and await self.label() != self._want().label:
+            raise RemoteError(f"{self.remote.url} serves other weights")
+        before = self._want()
+        self.load += 1
+        try:
+            answer = await self._unless_gone(body)
+        except RemoteError as error:
+            if error.status == 404 and "model" in body:  # it restarted, and does not know the adapter any more
+                raise RemoteError(str(error)) from error
+            raise
+        finally:
+            self.load -= 1
+        self._heard = time.monotonic()
+        only = before if before.label == self._want().label else None
+        return read(answer, only, before.label.partition(":")[0])
+
+    async def _unless_gone(self, body: dict[str, Any]) -> Any:
+        """The answer, unless the server is found to be gone first."""
+        gone = asyncio.ensure_future(self._gone.wait())
+        call = asyncio.ensure_future(self.remote.call("POST", "/inference/v1/generate", body))
+        try:
+            await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise RemoteError(self.reason)
+            return call.result()
+        finally:
+            gone.cancel()
+            if not call.done():
+                call.cancel()
+                with contextlib.suppress(asyncio.CancelledError, RemoteError):
+                    await call  # the connection is closed when this returns: the server then aborts the request
+
+    def repeated(self) -> None:
+        """A request that was here is going to be repeated."""
+        self._repeats += 1
+
+    # Weights
+
+    async def label(self) -> str:
+        """The label of the weights that it serves; empty after a start."""
+        labels = await self._rpc("llm_gym_label")
+        return str(labels[0]) if len(set(labels)) == 1 else CHANGING
+
+    async def bring(self) -> bool:
+        """Makes it serve what is wanted, if it does not; whether weights had to be sent.
+
+        Requests under way are held meanwhile and go on with the new weights, their caches recomputed.
+
+        Raises:
+            RemoteError: it cannot be reached, or cannot load them.
+        """
+        async with self._lock:
+            want, held = self._want(), await self.label()
+            if held == want.label:
+                await self._post("/resume")  # whoever paused it may be dead
+                return False
+            as_started = not held and want.source is None and want.adapter is None
+            await self._post("/pause", params={"mode": "keep"})
+            try:
+                await self._replace(want, load=not as_started)
+            except BaseException:
+                with contextlib.suppress(RemoteError):
+                    await self._post("/resume")  # what is sampled now carries no label that counts
+                raise
+            await self._post("/resume")
+            self._heard = time.monotonic()
+            return not as_started
+
+    async def _replace(self, want: Weights, *, load: bool) -> None:
+        await self._mark(CHANGING)
+        if load and want.source is None:
+            await self._rpc("llm_gym_load_start", seconds=LOADING)
+        elif load:
+            await self._rpc("llm_gym_load_file", str(want.source), seconds=LOADING)
+        if want.adapter is not None:
+            await self._load_adapter(want.adapter)
+        done = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
+        if not done["success"]:
+            raise RemoteError(f"{self.remote.url} could not reset its prefix cache after a weight update", 500)
+        self.prefixes.clear()
+        await self._mark(want.label)
+
+    async def _load_adapter(self, folder: Path) -> None:
+        """The adapter under its name (vLLM gives the first one number 1), then its tensors in place."""
+        try:
+            await self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)}, seconds=LOADING)
+        except RemoteError as error:
+            if "already been loaded" not in str(error):
+                raise
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        await self._rpc("llm_gym_load_adapter_file", str(folder / "adapter_model.safetensors"), config, seconds=LOADING)
+
+    async def _mark(self, label: str) -> None:
+        with_spans = {"new_version": label}
+        try:
+            await self._post("/update_weight_version", with_spans)
+        except RemoteError as error:
+            if error.status != 404:  # a vLLM without versions
+                raise
+        await self._rpc("llm_gym_set_label", label)
+
+    async def _rpc(self, method: str, *args: Any, seconds: float = CONTROL) -> list[Any]:
+        """The workers' answers to a method of the extension."""
+        body = {"method": method, "args": args, "timeout": seconds}
+        answer = await self._post("/collective_rpc", body, seconds=seconds + CONTROL)
+        found: list[Any] = (answer or {}).get("results", [])
+        return found
+
+    async def _post(self, path: str, body: Any = None, *, seconds: float = CONTROL, **options: Any) -> Any:
+        return await self.remote.call("POST", path, body, seconds=seconds, **options)
+
+    # Coming back
+
+    def doubt(self, error: RemoteError) -> None:
+        """Something failed: no more requests until it has proved that it is there and serves the right weights."""
+        self.reason = str(error)
+        if self._revival is None:
+            self._be(False)
+            self._revival = asyncio.ensure_future(self._revive())
+
+    async def _revive(self) -> None:
+        began = said = time.monotonic()
+        gone = False
+        for attempt in itertools.count():
+            try:
+                await self.remote.call("GET", "/health", seconds=CONTROL)
+                sent = await self.bring()
+                break
+            except RemoteError as error:
+                self.reason = str(error)
+                if not gone:
+                    log.warning("lost %s (%s); its %d requests will be repeated", self.remote.url, error, self.load)
+                    gone = True
+                    self._gone.set()
+                elif time.monotonic() - said > SAY:
+                    said = time.monotonic()
+                    log.warning("waiting for %s for %.0f s (%s)", self.remote.url, said - began, error)
+            await asyncio.sleep(delay(attempt))
+        if gone or sent:
+            log.warning(
+                "%s is back after %.1f s; %s, %d requests repeated",
+                self.remote.url,
+                time.monotonic() - began,
+                f"weights of version {self._want().version} sent again" if sent else "it still has its weights",
+                self._repeats,
+            )
+            self._repeats = 0
+        self._gone.clear()
+        self._revival = None
+        self._be(True)
+
+    async def watch(self) -> None:
+        """Looks now and then whether it still answers while requests are under way; runs for ever."""
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            if self.ready and self.load:
+                try:
+                    await self.remote.call("GET", "/health", seconds=CONTROL)
+                except RemoteError as error:
+                    self.doubt(error)
+
+    def greet(self) -> None:
+        """The server is there and serves what is wanted."""
+        self._be(True)
+
+    def _be(self, ready: bool) -> None:
+        self.ready = ready
+        self._changed()
+
+
+def read(answer: Any, only: Weights | None, run: str) -> Completion:
+    """The completion in an answer of `/inference/v1/generate`.
+
+    Args:
+        answer: its JSON.
+        only: the weights that sampled it, if there was no update meanwhile; used where the server gives no spans.
+        run: the first part of the labels that count.
+
+    Raises:
+        RemoteError: it is incomplete, or was sampled by other weights than ours.
+    """
+    try:
+        choice = answer["choices"][0]
+        tokens = np.asarray(choice["token_ids"], np.int32)
+        logprobs = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]], np.float32)
+        spans = choice.get("weight_versions")
+        if spans is None and only is not None:
+            spans = [{"start": 0, "version": only.label}]
+        changes = [(int(span["start"]), _version(span["version"], run)) for span in spans or []]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RemoteError(f"the server's answer cannot be read: {type(error).__name__}: {error}") from error
+    reason = _FINISH.get(choice.get("finish_reason"))
+    if reason is None or not len(tokens) or len(tokens) != len(logprobs):
+        raise RemoteError(f"the server ended a request early (finish reason {choice.get('finish_reason')!r})")
+    if not changes or changes[0][0] != 0 or any(version is None for _, version in changes):
+        raise RemoteError("the server answered from other weights than it was given")
+    seen = [(start, version) for start, version in changes if version is not None]
+    kept = [seen[0], *(b for a, b in itertools.pairwise(seen) if a[1] != b[1])]
+    return Completion(tokens, logprobs, reason, kept[0][1], tuple(kept[1:]))
+
+
+def _version(label: Any, run: str) -> int | None:
+    """The version in one of our labels; None for any other."""
+    first, _, rest = str(label).partition(":")
+    return int(rest.rpartition(":")[2]) if first == run and rest else None

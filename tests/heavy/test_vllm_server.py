@@ -1,0 +1,245 @@
+"""Real vLLM servers, started as `llmgym serve` starts them: exact, and whole again after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
+from llm_gym.errors import ConfigError, PolicyError
+from llm_gym.harness.batching import Sample, pack
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.model import load_model
+from llm_gym.policies.server import ServerPolicy
+from llm_gym.policies.serving import ServerProcess
+from llm_gym.rollout import rollout
+
+pytestmark = pytest.mark.heavy
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+CONTEXT = 512
+SETTINGS = {"dtype": "float32", "max_model_len": CONTEXT}
+
+
+class Servers:
+    """Server processes by port, so that one can be killed and started again."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, ServerProcess] = {}
+
+    def start(self, port: int = 0) -> ServerProcess:
+        server = ServerProcess(port=port, settings=SETTINGS)
+        self.running[server.port] = server
+        return server
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    found = Servers()
+    yield found
+    for server in found.running.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def first(servers: Servers) -> str:
+    server = servers.start()
+    server.wait()
+    return server.url
+
+
+@pytest.fixture
+def policy(first: str) -> Iterator[ServerPolicy]:
+    engine = ServerPolicy(servers=[first], start_seconds=600)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return load_model(None)
+
+
+def moved(seed: int) -> torch.nn.Module:
+    """The embedded model, every tensor moved."""
+    model = load_model(None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+def contexts(count: int) -> list[Ids]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(10, 500, rng.integers(4, 100)).astype(np.int32) for _ in range(count)]
+
+
+def gaps(
+    model: torch.nn.Module, episodes: list[Episode], temperature: float = 1.0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """|engine - learner| log-probability of every sampled token of each episode, and the tokens' versions."""
+    learner, found = Learner(model), []
+    for episode in episodes:
+        (row,) = episode.rows()
+        (micro,) = pack([Sample(row, 1.0, 0)], max_tokens=4096).micro
+        logprobs, _ = learner.logprobs(micro, temperature=temperature)
+        gap = (logprobs - micro.old_logprobs).abs().detach().numpy()
+        assert len(gap) == episode.tokens_generated
+        found.append((gap, row.versions[row.trained]))
+    return found
+
+
+def played(prompts: list[Ids], completions: list[Completion]) -> list[Episode]:
+    return [Episode("e", 0, (Turn(p, c, 0.0),), StopReason.ANSWERED) for p, c in zip(prompts, completions, strict=True)]
+
+
+def worst(model: torch.nn.Module, episodes: list[Episode], temperature: float = 1.0) -> float:
+    return max(float(gap.max()) for gap, _ in gaps(model, episodes, temperature))
+
+
+def running(url: str) -> float:
+    """Requests that the server's engine has, running or waiting."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.split()[-1])
+        for line in lines
+        if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+    )
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6}, {"temperature": 1.3}])
+def test_log_probabilities_are_the_learners(policy, model, sampling) -> None:
+    prompts = contexts(16)
+    completions = policy.generate(prompts, Sampling(max_tokens=40, stop_token_ids=(), **sampling), seeds=range(16))
+    assert sum(len(c.tokens) for c in completions) == 640
+    assert worst(model, played(prompts, completions), sampling.get("temperature", 1.0)) <= 1e-4
+    assert {c.finish_reason for c in completions} == {"length"}
+
+
+def test_seeds_decide_and_stop_tokens_stay(policy) -> None:
+    prompts, sampling = contexts(8), Sampling(max_tokens=24, stop_token_ids=tuple(range(0, 500, 3)))
+    one, two = (policy.generate(prompts, sampling, seeds=[5] * 8) for _ in range(2))
+    assert [c.tokens.tolist() for c in one] == [c.tokens.tolist() for c in two]
+    for completion in one:
+        ends = [int(t) % 3 == 0 and t < 500 for t in completion.tokens]
+        assert not any(ends[:-1])
+        assert completion.finish_reason == ("stop" if ends[-1] else "length")
+
+
+def test_new_weights_are_served_from_the_next_token_on(policy, model) -> None:
+    """An update while requests are under way, and one while none is; each token against its own weights."""
+    prompts, sampling, other = contexts(32), Sampling(max_tokens=300, stop_token_ids=()), moved(1)
+
+    async def with_update() -> list[Completion]:
+        tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
+        while running(policy._servers[0].remote.url) < len(prompts):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(policy.load, other.state_dict().items(), version=7)
+        return await asyncio.gather(*tasks)
+
+    across = asyncio.run(with_update())
+    assert all(c.version == 0 and [version for _, version in c.updates] == [7] for c in across)
+    for weights, version in ((model, 0), (other, 7)):
+        assert max(gap[of == version].max() for gap, of in gaps(weights, played(prompts, across))) <= 1e-4
+        assert max(gap[of != version].max() for gap, of in gaps(weights, played(prompts, across))) > 0.1
+    after = policy.generate(prompts, Sampling(max_tokens=20, stop_token_ids=()), seeds=range(32))
+    assert {c.version for c in after} == {7}
+    assert not any(c.updates for c in after)
+    assert worst(other, played(prompts, after)) <= 1e-4
+
+
+def test_another_policy_starts_from_the_servers_own_weights(first: str, model) -> None:
+    for _ in range(2):
+        policy = ServerPolicy(servers=first)
+        completions = policy.generate(contexts(8), Sampling(max_tokens=64, stop_token_ids=()), seeds=range(8))
+        assert worst(model, played(contexts(8), completions)) <= 1e-4
+        policy.load(moved(2).state_dict().items(), version=1)
+        policy.close()
+
+
+def test_a_cancelled_request_ends_in_the_server(policy, first: str) -> None:
+    async def cancel() -> None:
+        sampling = Sampling(max_tokens=400, stop_token_ids=())
+        task = asyncio.create_task(policy.complete(contexts(1)[0], sampling))
+        while not running(first):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while running(first):  # it would take much longer to end by itself, paused as it is
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(cancel(), timeout=60))
+
+
+def test_a_request_that_cannot_work_is_refused_at_once(policy) -> None:
+    with pytest.raises(PolicyError, match="512"):
+        asyncio.run(policy.complete(np.zeros(CONTEXT, np.int32), Sampling()))
+    with pytest.raises(PolicyError, match="out of vocabulary"):
+        asyncio.run(policy.complete(np.full(3, 10**6, np.int32), Sampling()))
+
+
+def test_a_wrong_model_is_refused_in_one_sentence(first: str) -> None:
+    with pytest.raises(ConfigError, match=r"serves .*embedded.*not 'other/model'"):
+        ServerPolicy("other/model", servers=[first])
+
+
+def test_a_rollout_survives_kill_9(servers: Servers, first: str, caplog) -> None:
+    """Every group whole, no token twice, each against the weights that it says it is from; the log tells."""
+    other = moved(3)
+    policy = ServerPolicy(servers=[first], retry_seconds=600)
+    policy.load(other.state_dict().items(), version=5)
+    port = int(first.rpartition(":")[2])
+    ended: list[Episode] = []
+    killed = threading.Event()
+    episodes: list[Episode] = []
+
+    def on_episode(episode: Episode) -> None:
+        ended.append(episode)
+        if len(ended) == 8:
+            servers.running[port].kill()
+            killed.set()
+
+    def play() -> None:
+        episodes.extend(
+            rollout(
+                "GuessNumber-v0",
+                policy,
+                seeds=range(16),
+                group_size=4,
+                sampling=Sampling(max_tokens=48),
+                max_concurrent=32,
+                on_episode=on_episode,
+            )
+        )
+
+    with caplog.at_level(logging.WARNING, "llm_gym"):
+        thread = threading.Thread(target=play)
+        thread.start()
+        assert killed.wait(300)
+        servers.start(port)  # in this thread: the server dies with the thread that starts it
+        thread.join(500)
+        assert not thread.is_alive()
+    assert [e.seed for e in episodes] == [s for s in range(16) for _ in range(4)]
+    assert [e.member for e in episodes] == list(range(4)) * 16
+    assert all(not e.stop_reason.failed for e in episodes), [e.error for e in episodes if e.error]
+    assert len(ended) == 64
+    assert worst(other, episodes) <= 1e-4
+    assert all((of == 5).all() for _, of in gaps(other, episodes))
+    for episode in episodes:  # the ledger adds up: what was sampled is what the next context contains, once
+        for turn, following in zip(episode.turns, episode.turns[1:], strict=False):
+            whole = np.concatenate([turn.prompt, turn.completion.tokens])
+            assert np.array_equal(following.prompt[: len(whole)], whole)
+    said = caplog.text
+    assert f"lost {first}" in said
+    assert f"{first} is back" in said
+    assert "weights of version 5 sent again" in said
+    policy.close()
