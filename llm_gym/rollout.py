@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 
 from llm_gym import envs
-from llm_gym.core import Episode, Ids, Message, Sampling, StopReason, Turn
+from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, Turn
 from llm_gym.errors import SettingError, boundary
 from llm_gym.policies import Completer
 from llm_gym.policies.running import Worker, run_here
@@ -229,7 +229,11 @@ class Driver:
             prompt = np.array(context, np.int32)
             sampling = self._sampling(job.sampling, seat.env, prompt)
             tale.asking = True
-            completion = await self.policy.complete(prompt, sampling, seed=job.request_seed(len(tale.turns)))
+            request_seed = job.request_seed(len(tale.turns))
+            if hasattr(self.policy, "reply"):  # it reads messages, not token ids
+                completion = await self._reply(seat.env, tale.messages, sampling, request_seed)
+            else:
+                completion = await self.policy.complete(prompt, sampling, seed=request_seed)
             tale.asking = False
             context, reward, terminated, truncated, info = await seat.call(seat.env.step, completion.tokens)
             tale.turns.append(Turn(prompt, completion, float(reward)))
@@ -238,6 +242,13 @@ class Driver:
         tale.messages = info.get("messages", ())
         tale.rewards = info.get("rewards", {"reward": sum(turn.reward for turn in tale.turns)})
         tale.stop_reason = _stop_reason(info, terminated, cut)
+
+    async def _reply(self, env: Env, messages: Iterable[Message], sampling: Sampling, seed: int) -> Completion:
+        chat = getattr(env.unwrapped, "chat", None)
+        if chat is None:
+            raise SettingError(f"policy: it reads chat messages only, and {self.env_id} has none.")
+        completion: Completion = await self.policy.reply(list(messages), chat, sampling, seed=seed)  # type: ignore[attr-defined]
+        return completion
 
     def _sampling(self, sampling: Sampling, env: Env, prompt: Ids) -> Sampling:
         """`sampling` within the environment's limits, ending at its chat's stop tokens and the model's own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,14 @@ class Plan:
 @env_option
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
-@click.option("--engine", default="auto", show_default=True, help="Engine that samples.")
+@click.option("--engine", default="auto", show_default=True, help="Engine that samples; `openai` is any such endpoint.")
+@click.option(
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Option of the engine: servers=http://127.0.0.1:8000, base_url=https://api.openai.com/v1; may be repeated.",
+)
 @click.option("--episodes", type=click.IntRange(1), help=f"Default: every row of the data, or {EPISODES}.")
 @click.option("--greedy/--sampled", "greedy", default=None, help="Likeliest token always (the default), or sampled.")
 @click.option("--temperature", type=float, help="Of --sampled; default 1.")
@@ -59,6 +66,7 @@ def command(
     env_args: tuple[str, ...],
     model: str | None,
     engine: str,
+    options: tuple[str, ...],
     episodes: int | None,
     greedy: bool | None,
     temperature: float | None,
@@ -76,10 +84,11 @@ def command(
     with settings():
         heat = 1.0 if temperature is None else temperature
         greedy = temperature is None if greedy is None else greedy
-        plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens)
+        plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, text=engine == "openai")
+        engine_options = parse_args(options, "--option")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-    found = evaluate(plan, engine, seed)
+    found = evaluate(plan, engine, seed, engine_options)
     click.echo("\n".join(shown(plan, found)))
     if out is not None:
         out.write_text(json.dumps(dataclasses.asdict(plan) | {"seed": seed, **found}, indent=2) + "\n", "utf-8")
@@ -92,8 +101,12 @@ def make_plan(
     episodes: int | None,
     temperature: float,
     max_tokens: int | None,
+    *,
+    text: bool = False,
 ) -> Plan:
     """What to play; the environment is made once, so that a bad setting is found before the model loads.
+
+    With `text`, the model is a name that only an endpoint knows: the tokenizer is the embedded one or an argument.
 
     Raises:
         SettingError: something that cannot work.
@@ -111,17 +124,18 @@ def make_plan(
     args |= getattr(environment_class(env_id), "eval_args", {})
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)
-    made = make(env_id, **{"tokenizer": path, **args})
+    args = {"tokenizer": None if text else path, **args}
+    made = make(env_id, **args)
     rows = getattr(made.unwrapped, "num_tasks", None)
     made.close()
     if rows is not None and episodes is not None and episodes > rows:
         raise SettingError(f"--episodes: got {episodes}, but the data has {rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)
     sampling = Sampling(temperature=temperature, max_tokens=most)
-    return Plan(env_id, {"tokenizer": path, **args}, path, rows, episodes or rows or EPISODES, sampling)
+    return Plan(env_id, args, path, rows, episodes or rows or EPISODES, sampling)
 
 
-def evaluate(plan: Plan, engine: str, seed: int) -> dict[str, Any]:
+def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """Plays the plan and sums it up."""
     from transformers.utils import logging
 
@@ -136,7 +150,7 @@ def evaluate(plan: Plan, engine: str, seed: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     first = 0 if plan.rows else EVAL_SEED
     with settings():
-        policy = make_policy(plan.model, engine=engine)
+        policy = make_policy(plan.model, engine=engine, **options)
     if isinstance(policy, TransformersPolicy):
         set_threads(policy.model)
     try:

@@ -31,8 +31,8 @@ sets_option: Callable[[F], F] = click.option(
 )
 
 
-def parse_args(env_args: Iterable[str]) -> dict[str, Any]:
-    """`--env-arg` strings as keyword arguments.
+def parse_args(env_args: Iterable[str], option: str = "--env-arg") -> dict[str, Any]:
+    """Strings given to `option` as keyword arguments.
 
     Raises:
         ConfigError: a string without `=`.
@@ -43,6 +43,6 @@ def parse_args(env_args: Iterable[str]) -> dict[str, Any]:
 
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"--env-arg: got {text!r}, want key=value such as digits_max=3.")
+            raise ConfigError(f"{option}: got {text!r}, want key=value such as digits_max=3.")
         found[key] = parse_scalar(value)
     return found

@@ -19,6 +19,7 @@ ENGINES = {
     "transformers": "llm_gym.policies.transformers:TransformersPolicy",
     "vllm": "llm_gym.policies.vllm:VLLMPolicy",
     "server": "llm_gym.policies.server:ServerPolicy",
+    "openai": "llm_gym.policies.openai:OpenAIPolicy",
 }
 """Engine name -> its class, imported when it is asked for."""
 
@@ -27,9 +28,9 @@ ENGINES = {
 class Completer(Protocol):
     """All that the episode driver needs.
 
-    It uses three more attributes where they exist: `max_rows` (as many episodes are under way), `stop_ids`
+    It uses a few more attributes where they exist: `max_rows` (as many episodes are under way), `stop_ids`
     (they end a completion beside the chat's own), and `forget()` (called around a rollout, so that what was
-    cached before changes nothing).
+    cached before changes nothing). One that only speaks text has `reply` in place of `complete` (`policies.openai`).
     """
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:

@@ -122,7 +122,7 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._stopped = False
+        self.stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -132,7 +132,7 @@ class Loop:
         Raises:
             PolicyError: the loop was stopped.
         """
-        if self._stopped:
+        if self.stopped:
             coroutine.close()
             raise PolicyError("The policy was closed.")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -148,8 +148,8 @@ class Loop:
 
     def stop(self) -> None:
         """Cancels what is still running there, lets it clean up, and ends the thread."""
-        if not self._stopped:
-            self._stopped = True
+        if not self.stopped:
+            self.stopped = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 

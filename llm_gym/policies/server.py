@@ -9,10 +9,10 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ import numpy as np
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError
+from llm_gym.policies import handover
 from llm_gym.policies.remote import Loop, RemoteError, delay
 from llm_gym.policies.routing import choose, pieces
-from llm_gym.policies.server_state import ADAPTER, CONTROL, Server, Weights
+from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Server, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +71,11 @@ class ServerPolicy:
         urls = addresses(servers)
         self.version, self.max_rows = version, PER_SERVER * len(urls)
         self.max_context = 0
+        self.dtype: torch.dtype
         self._model, self._retry = str(model or PATH), retry_seconds
-        self._run, self._updates = uuid.uuid4().hex[:12], itertools.count(1)
-        self._want = Weights(f"{self._run}:0:{version}", version)
-        self._files = _folder(folder)
+        self._updates = itertools.count(1)
+        self._want = Weights(uuid.uuid4().hex[:12], update=0, base=0, version=version)
+        self._files = handover.new_folder(folder)
         self._closed = False
         self._loop = Loop("llm_gym-servers")
         try:
@@ -114,26 +116,43 @@ class ServerPolicy:
         Raises:
             PolicyError: a server cannot load them, or none is there for `retry_seconds`.
         """
-        number = next(self._updates)
-        path = self._files / f"weights-{number}.safetensors"
-        _write(path, tensors)
-        self._switch(Weights(self._label(number, version), version, source=path))
+        self._switch(version, lambda path: handover.write(path / "model.safetensors", tensors))
 
     def load_folder(self, folder: str | Path, *, version: int) -> None:
-        """The same from a model folder, which must stay until the next update."""
-        path = Path(folder).resolve()
-        self._switch(Weights(self._label(next(self._updates), version), version, source=path))
+        """The same from the safetensors files of a model folder, which may be deleted afterwards."""
+        self._switch(version, lambda path: handover.copy(Path(folder), path))
 
     def load_adapter(
         self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int
     ) -> None:
-        """Gives every server a new adapter for the weights that it serves: PEFT names, and its `adapter_config`."""
-        number = next(self._updates)
-        path = self._files / f"adapter-{number}"
-        path.mkdir()
-        _write(path / "adapter_model.safetensors", tensors)
-        (path / "adapter_config.json").write_text(json.dumps(dict(config)), "utf-8")
-        self._switch(Weights(self._label(number, version), version, self._want.source, path))
+        """The same for an adapter alone, replaced in place; the weights beneath it stay.
+
+        Args:
+            tensors: PEFT's names (`base_model.model.<module>.lora_A.weight`).
+            config: what PEFT writes to `adapter_config.json` (`r`, `lora_alpha`, `target_modules` ...).
+            version: as everywhere.
+
+        Raises:
+            PolicyError: as `load`; a server that was started without `enable_lora` cannot load any.
+        """
+
+        def write(path: Path) -> None:
+            handover.write(path / "adapter_model.safetensors", tensors)
+            (path / "adapter_config.json").write_text(json.dumps(dict(config), default=str), "utf-8")
+
+        self._switch(version, write, adapter=True)
+
+    def differing(self, expected: Mapping[str, int]) -> list[str]:
+        """The tensors that some server does not hold as the learner does.
+
+        Args:
+            expected: `checksums.checksums` of the learner's tensors (and of the adapter's) in `self.dtype`.
+        """
+        from llm_gym.policies.checksums import differing
+
+        reports = self._loop.run(self._reports(list(expected)))
+        wrong = {name for each in reports for name in differing(expected, each)}
+        return [name for name in expected if name in wrong]
 
     def close(self) -> None:
         """Closes the connections and removes the weights handed over; requests under way fail with `PolicyError`."""
@@ -196,15 +215,20 @@ class ServerPolicy:
         cached = [server.prefixes.cached(keys) for server in ready]
         return ready[choose([server.load for server in ready], cached)]
 
-    def _switch(self, weights: Weights) -> None:
-        """Makes all servers serve `weights`, and forgets those before."""
-        before = self._want
+    def _switch(self, version: int, write: Callable[[Path], None], *, adapter: bool = False) -> None:
+        """Makes all servers serve what `write` puts into a folder, and forgets what was before."""
+        number, before = next(self._updates), self._want
+        path = self._files / str(number)
+        path.mkdir()
+        write(path)
+        if adapter:
+            weights = replace(before, update=number, version=version, adapter=path)
+        else:
+            weights = Weights(before.run, number, number, version, path)
         self._loop.run(self._update(weights))
-        self.version = weights.version
-        kept = {weights.source, weights.adapter}
-        for path in {before.source, before.adapter} - kept:
-            if path is not None and path.parent == self._files:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.version = version
+        for old in {before.source, before.adapter} - {None, weights.source}:
+            shutil.rmtree(str(old), ignore_errors=True)
 
     async def _update(self, weights: Weights) -> None:
         self._want = weights
@@ -219,11 +243,18 @@ class ServerPolicy:
                 raise error
         await self._pick([], None)
 
+    async def _reports(self, names: list[str]) -> list[list[Any]]:
+        """What the workers of each server that is there say about their weights."""
+        await self._pick([], None)
+        there = [server for server in self._servers if server.ready]
+        return await asyncio.gather(*(server.rpc("llm_gym_checksums", names, seconds=LOADING) for server in there))
+
     async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> None:
         self._any = asyncio.Event()
         self._servers = [Server(url, lambda: self._want, self._changed) for url in urls]
         limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self._servers))
         self.max_context = min(limits)
+        self.dtype = await self._dtype()
         self._watches = [asyncio.ensure_future(server.watch()) for server in self._servers]
 
     async def _greet(self, server: Server, start_seconds: float, on_wait: Callable[[str], None]) -> int:
@@ -243,15 +274,19 @@ class ServerPolicy:
         try:
             limit = await self._check(server)
             await server.bring()
+        except ConfigError:
+            raise
         except RemoteError as error:
             raise ConfigError(f"servers: {url} cannot take new weights ({error}); {_START}.") from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"servers: {url} does not answer as a vLLM server does ({error!r}); {_START}.") from error
         server.greet()
         return limit
 
     async def _check(self, server: Server) -> int:
         url = server.remote.url
         cards = (await server.remote.call("GET", "/v1/models", seconds=CONTROL))["data"]
-        card = next(card for card in cards if not card.get("parent"))
+        (card,) = (card for card in cards if not card.get("parent"))
         if not same_model(card["root"], self._model):
             raise ConfigError(
                 f"servers: {url} serves {card['root']!r}, not {self._model!r}; start it with that `--model`."
@@ -263,6 +298,17 @@ class ServerPolicy:
             raise ConfigError(f"servers: {url} reports raw log-probabilities, without temperature and top-k; {_START}.")
         return int(card["max_model_len"])
 
+    async def _dtype(self) -> torch.dtype:
+        """What the servers compute in."""
+        import torch
+
+        names = {str(name) for server in self._servers for name in await server.rpc("llm_gym_dtype")}
+        if len(names) > 1:
+            raise ConfigError(f"servers: they compute in {' and '.join(sorted(names))}; start all with one dtype.")
+        found = getattr(torch, names.pop().removeprefix("torch."))
+        assert isinstance(found, torch.dtype)
+        return found
+
     async def _disconnect(self) -> None:
         for server in getattr(self, "_servers", []):
             await server.remote.close()
@@ -272,9 +318,6 @@ class ServerPolicy:
             self._any.set()
         else:
             self._any.clear()
-
-    def _label(self, number: int, version: int) -> str:
-        return f"{self._run}:{number}:{version}"
 
 
 def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None) -> dict[str, Any]:
@@ -313,31 +356,3 @@ def addresses(servers: Sequence[str] | str) -> list[str]:
 def same_model(served: str, wanted: str) -> bool:
     """Whether two names mean one model: the same folder however written, or the same hub id."""
     return served == wanted or os.path.realpath(served) == os.path.realpath(wanted)
-
-
-def _folder(chosen: str | Path | None) -> Path:
-    """A new folder for weights, under `chosen` or in shared memory; those of dead processes are removed there."""
-    shared = Path("/dev/shm")
-    parent = Path(chosen) if chosen else shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    if not chosen:
-        for old in parent.glob("llm_gym-*-*"):
-            number = old.name.split("-")[1]
-            if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
-                shutil.rmtree(old, ignore_errors=True)
-    try:
-        return Path(tempfile.mkdtemp(prefix=f"llm_gym-{os.getpid()}-", dir=parent))
-    except OSError as error:
-        raise ConfigError(f"folder: cannot write in {parent}: {error}.") from error
-
-
-def _write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """A safetensors file; tensors that share memory (tied ones) are written once each."""
-    from safetensors.torch import save_file
-
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors:
-        held = tensor.detach().cpu().contiguous()
-        found[name] = held.clone() if held.data_ptr() in seen else held
-        seen.add(held.data_ptr())
-    save_file(found, str(path))

@@ -46,13 +46,28 @@ log = logging.getLogger(__name__)
 class Weights:
     """What every server must serve."""
 
-    label: str
-    """`<run>:<update>:<version>`, never used twice."""
+    run: str
+    """Tells the labels of one policy from those of any other."""
+    update: int
+    """Never used twice in a run."""
+    base: int
+    """The update that brought the weights beneath the adapter; 0: the server was started with them."""
     version: int
     source: Path | None = None
-    """A safetensors file or a model folder; None: what the server was started with."""
+    """A safetensors file, or a folder of them; None: what the server was started with."""
     adapter: Path | None = None
     """A PEFT folder."""
+
+    @property
+    def label(self) -> str:
+        """The name of this state."""
+        return f"{self.run}:{self.update}:{self.base}:{self.version}"
+
+    def on(self, label: str) -> bool:
+        """Whether a server in the state of this label need not load the weights beneath the adapter."""
+        if not label:
+            return self.base == 0
+        return label.split(":")[::2][:2] == [self.run, str(self.base)] and self.adapter is not None
 
 
 class Server:
@@ -101,7 +116,7 @@ class Server:
             self.load -= 1
         self._heard = time.monotonic()
         only = before if before.label == self._want().label else None
-        return read(answer, only, before.label.partition(":")[0])
+        return read(answer, only, before.run)
 
     async def _unless_gone(self, body: dict[str, Any]) -> Any:
         """The answer, unless the server is found to be gone first."""
@@ -127,8 +142,8 @@ class Server:
 
     async def label(self) -> str:
         """The label of the weights that it serves; empty after a start."""
-        labels = await self._rpc("llm_gym_label")
-        return str(labels[0]) if len(set(labels)) == 1 else CHANGING
+        labels = set(await self.rpc("llm_gym_label"))
+        return str(labels.pop()) if len(labels) == 1 else CHANGING
 
     async def bring(self) -> bool:
         """Makes it serve what is wanted, if it does not; whether weights had to be sent.
@@ -143,24 +158,24 @@ class Server:
             if held == want.label:
                 await self._post("/resume")  # whoever paused it may be dead
                 return False
-            as_started = not held and want.source is None and want.adapter is None
             await self._post("/pause", params={"mode": "keep"})
             try:
-                await self._replace(want, load=not as_started)
+                await self._replace(want, held)
             except BaseException:
                 with contextlib.suppress(RemoteError):
                     await self._post("/resume")  # what is sampled now carries no label that counts
                 raise
             await self._post("/resume")
             self._heard = time.monotonic()
-            return not as_started
+            return bool(held or want.update)
 
-    async def _replace(self, want: Weights, *, load: bool) -> None:
+    async def _replace(self, want: Weights, held: str) -> None:
         await self._mark(CHANGING)
-        if load and want.source is None:
-            await self._rpc("llm_gym_load_start", seconds=LOADING)
-        elif load:
-            await self._rpc("llm_gym_load_file", str(want.source), seconds=LOADING)
+        if not want.on(held):
+            if want.source is None:
+                await self.rpc("llm_gym_load_start", seconds=LOADING)
+            else:
+                await self.rpc("llm_gym_load_file", str(want.source), seconds=LOADING)
         if want.adapter is not None:
             await self._load_adapter(want.adapter)
         done = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
@@ -170,25 +185,25 @@ class Server:
         await self._mark(want.label)
 
     async def _load_adapter(self, folder: Path) -> None:
-        """The adapter under its name (vLLM gives the first one number 1), then its tensors in place."""
-        try:
+        """Makes the adapter's name known the first time (vLLM gives it number 1), then loads its tensors in place."""
+        cards = (await self.remote.call("GET", "/v1/models", seconds=CONTROL))["data"]
+        names = [card["id"] for card in cards if card.get("parent")]
+        if any(name != ADAPTER for name in names):
+            raise RemoteError(f"{self.remote.url} serves adapters of its own, {names}; it must have none", 409)
+        if not names:
             await self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)}, seconds=LOADING)
-        except RemoteError as error:
-            if "already been loaded" not in str(error):
-                raise
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        await self._rpc("llm_gym_load_adapter_file", str(folder / "adapter_model.safetensors"), config, seconds=LOADING)
+        await self.rpc("llm_gym_load_adapter_file", str(folder / "adapter_model.safetensors"), config, seconds=LOADING)
 
     async def _mark(self, label: str) -> None:
-        with_spans = {"new_version": label}
         try:
-            await self._post("/update_weight_version", with_spans)
+            await self._post("/update_weight_version", {"new_version": label})
         except RemoteError as error:
             if error.status != 404:  # a vLLM without versions
                 raise
-        await self._rpc("llm_gym_set_label", label)
+        await self.rpc("llm_gym_set_label", label)
 
-    async def _rpc(self, method: str, *args: Any, seconds: float = CONTROL) -> list[Any]:
+    async def rpc(self, method: str, *args: Any, seconds: float = CONTROL) -> list[Any]:
         """The workers' answers to a method of the extension."""
         body = {"method": method, "args": args, "timeout": seconds}
         answer = await self._post("/collective_rpc", body, seconds=seconds + CONTROL)
@@ -200,39 +215,41 @@ class Server:
 
     # Coming back
 
-    def doubt(self, error: RemoteError) -> None:
-        """Something failed: no more requests until it has proved that it is there and serves the right weights."""
+    def doubt(self, error: RemoteError, *, gone: bool = False) -> None:
+        """Something failed: no more requests until it has proved that it is there and serves the right weights.
+
+        With `gone`, nothing is hoped for any more from the requests that are there.
+        """
         self.reason = str(error)
+        if gone:
+            self._lose()
         if self._revival is None:
             self._be(False)
             self._revival = asyncio.ensure_future(self._revive())
 
+    def _lose(self) -> None:
+        if not self._gone.is_set():
+            log.warning("lost %s (%s); its %d requests will be repeated", self.remote.url, self.reason, self.load)
+            self._gone.set()
+
     async def _revive(self) -> None:
         began = said = time.monotonic()
-        gone = False
         for attempt in itertools.count():
             try:
                 await self.remote.call("GET", "/health", seconds=CONTROL)
                 sent = await self.bring()
                 break
-            except RemoteError as error:
-                self.reason = str(error)
-                if not gone:
-                    log.warning("lost %s (%s); its %d requests will be repeated", self.remote.url, error, self.load)
-                    gone = True
-                    self._gone.set()
-                elif time.monotonic() - said > SAY:
+            except Exception as error:  # whatever it is: this is the only way back
+                self.reason = str(error) if isinstance(error, RemoteError) else repr(error)
+                self._lose()
+                if time.monotonic() - said > SAY:
                     said = time.monotonic()
-                    log.warning("waiting for %s for %.0f s (%s)", self.remote.url, said - began, error)
+                    log.warning("waiting for %s for %.0f s (%s)", self.remote.url, said - began, self.reason)
             await asyncio.sleep(delay(attempt))
-        if gone or sent:
-            log.warning(
-                "%s is back after %.1f s; %s, %d requests repeated",
-                self.remote.url,
-                time.monotonic() - began,
-                f"weights of version {self._want().version} sent again" if sent else "it still has its weights",
-                self._repeats,
-            )
+        if sent or self._gone.is_set():
+            held = f"weights of version {self._want().version} sent again" if sent else "it still has its weights"
+            away = time.monotonic() - began
+            log.warning("%s is back after %.1f s; %s, %d requests repeated", self.remote.url, away, held, self._repeats)
             self._repeats = 0
         self._gone.clear()
         self._revival = None
@@ -246,7 +263,7 @@ class Server:
                 try:
                     await self.remote.call("GET", "/health", seconds=CONTROL)
                 except RemoteError as error:
-                    self.doubt(error)
+                    self.doubt(error, gone=True)
 
     def greet(self) -> None:
         """The server is there and serves what is wanted."""
@@ -290,5 +307,5 @@ def read(answer: Any, only: Weights | None, run: str) -> Completion:
 
 def _version(label: Any, run: str) -> int | None:
     """The version in one of our labels; None for any other."""
-    first, _, rest = str(label).partition(":")
-    return int(rest.rpartition(":")[2]) if first == run and rest else None
+    parts = str(label).split(":")
+    return int(parts[-1]) if parts[0] == run and len(parts) > 1 else None

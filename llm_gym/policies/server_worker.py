@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llm_gym.policies.vllm_worker import WorkerExtension, _refresh_tied_head
 
 
@@ -20,8 +18,12 @@ class ServerWorkerExtension(WorkerExtension):
         """Says which weights these are, after everything about them is done."""
         self._llm_gym_label = label
 
+    def llm_gym_dtype(self) -> str:
+        """What the engine computes in."""
+        return str(self.model_config.dtype)
+
     def llm_gym_load_start(self) -> None:
         """Loads the weights that the server was started with."""
-        worker: Any = self
-        worker.reload_weights()
-        _refresh_tied_head(worker.model_runner.get_model())
+        self.model_runner.reload_weights()
+        _refresh_tied_head(self.model_runner.get_model())
+        self._llm_gym_received: dict[str, int] = {}

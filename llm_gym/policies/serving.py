@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ _GENERIC = re.compile(r"Engine core initialization failed|WorkerProc initializat
 
 class ServerProcess:
     """Starts a vLLM server; use it as a context manager, or call `stop`.
+
+    It also ends when the thread that made this object does, however (Linux only).
 
     Args:
         model: folder or hub id; None: the embedded model.
@@ -95,10 +97,19 @@ class ServerProcess:
         began = time.monotonic()
         while not healthy(self.url):
             if self.ended():
-                self._reader.join(PATIENCE)
-                raise SettingError(f"the vLLM server ended while starting: {last_error(self.lines)}")
+                raise SettingError(f"the vLLM server ended while starting: {self.last_error()}")
             on_wait(time.monotonic() - began)
             time.sleep(0.5)
+
+    def join(self) -> None:
+        """Returns when the server has ended, by itself or not."""
+        while not self.ended():
+            time.sleep(0.2)
+
+    def last_error(self) -> str:
+        """What an ended server wrote last about what went wrong."""
+        self._reader.join(1.0)  # a process that outlives it may keep the pipe open
+        return last_error(self.lines)
 
     def ended(self) -> bool:
         """Whether the server has ended, by itself or not."""
@@ -148,7 +159,7 @@ def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
     defaults = {k: v for k, v in _defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
     scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on before 0.30
-    for name, value in (own | quiet | defaults | scale_out | dict(settings)).items():
+    for name, value in (defaults | quiet | scale_out | own | dict(settings)).items():
         line += flag(name, value)
     return line
 
@@ -227,8 +238,9 @@ def healthy(url: str) -> bool:
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def last_error(lines: deque[str]) -> str:
+def last_error(lines: Iterable[str]) -> str:
     """The last line that says what went wrong, without the ones that only say that something did."""
+    lines = list(lines)
     found = [match for match in map(_ERROR.search, reversed(lines)) if match and not _GENERIC.search(match[0])]
     if found:
         return f"{found[0][1]}: {found[0][2]}"

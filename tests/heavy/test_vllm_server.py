@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import logging
+import shutil
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -17,15 +22,17 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.batching import Sample, pack
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.model import load_model
+from llm_gym.policies.checksums import checksums
+from llm_gym.policies.openai import OpenAIPolicy
 from llm_gym.policies.server import ServerPolicy
-from llm_gym.policies.serving import ServerProcess
+from llm_gym.policies.serving import EXTENSION, ServerProcess, checked, command
 from llm_gym.rollout import rollout
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 CONTEXT = 512
-SETTINGS = {"dtype": "float32", "max_model_len": CONTEXT}
+SETTINGS = {"dtype": "float32", "max_model_len": CONTEXT, "enable_lora": True, "max_lora_rank": 8}
 
 
 class Servers:
@@ -115,6 +122,20 @@ def running(url: str) -> float:
     )
 
 
+def test_arguments_are_looked_at_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gpu_memory_utilization'"):
+        checked({"gpu_memory_utilisation": 0.5})
+    with pytest.raises(ConfigError, match="--port"):
+        checked({"port": 1})
+    line = command("m", 8000, {"block_size": 16, "max_model_len": 64})
+    pairs = {a: b for a, b in itertools.pairwise(line) if a.startswith("--")}
+    assert (pairs["--host"], pairs["--port"], pairs["--model"]) == ("127.0.0.1", "8000", "m")
+    assert (pairs["--block-size"], pairs["--max-model-len"]) == ("16", "64")
+    assert pairs["--logprobs-mode"] == "processed_logprobs"
+    assert pairs["--worker-extension-cls"] == EXTENSION
+    assert {"--enable-scale-out", "--enable-prefix-caching"} <= set(line)
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6}, {"temperature": 1.3}])
 def test_log_probabilities_are_the_learners(policy, model, sampling) -> None:
     prompts = contexts(16)
@@ -165,6 +186,58 @@ def test_another_policy_starts_from_the_servers_own_weights(first: str, model) -
         policy.close()
 
 
+def test_what_every_tensor_became_is_proven(policy, model) -> None:
+    """The checksums see each tensor that is off by one bit of one element."""
+    other = moved(4)
+    tensors = dict(other.state_dict())
+    policy.load(tensors.items(), version=1)
+    expected = checksums(tensors.items(), policy.dtype)
+    assert policy.differing(expected) == []
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"):
+        off = tensors[name].clone()
+        off.view(-1)[-1] = torch.nextafter(off.view(-1)[-1], torch.tensor(torch.inf))
+        assert policy.differing(expected | checksums([(name, off)], policy.dtype)) == [name]
+    assert policy.differing(checksums(model.state_dict().items(), policy.dtype)) != []
+
+
+def test_a_folder_is_loaded_and_may_be_deleted(policy, tmp_path) -> None:
+    other = moved(5)
+    other.save_pretrained(tmp_path / "model")
+    policy.load_folder(tmp_path / "model", version=3)
+    shutil.rmtree(tmp_path / "model")
+    completions = policy.generate(contexts(8), Sampling(max_tokens=32, stop_token_ids=()), seeds=range(8))
+    assert {c.version for c in completions} == {3}
+    assert worst(other, played(contexts(8), completions)) <= 1e-4
+
+
+def adapted(seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, object]]:
+    """A model with a random adapter, the adapter's tensors, and its configuration."""
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(None), config)
+    tensors = peft.get_peft_model_state_dict(model)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors.values():
+        tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return model.merge_and_unload(), {name: tensor.clone() for name, tensor in tensors.items()}, plain
+
+
+def test_adapters_are_replaced_and_dropped(policy, model) -> None:
+    prompts, sampling = contexts(8), Sampling(max_tokens=64, stop_token_ids=())
+    for version in (1, 2):
+        merged, tensors, config = adapted(version)
+        policy.load_adapter(tensors.items(), config, version=version)
+        completions = policy.generate(prompts, sampling, seeds=range(8))
+        assert {c.version for c in completions} == {version}
+        assert worst(merged, played(prompts, completions)) <= 1e-4
+        assert worst(model, played(prompts, completions)) > 0.1
+        assert policy.differing(checksums(tensors.items(), policy.dtype)) == []
+    policy.load(moved(6).state_dict().items(), version=3)
+    completions = policy.generate(prompts, sampling, seeds=range(8))
+    assert worst(moved(6), played(prompts, completions)) <= 1e-4
+
+
 def test_a_cancelled_request_ends_in_the_server(policy, first: str) -> None:
     async def cancel() -> None:
         sampling = Sampling(max_tokens=400, stop_token_ids=())
@@ -190,6 +263,23 @@ def test_a_request_that_cannot_work_is_refused_at_once(policy) -> None:
 def test_a_wrong_model_is_refused_in_one_sentence(first: str) -> None:
     with pytest.raises(ConfigError, match=r"serves .*embedded.*not 'other/model'"):
         ServerPolicy("other/model", servers=[first])
+
+
+def test_the_chat_endpoint_plays_episodes_as_text(first: str, monkeypatch) -> None:
+    """The same server as a plain OpenAI-compatible endpoint: greedy text is the policy's own, decoded."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    play = {"env": "Arithmetic-v0", "seeds": range(16), "sampling": Sampling(temperature=0, max_tokens=64)}
+    engines = (ServerPolicy(servers=first), OpenAIPolicy(served(first), base_url=f"{first}/v1"))
+    ours, theirs = (rollout(play["env"], e, seeds=play["seeds"], sampling=play["sampling"]) for e in engines)
+    for engine in engines:
+        engine.close()
+    assert [e.messages for e in ours] == [e.messages for e in theirs], [e.error for e in theirs]
+    assert [e.reward for e in ours] == [e.reward for e in theirs]
+
+
+def served(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        return str(json.load(answer)["data"][0]["id"])
 
 
 def test_a_rollout_survives_kill_9(servers: Servers, first: str, caplog) -> None:
@@ -242,4 +332,52 @@ def test_a_rollout_survives_kill_9(servers: Servers, first: str, caplog) -> None
     assert f"lost {first}" in said
     assert f"{first} is back" in said
     assert "weights of version 5 sent again" in said
+    policy.close()
+
+
+def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: Servers, first: str, caplog) -> None:
+    """The second server joins with other weights, and goes away in the middle."""
+    second = servers.start()
+    second.wait()
+    policy = ServerPolicy(servers=[first, second.url], retry_seconds=600)
+    merged, tensors, config = adapted(7)
+    policy.load(moved(8).state_dict().items(), version=1)
+    policy.load(load_model(None).state_dict().items(), version=2)
+    policy.load_adapter(tensors.items(), config, version=3)
+    assert policy.differing(checksums(tensors.items(), policy.dtype)) == []
+    prompts = contexts(64)
+    sampling = Sampling(max_tokens=128, stop_token_ids=())
+    busy: list[int] = []
+
+    async def with_kill() -> list[Completion]:
+        tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
+        while running(first) < 16 or running(second.url) < 16:
+            await asyncio.sleep(0.01)
+        busy.extend(server.load for server in policy._servers)
+        second.kill()
+        return await asyncio.gather(*tasks)
+
+    with caplog.at_level(logging.WARNING, "llm_gym"):
+        completions = asyncio.run(with_kill())
+        assert min(busy) >= 24  # shared evenly, for nothing was cached yet
+        assert worst(merged, played(prompts, completions)) <= 1e-4
+        assert {c.version for c in completions} == {3}
+        servers.start(second.port).wait()
+        while not all(server.ready for server in policy._servers):
+            time.sleep(0.05)
+    assert f"lost {second.url}" in caplog.text
+    assert "weights of version 3 sent again" in caplog.text
+    policy._servers[0].load += 1000  # only the one that came back is asked
+    completions = policy.generate(prompts[:8], sampling, seeds=range(8))
+    assert worst(merged, played(prompts[:8], completions)) <= 1e-4
+    policy.close()
+
+
+def test_a_server_that_stays_dead_fails_the_request_and_is_named(servers: Servers, first: str) -> None:
+    """The last test here: nothing starts the server again."""
+    policy = ServerPolicy(servers=[first], retry_seconds=3)
+    (server,) = [server for server in servers.running.values() if server.url == first]
+    server.kill()
+    with pytest.raises(PolicyError, match=f"No server for 3 s: .*{first}"):
+        policy.generate(contexts(1), Sampling(max_tokens=4))
     policy.close()

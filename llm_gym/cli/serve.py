@@ -1,0 +1,112 @@
+"""`llmgym serve`: a vLLM server with the flags that training needs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_gym.cli.options import parse_args
+from llm_gym.errors import PolicyError
+
+if TYPE_CHECKING:
+    from llm_gym.policies.serving import ServerProcess
+
+LINE = 10.0
+"""Seconds between two lines about the start where no terminal shows a clock."""
+
+
+@click.command("serve", short_help="Start a vLLM server that training and eval can use.")
+@click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--set",
+    "sets",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Argument of vLLM's server (max_model_len=4096, tensor_parallel_size=2 ...); may be repeated.",
+)
+@click.option("--verbose", is_flag=True, help="Show everything that the server writes.")
+def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) -> None:
+    """Starts a vLLM server in this terminal, and ends it, with every process it started, at Ctrl-C.
+
+    It listens on 127.0.0.1 only: whoever reaches it can load files into it. To use one on another machine,
+    forward the port (`ssh -L 8000:127.0.0.1:8000 machine`), and share a folder for the weights.
+    """
+    from llm_gym.cli.group import settings
+    from llm_gym.cli.runs import model_path
+    from llm_gym.policies.serving import ServerProcess
+
+    # vLLM reads `KEY=1e5` and the like itself, but lists and mappings are wanted as JSON.
+    with settings():
+        path, arguments = model_path(model), parse_args(sets, "--set")
+        up = False
+
+        def echo(line: str) -> None:
+            if verbose or (up and _important(line)):
+                click.echo(line, err=True)
+
+        with _signals():
+            click.echo(f"starting vLLM on {model or 'the embedded model'}", err=True)
+            server = ServerProcess(path, port=port, settings=arguments, echo=echo)
+            try:
+                _wait(server)
+                up = True
+                _tell(server.url, model)
+                server.join()
+                raise PolicyError(f"the vLLM server ended: {server.last_error()}")
+            finally:
+                server.stop()
+
+
+def _wait(server: ServerProcess) -> None:
+    """Waits for health, with a clock on a terminal and a line now and then elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with console.status("waiting for it") as status:
+            server.wait(lambda seconds: status.update(f"waiting for it, {seconds:.0f} s"))
+        return
+    said = 0.0
+
+    def on_wait(seconds: float) -> None:
+        nonlocal said
+        if seconds - said >= LINE:
+            said = seconds
+            console.print(f"waiting for it, {seconds:.0f} s")
+
+    server.wait(on_wait)
+
+
+def _tell(url: str, model: str | None) -> None:
+    named = f" --model {model}" if model else ""
+    train = f"llmgym train --set policy.servers=[{url}]" + (f" --set model={model}" if model else "")
+    click.echo(f"serving on {url}; Ctrl-C ends it")
+    click.echo(f"  {train}")
+    click.echo(f"  llmgym eval{named} --engine server --option servers={url}")
+    sys.stdout.flush()
+
+
+def _important(line: str) -> bool:
+    return " ERROR " in line or " WARNING " in line
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that what it started ends too."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(name, interrupt) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)

@@ -1,0 +1,174 @@
+"""HTTP failures: which may pass, what they say, and how long to wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_gym.errors import PolicyError
+from llm_gym.policies.remote import FIRST, LONGEST, Loop, Remote, RemoteError, delay, message
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True))
+def test_delays_lie_between_half_and_all_of_a_doubling_bound(attempt: int, fraction: float) -> None:
+    bound = min(LONGEST, FIRST * 2.0 ** min(attempt, 100))
+    assert bound / 2 <= delay(attempt, fraction) <= bound
+    assert bound / 2 <= delay(attempt) <= bound
+
+
+def answer(handler: Handler, **options: float) -> object:
+    """What `Remote.call` makes of a real server with this handler."""
+
+    async def run() -> object:
+        app = web.Application()
+        app.router.add_route("*", "/x", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        remote = Remote(f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        try:
+            return await remote.call("POST", "/x", {"a": 1}, **options)
+        finally:
+            await remote.close()
+            await runner.cleanup()
+
+    return asyncio.run(run())
+
+
+async def echo(request: web.Request) -> web.Response:
+    return web.json_response({"got": await request.json()})
+
+
+async def empty(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def drop(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def half(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "100"})
+    await response.prepare(request)
+    await response.write(b'{"a": ')
+    assert request.transport is not None
+    request.transport.abort()
+    return response
+
+
+async def garbage(request: web.Request) -> web.Response:
+    return web.Response(text="<html>502 Bad Gateway</html>")
+
+
+async def hang(request: web.Request) -> web.Response:
+    await asyncio.sleep(60)
+    return web.Response()
+
+
+def fails(status: int) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "the engine\nis dead", "code": status}}, status=status)
+
+    return handler
+
+
+def test_json_comes_back() -> None:
+    assert answer(echo) == {"got": {"a": 1}}
+    assert answer(empty) is None
+
+
+@pytest.mark.parametrize("handler", [drop, half, garbage])
+def test_no_readable_answer_may_pass(handler: Handler) -> None:
+    with pytest.raises(RemoteError) as caught:
+        answer(handler)
+    assert caught.value.passing
+    assert caught.value.status is None
+
+
+def test_a_server_that_hangs_is_given_up() -> None:
+    with pytest.raises(RemoteError, match="in time") as caught:
+        answer(hang, seconds=0.2)
+    assert caught.value.passing
+
+
+@pytest.mark.parametrize(("status", "passing"), [(500, True), (503, True), (429, True), (400, False), (404, False)])
+def test_only_the_servers_own_errors_may_pass(status: int, passing: bool) -> None:
+    with pytest.raises(RemoteError, match=f"answered {status}: the engine is dead$") as caught:
+        answer(fails(status))
+    assert (caught.value.status, caught.value.passing) == (status, passing)
+
+
+def test_nobody_there_may_pass() -> None:
+    async def run() -> None:
+        remote = Remote("http://127.0.0.1:1")
+        try:
+            await remote.call("GET", "/health")
+        finally:
+            await remote.close()
+
+    with pytest.raises(RemoteError) as caught:
+        asyncio.run(run())
+    assert caught.value.passing
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "no", "code": 4}}', "no"),
+        ('{"message": "no"}', "no"),
+        ('{"detail": [{"msg": "field required"}]}', "[{'msg': 'field required'}]"),
+        ('{"detail": {"error": "no"}}', "no"),
+        ("Internal Server Error", "Internal Server Error"),
+        ('["a"]', "['a']"),
+        ("{}", "{}"),
+        ("", "nothing"),
+    ],
+)
+def test_the_message_of_an_error(body: str, said: str) -> None:
+    assert message(body) == said
+
+
+class TestLoop:
+    def test_results_and_errors_come_back(self) -> None:
+        loop = Loop("test")
+
+        async def fail() -> None:
+            raise KeyError("x")
+
+        assert loop.run(asyncio.sleep(0, "done")) == "done"
+        with pytest.raises(KeyError):
+            loop.run(fail())
+        loop.stop()
+
+    def test_stopping_cancels_what_runs_and_lets_it_clean_up(self) -> None:
+        loop, events = Loop("test"), list[str]()
+
+        async def forever() -> None:
+            events.append("started")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                events.append("cleaned up")
+
+        loop.submit(forever())
+        loop.run(asyncio.sleep(0))
+        loop.stop()
+        loop.stop()
+        assert events == ["started", "cleaned up"]
+
+    def test_a_stopped_loop_refuses(self) -> None:
+        loop = Loop("test")
+        loop.stop()
+        with pytest.raises(PolicyError, match="closed"):
+            loop.run(asyncio.sleep(0))

@@ -1,0 +1,400 @@
+"""The server policy against a real HTTP server that fails in every way a vLLM server can.
+
+What it samples is in tests/heavy/test_vllm_server.py; here the fake counts, and only answers as vLLM does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_gym.core import Completion, Sampling
+from llm_gym.errors import ConfigError, PolicyError
+from llm_gym.policies import make_policy, server_state
+from llm_gym.policies.remote import Loop, RemoteError
+from llm_gym.policies.server import ServerPolicy, addresses
+from llm_gym.policies.server_state import Weights, read
+
+MODEL = "a/model"
+CONTEXT = np.arange(5, dtype=np.int32)
+WEIGHTS = {"w": torch.zeros(3)}
+
+
+class Fake:
+    """The routes of a vLLM server, its state, and failures to come, one per completion: `fail`."""
+
+    def __init__(self) -> None:
+        self.label, self.version, self.paused = "", "default", False
+        self.bodies: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.fail: deque[str] = deque()
+        self.hanging = False
+        self._loop, self.port = Loop("fake"), 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """(Again) on the same port, with nothing loaded."""
+        self.label, self.version, self.paused, self.hanging = "", "default", False, False
+        self._loop.run(self._start())
+
+    def kill(self) -> None:
+        self._loop.run(self._runner.cleanup())
+
+    def stop(self) -> None:
+        self.kill()
+        self._loop.stop()
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if self.hanging:
+            await asyncio.Event().wait()
+        path = request.path
+        body = await request.json() if request.can_read_body else {}
+        self.calls.append(body.get("method", path))
+        if path == "/inference/v1/generate":
+            return await self._generate(request, body)
+        if path == "/collective_rpc":
+            return web.json_response({"results": [self._method(body["method"], body["args"])]})
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+        if path == "/v1/models":
+            return web.json_response({"data": [{"id": MODEL, "root": MODEL, "parent": None, "max_model_len": 64}]})
+        return web.json_response({"success": True})
+
+    def _method(self, name: str, args: list[Any]) -> Any:
+        if name == "llm_gym_load_file":
+            assert Path(args[0]).exists()
+        if name == "llm_gym_set_label":
+            self.label = args[0]
+        return {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32"}.get(name)
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if body["token_ids"] == [0]:  # the probe at the start
+            return web.json_response(said([1], "x"))
+        assert not self.paused
+        self.bodies.append(body)
+        failure = self.fail.popleft() if self.fail else ""
+        if failure == "drop":
+            assert request.transport is not None
+            request.transport.abort()
+        if failure == "hang":
+            self.hanging = True
+            await asyncio.Event().wait()
+        if failure.isdigit():
+            return web.json_response({"error": {"message": "it says why"}}, status=int(failure))
+        if failure == "garbage":
+            return web.Response(text="<html>")
+        answer = said([7, 8, 9], "default" if failure == "old" else self.version)
+        if failure == "abort":
+            answer["choices"][0]["finish_reason"] = "abort"
+        if failure == "short":
+            del answer["choices"][0]["logprobs"]["content"][0]
+        return web.json_response(answer)
+
+
+def said(tokens: list[int], *versions: str, starts: tuple[int, ...] = (0,), finish: str = "stop") -> dict[str, Any]:
+    """An answer of vLLM."""
+    spans = [{"version": v, "start": s, "end": len(tokens)} for v, s in zip(versions, starts, strict=True)]
+    logprobs = {"content": [{"token_id": t, "logprob": 0.0} for t in tokens]}
+    choice = {"index": 0, "token_ids": tokens, "finish_reason": finish, "logprobs": logprobs, "weight_versions": spans}
+    return {"choices": [choice]}
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    server = Fake()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def policy(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerPolicy]:
+    monkeypatch.setattr(server_state, "HEARTBEAT", 0.05)
+    engine = ServerPolicy(MODEL, servers=[fake.url], retry_seconds=60)
+    yield engine
+    engine.close()
+
+
+def ask(policy: ServerPolicy, seed: int = 3, **sampling: Any) -> Completion:
+    return policy.generate([CONTEXT], Sampling(**sampling), seeds=[seed])[0]
+
+
+@pytest.mark.parametrize("failure", ["drop", "500", "503", "429", "garbage", "abort", "short", "old"])
+def test_a_failed_request_is_repeated_whole_with_its_seed(policy: ServerPolicy, fake: Fake, failure: str) -> None:
+    fake.fail.append(failure)
+    completion = ask(policy, seed=11)
+    assert completion.tokens.tolist() == [7, 8, 9]
+    first, second = fake.bodies
+    assert first == second
+    assert first["sampling_params"]["seed"] == 11
+
+
+@pytest.mark.parametrize("status", ["400", "404", "422"])
+def test_our_own_mistake_is_not_repeated(policy: ServerPolicy, fake: Fake, status: str) -> None:
+    fake.fail.append(status)
+    with pytest.raises(PolicyError, match="it says why"):
+        ask(policy)
+    assert len(fake.bodies) == 1
+
+
+def test_a_healthy_server_that_always_fails_is_given_up(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
+    monkeypatch.setattr("llm_gym.policies.server.delay", lambda attempt: 0.0)
+    fake.fail.extend(["500"] * 50)
+    with pytest.raises(PolicyError, match="it says why"):
+        ask(policy)
+    assert len(fake.bodies) == 6
+
+
+def test_a_restarted_server_gets_the_weights_before_any_request(
+    policy: ServerPolicy, fake: Fake, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(server_state, "IDLE", 0.0)  # vLLM takes much longer to restart, the fake does not
+    policy.load(WEIGHTS.items(), version=4)
+    assert ask(policy).version == 4
+    fake.kill()
+    fake.calls.clear()
+    fake.start()
+    with caplog.at_level(logging.WARNING):
+        assert ask(policy).version == 4
+    assert fake.calls.index("llm_gym_load_file") < fake.calls.index("/inference/v1/generate")
+    assert fake.calls.count("/inference/v1/generate") == 1
+    assert "weights of version 4 sent again" in caplog.text
+
+
+def test_a_restart_that_breaks_no_connection_is_seen_too(policy: ServerPolicy, fake: Fake) -> None:
+    """Behind a proxy the connection stays: the answer itself tells."""
+    policy.load(WEIGHTS.items(), version=4)
+    assert ask(policy).version == 4
+    fake.label, fake.version = "", "default"
+    assert ask(policy).version == 4
+    assert fake.version.endswith(":4")
+
+
+def test_weights_are_changed_under_a_pause_that_ends(policy: ServerPolicy, fake: Fake) -> None:
+    fake.calls.clear()
+    policy.load(WEIGHTS.items(), version=1)
+    kept = [call for call in fake.calls if call.startswith(("/pause", "llm_gym_load", "/reset", "/resume"))]
+    assert kept == ["/pause", "llm_gym_load_file", "/reset_prefix_cache", "/resume"]
+    assert policy.version == 1
+
+
+def test_only_the_latest_weights_stay_in_shared_memory(fake: Fake, tmp_path: Path) -> None:
+    policy = ServerPolicy(MODEL, servers=fake.url, folder=tmp_path)
+    for version in range(3):
+        policy.load(WEIGHTS.items(), version=version)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    policy.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_stays_away_is_named(policy: ServerPolicy, fake: Fake, caplog) -> None:
+    policy._retry = 0.5
+    fake.kill()
+    with pytest.raises(PolicyError, match=rf"No server for 0.5 s: .*{re.escape(fake.url)}"):
+        ask(policy)
+    assert f"lost {fake.url}" in caplog.text
+    fake.start()
+    policy._retry = 60
+    assert ask(policy).tokens.tolist() == [7, 8, 9]
+    assert f"{fake.url} is back" in caplog.text
+
+
+def test_a_server_that_hangs_is_left(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
+    monkeypatch.setattr(server_state, "CONTROL", 0.2)
+    fake.fail.append("hang")
+
+    async def until_it_hangs() -> None:
+        task = asyncio.create_task(policy.complete(CONTEXT, Sampling(), seed=1))
+        while not fake.hanging:
+            await asyncio.sleep(0.01)
+        while policy._servers[0].ready:
+            await asyncio.sleep(0.01)
+        fake.hanging = False
+        assert (await task).tokens.tolist() == [7, 8, 9]
+
+    asyncio.run(until_it_hangs())
+    assert len(fake.bodies) == 2
+
+
+def test_another_server_takes_over_and_the_lost_one_catches_up(fake: Fake, monkeypatch) -> None:
+    other = Fake()
+    policy = ServerPolicy(MODEL, servers=[fake.url, other.url])
+    fake.kill()
+    policy.load(WEIGHTS.items(), version=2)
+    assert [c.version for c in policy.generate([CONTEXT] * 20, Sampling())] == [2] * 20
+    assert len(other.bodies) == 20
+    fake.start()
+    while not all(server.ready for server in policy._servers):
+        time.sleep(0.01)
+    assert fake.version == other.version
+    policy.generate([CONTEXT] * 20, Sampling())
+    assert fake.bodies
+    policy.close()
+    other.stop()
+
+
+def test_closing_fails_what_is_under_way(policy: ServerPolicy, fake: Fake) -> None:
+    fake.fail.append("hang")
+
+    async def close() -> None:
+        task = asyncio.create_task(policy.complete(CONTEXT, Sampling()))
+        while not fake.hanging:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(policy.close)
+        with pytest.raises(PolicyError, match="closed"):
+            await task
+        with pytest.raises(PolicyError, match="closed"):
+            await policy.complete(CONTEXT, Sampling())
+
+    asyncio.run(close())
+
+
+def test_a_context_without_room_is_not_sent(policy: ServerPolicy, fake: Fake) -> None:
+    with pytest.raises(PolicyError, match="64"):
+        policy.generate([np.zeros(64, np.int32)], Sampling())
+    assert not fake.bodies
+    ask(policy, max_tokens=1000)
+    assert fake.bodies[0]["sampling_params"]["max_tokens"] == 64 - len(CONTEXT)
+
+
+class TestSettings:
+    def test_nobody_there(self) -> None:
+        with pytest.raises(ConfigError, match=r"http://127.0.0.1:1 is not up after 0.1 s .*llmgym serve"):
+            ServerPolicy(MODEL, servers="http://127.0.0.1:1", start_seconds=0.1)
+
+    def test_waiting_is_told(self, fake: Fake) -> None:
+        fake.kill()
+        told: list[str] = []
+
+        def on_wait(text: str) -> None:
+            told.append(text)
+
+        with pytest.raises(ConfigError):
+            ServerPolicy(MODEL, servers=fake.url, start_seconds=0.3, on_wait=on_wait)
+        assert told[0].startswith(f"waiting for {fake.url}")
+        fake.start()
+
+    def test_another_model(self, fake: Fake) -> None:
+        with pytest.raises(ConfigError, match="serves 'a/model', not 'b/model'"):
+            ServerPolicy("b/model", servers=fake.url)
+
+    def test_a_server_without_our_methods(self, fake: Fake, monkeypatch) -> None:
+        monkeypatch.setattr(fake, "_method", lambda name, args: 1 / 0)
+        with pytest.raises(ConfigError, match=r"cannot take new weights .*llmgym serve"):
+            ServerPolicy(MODEL, servers=fake.url)
+
+    def test_something_else_answers(self, fake: Fake, monkeypatch) -> None:
+        async def handle(request: web.Request) -> web.Response:
+            return web.json_response({})
+
+        monkeypatch.setattr(fake, "_handle", handle)
+        fake.kill()
+        fake.start()
+        with pytest.raises(ConfigError, match="does not answer as a vLLM server does"):
+            ServerPolicy(MODEL, servers=fake.url)
+
+    def test_raw_log_probabilities(self, fake: Fake, monkeypatch) -> None:
+        answer = said([1], "x")
+        answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -0.7
+        monkeypatch.setattr(fake, "_generate", lambda *args: asyncio.sleep(0, web.json_response(answer)))
+        with pytest.raises(ConfigError, match="raw log-probabilities"):
+            ServerPolicy(MODEL, servers=fake.url)
+
+    def test_a_limit_above_the_servers(self, fake: Fake) -> None:
+        with pytest.raises(ConfigError, match="max_context: got 65, but the servers' limit is 64"):
+            ServerPolicy(MODEL, servers=fake.url, max_context=65)
+
+    @pytest.mark.parametrize("servers", ["", [], "localhost:8000", ["http://a", "http://a/"]])
+    def test_addresses_that_are_none(self, servers: Any) -> None:
+        with pytest.raises(ConfigError, match="servers"):
+            addresses(servers)
+
+    def test_several_in_one_string(self) -> None:
+        assert addresses("http://a:1, http://b:2/") == ["http://a:1", "http://b:2"]
+
+    def test_by_name(self, fake: Fake) -> None:
+        engine = make_policy(MODEL, engine="server", servers=fake.url, version=3)
+        assert isinstance(engine, ServerPolicy)
+        assert (engine.version, engine.max_context, engine.dtype) == (3, 64, torch.float32)
+        engine.close()
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=6))
+def test_spans_become_versions(spans: list[tuple[int, int]]) -> None:
+    """Every token gets its span's version, whether or not neighbours have the same."""
+    starts = tuple(np.cumsum([0, *(length for length, _ in spans)]).tolist())
+    labels = [f"run:{i}:0:{version}" for i, (_, version) in enumerate(spans)]
+    completion = read(said(list(range(starts[-1])), *labels, starts=starts[:-1]), None, "run")
+    assert completion.versions.tolist() == [version for length, version in spans for _ in range(length)]
+    versions = [completion.version, *(version for _, version in completion.updates)]
+    assert all(a != b for a, b in itertools.pairwise(versions))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"choices": []},
+        said([], "run:1:0:0"),
+        said([1], "other:1:0:0"),
+        said([1], "changing"),
+        said([1, 2], "run:1:0:0", starts=(1,)),
+        said([1], "run:1:0:0", finish="abort"),
+        said([1], starts=()),
+        None,
+    ],
+)
+def test_an_answer_that_does_not_count_may_pass(answer: Any) -> None:
+    with pytest.raises(RemoteError) as caught:
+        read(answer, None, "run")
+    assert caught.value.passing
+
+
+def test_a_vllm_without_spans_counts_if_nothing_changed_meanwhile() -> None:
+    answer = said([1], "x")
+    del answer["choices"][0]["weight_versions"]
+    assert read(answer, Weights("run", 2, 2, 5), "run").versions.tolist() == [5]
+    with pytest.raises(RemoteError):
+        read(answer, None, "run")
+
+
+@pytest.mark.parametrize(
+    ("label", "adapter", "kept"),
+    [("", None, False), ("run:1:1:7", True, True), ("run:9:9:7", True, False), ("old:1:1:7", True, False)],
+)
+def test_an_adapter_alone_leaves_the_weights_beneath_it(label: str, adapter: bool | None, kept: bool) -> None:
+    weights = Weights("run", 3, 1, 8, Path("w"), Path("a") if adapter else None)
+    assert weights.on(label) is kept
+
+
+def test_a_fresh_server_has_what_it_was_started_with() -> None:
+    assert Weights("run", 0, 0, 0).on("")
+    assert not Weights("run", 0, 0, 0).on("run:1:1:1")
+    assert not Weights("run", 0, 0, 0).on("other:0:0:0")
