@@ -14,6 +14,8 @@ from llm_gym.cli.options import parse_args
 from llm_gym.errors import PolicyError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llm_gym.policies.serving import ServerProcess
 
 LINE = 10.0
@@ -37,48 +39,47 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     It listens on 127.0.0.1 only: whoever reaches it can load files into it. To use one on another machine,
     forward the port (`ssh -L 8000:127.0.0.1:8000 machine`), and share a folder for the weights.
     """
+    from rich.console import Console
+
     from llm_gym.cli.group import settings
     from llm_gym.cli.runs import model_path
     from llm_gym.policies.serving import ServerProcess
 
-    # vLLM reads `KEY=1e5` and the like itself, but lists and mappings are wanted as JSON.
-    with settings():
-        path, arguments = model_path(model), parse_args(sets, "--set")
-        up = False
-
-        def echo(line: str) -> None:
-            if verbose or (up and _important(line)):
-                click.echo(line, err=True)
-
-        with _signals():
-            click.echo(f"starting vLLM on {model or 'the embedded model'}", err=True)
-            server = ServerProcess(path, port=port, settings=arguments, echo=echo)
-            try:
-                _wait(server)
-                up = True
-                _tell(server.url, model)
-                server.join()
-                raise PolicyError(f"the vLLM server ended: {server.last_error()}")
-            finally:
-                server.stop()
-
-
-def _wait(server: ServerProcess) -> None:
-    """Waits for health, with a clock on a terminal and a line now and then elsewhere."""
-    from rich.console import Console
-
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    up = False
+
+    def echo(line: str) -> None:
+        if verbose or (up and _important(line)):
+            click.echo(line, err=True)
+
+    with settings(), _signals():
+        path, arguments = model_path(model), parse_args(sets, "--set")
+        with console.status("reading vLLM's arguments"):  # only shown on a terminal
+            server = ServerProcess(path, port=port, settings=arguments, echo=echo)
+        try:
+            _wait(server, console, f"starting vLLM on {model or 'the embedded model'}")
+            up = True
+            _tell(server.url, model)
+            server.join()
+            raise PolicyError(f"the vLLM server ended: {server.last_error()}")
+        finally:
+            server.stop()
+
+
+def _wait(server: ServerProcess, console: Console, what: str) -> None:
+    """Waits for health, with a clock on a terminal and a line now and then elsewhere."""
     if console.is_terminal:
-        with console.status("waiting for it") as status:
-            server.wait(lambda seconds: status.update(f"waiting for it, {seconds:.0f} s"))
+        with console.status(what) as status:
+            server.wait(lambda seconds: status.update(f"{what}, {seconds:.0f} s"))
         return
+    console.print(what)
     said = 0.0
 
     def on_wait(seconds: float) -> None:
         nonlocal said
         if seconds - said >= LINE:
             said = seconds
-            console.print(f"waiting for it, {seconds:.0f} s")
+            console.print(f"{what}, {seconds:.0f} s")
 
     server.wait(on_wait)
 

@@ -190,6 +190,7 @@ class ServerPolicy:
                 faults += error.status is not None
                 if not error.passing or faults >= FAULTS:
                     raise PolicyError(f"A request failed: {error}") from error
+                log.info("repeating a request: %s", error)
                 server.doubt(error)
                 server.repeated()
                 since = since or time.monotonic()
@@ -245,9 +246,18 @@ class ServerPolicy:
 
     async def _reports(self, names: list[str]) -> list[list[Any]]:
         """What the workers of each server that is there say about their weights."""
-        await self._pick([], None)
-        there = [server for server in self._servers if server.ready]
-        return await asyncio.gather(*(server.rpc("llm_gym_checksums", names, seconds=LOADING) for server in there))
+        while True:
+            await self._pick([], None)
+            there = [server for server in self._servers if server.ready]
+            asked = (server.rpc("llm_gym_checksums", names, seconds=LOADING) for server in there)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            for server, answer in zip(there, found, strict=True):
+                if isinstance(answer, RemoteError) and answer.status is None:
+                    server.doubt(answer)  # it gets the weights when it is back
+                elif isinstance(answer, BaseException):
+                    raise answer
+            if reports := [answer for answer in found if not isinstance(answer, BaseException)]:
+                return reports
 
     async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> None:
         self._any = asyncio.Event()
@@ -272,8 +282,9 @@ class ServerPolicy:
                 on_wait(f"waiting for {url} for {waited:.0f} s")
             await asyncio.sleep(delay(attempt))
         try:
-            limit = await self._check(server)
+            limit = await self._check_model(server)
             await server.bring()
+            await self._check_logprobs(server)
         except ConfigError:
             raise
         except RemoteError as error:
@@ -283,7 +294,8 @@ class ServerPolicy:
         server.greet()
         return limit
 
-    async def _check(self, server: Server) -> int:
+    async def _check_model(self, server: Server) -> int:
+        """The server's limit of tokens, if it serves the right model."""
         url = server.remote.url
         cards = (await server.remote.call("GET", "/v1/models", seconds=CONTROL))["data"]
         (card,) = (card for card in cards if not card.get("parent"))
@@ -291,12 +303,15 @@ class ServerPolicy:
             raise ConfigError(
                 f"servers: {url} serves {card['root']!r}, not {self._model!r}; start it with that `--model`."
             )
+        return int(card["max_model_len"])
+
+    async def _check_logprobs(self, server: Server) -> None:
         # Under top-k 1 the sampled token has probability 1, unless log-probabilities ignore the sampling.
         probe = request(np.zeros(1, np.int32), Sampling(top_k=1), 1, 0)
         answer = await server.remote.call("POST", "/inference/v1/generate", probe, seconds=CONTROL)
         if abs(answer["choices"][0]["logprobs"]["content"][0]["logprob"]) > 1e-3:
+            url = server.remote.url
             raise ConfigError(f"servers: {url} reports raw log-probabilities, without temperature and top-k; {_START}.")
-        return int(card["max_model_len"])
 
     async def _dtype(self) -> torch.dtype:
         """What the servers compute in."""

@@ -154,20 +154,19 @@ class Server:
             RemoteError: it cannot be reached, or cannot load them.
         """
         async with self._lock:
-            want, held = self._want(), await self.label()
-            if held == want.label:
-                await self._post("/resume")  # whoever paused it may be dead
-                return False
-            await self._post("/pause", params={"mode": "keep"})
-            try:
-                await self._replace(want, held)
-            except BaseException:
-                with contextlib.suppress(RemoteError):
-                    await self._post("/resume")  # what is sampled now carries no label that counts
-                raise
-            await self._post("/resume")
+            sent = False
+            while (held := await self.label()) != (want := self._want()).label:
+                await self._post("/pause", params={"mode": "keep"})
+                try:
+                    await self._replace(want, held)
+                except BaseException:
+                    with contextlib.suppress(RemoteError):
+                        await self._post("/resume")  # what is sampled now carries no label that counts
+                    raise
+                sent = sent or bool(held or want.update)
+            await self._post("/resume")  # also where nothing was sent: whoever paused it may be dead
             self._heard = time.monotonic()
-            return bool(held or want.update)
+            return sent
 
     async def _replace(self, want: Weights, held: str) -> None:
         await self._mark(CHANGING)

@@ -70,8 +70,8 @@ class ServerProcess:
     ) -> None:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
-        arguments = checked(settings or {})
         self.port = free_port(port)
+        arguments = checked(settings or {})
         self.url = f"http://{HOST}:{self.port}"
         self._process = subprocess.Popen(
             command(str(model or PATH), self.port, arguments),

@@ -7,6 +7,9 @@ import itertools
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import peft
+import psutil
 import pytest
 import torch
 
@@ -381,3 +385,50 @@ def test_a_server_that_stays_dead_fails_the_request_and_is_named(servers: Server
     with pytest.raises(PolicyError, match=f"No server for 3 s: .*{first}"):
         policy.generate(contexts(1), Sampling(max_tokens=4))
     policy.close()
+
+
+def serve(*args: str) -> subprocess.Popen[str]:
+    """`llmgym serve` as a process of its own; its standard error is merged into the output."""
+    command = [sys.executable, "-m", "llm_gym.cli", "serve", "--port", "0", "--set", "max_model_len=128", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def engines(pid: int) -> list[psutil.Process]:
+    return [process for process in family(pid) if "EngineCore" in " ".join(process.cmdline() or [process.name()])]
+
+
+def test_ctrl_c_while_starting_leaves_no_process() -> None:
+    command = serve()
+    while not engines(command.pid):
+        assert command.poll() is None, command.stdout.read()
+        time.sleep(0.05)
+    started = family(command.pid)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60) == 130
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+    assert "Traceback" not in command.stdout.read()
+
+
+def test_serve_ends_when_it_is_killed_itself() -> None:
+    """No handler runs then: the kernel tells the server, and the server its engine."""
+    command = serve()
+    for line in command.stdout:
+        if line.startswith("serving on"):
+            break
+    started = family(command.pid)
+    assert len(started) >= 2
+    command.kill()
+    command.wait()
+    assert psutil.wait_procs(started, timeout=60)[1] == []
+
+
+def test_a_server_that_cannot_start_says_why_in_one_sentence() -> None:
+    command = serve("--set", "max_num_batched_tokens=4")
+    said = command.stdout.read().splitlines()
+    assert command.wait() == 2
+    assert said[-1].startswith("Error: the vLLM server ended while starting: ")
+    assert "max_num_batched_tokens (4)" in said[-1]

@@ -42,7 +42,7 @@ class Fake:
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.fail: deque[str] = deque()
-        self.hanging = False
+        self.hanging = self.loading = self.holding = False
         self._loop, self.port = Loop("fake"), 0
         self.start()
 
@@ -79,6 +79,9 @@ class Fake:
         if path == "/inference/v1/generate":
             return await self._generate(request, body)
         if path == "/collective_rpc":
+            self.loading = body["method"] == "llm_gym_load_file"
+            while self.loading and self.holding:
+                await asyncio.sleep(0.01)
             return web.json_response({"results": [self._method(body["method"], body["args"])]})
         if path == "/update_weight_version":
             self.version = body["new_version"]
@@ -205,6 +208,30 @@ def test_weights_are_changed_under_a_pause_that_ends(policy: ServerPolicy, fake:
     assert policy.version == 1
 
 
+def test_an_update_while_a_server_is_given_the_old_weights_is_not_lost(
+    policy: ServerPolicy, fake: Fake, monkeypatch
+) -> None:
+    monkeypatch.setattr(server_state, "IDLE", 0.0)
+    policy.load(WEIGHTS.items(), version=1)
+    fake.kill()
+    fake.start()
+    fake.loading, fake.holding = False, True
+
+    async def overtake() -> Completion:
+        request = asyncio.create_task(policy.complete(CONTEXT, Sampling()))
+        while not fake.loading:
+            await asyncio.sleep(0.01)
+        update = asyncio.create_task(asyncio.to_thread(policy.load, WEIGHTS.items(), version=2))
+        while policy._want.version != 2:
+            await asyncio.sleep(0.01)
+        fake.holding = False
+        await update
+        assert fake.version.endswith(":2")
+        return await request
+
+    assert asyncio.run(overtake()).version == 2
+
+
 def test_only_the_latest_weights_stay_in_shared_memory(fake: Fake, tmp_path: Path) -> None:
     policy = ServerPolicy(MODEL, servers=fake.url, folder=tmp_path)
     for version in range(3):
@@ -256,6 +283,22 @@ def test_another_server_takes_over_and_the_lost_one_catches_up(fake: Fake, monke
     assert fake.version == other.version
     policy.generate([CONTEXT] * 20, Sampling())
     assert fake.bodies
+    policy.close()
+    other.stop()
+
+
+def test_a_next_turn_goes_where_its_beginning_is_cached(fake: Fake) -> None:
+    other = Fake()
+    policy = ServerPolicy(MODEL, servers=[other.url, fake.url])
+    first = np.arange(32, dtype=np.int32)
+    policy._servers[0].load = 1  # the first turn goes to the second server
+    policy.generate([first], Sampling())
+    policy._servers[0].load, policy._servers[1].load = 0, 1
+    policy.generate([np.concatenate([first, [7, 8, 9, 5]])], Sampling())
+    assert (len(other.bodies), len(fake.bodies)) == (0, 2)
+    policy._servers[1].load = 9  # clearly busier
+    policy.generate([np.concatenate([first, [7, 8, 9, 5]])], Sampling())
+    assert (len(other.bodies), len(fake.bodies)) == (1, 2)
     policy.close()
     other.stop()
 
