@@ -64,6 +64,7 @@ class Remote:
         *,
         params: Mapping[str, str] | None = None,
         seconds: float | None = None,
+        plain: bool = False,
     ) -> Any:
         """The answer's JSON, or None for an empty answer; cancelling closes the connection.
 
@@ -73,6 +74,7 @@ class Remote:
             body: sent as JSON unless None.
             params: the query string.
             seconds: most time for the whole exchange; None: no limit (a completion takes what it takes).
+            plain: the answer is text, not JSON, and returned as it is.
 
         Raises:
             RemoteError: no answer in time, an HTTP status of 400 or more, or an answer that is no JSON.
@@ -88,6 +90,8 @@ class Remote:
             raise RemoteError(f"{self.url}: {type(error).__name__}: {error}") from error
         if status >= 400:
             raise RemoteError(f"{self.url}{path} answered {status}: {message(text)}", status)
+        if plain:
+            return text
         try:
             return json.loads(text) if text else None
         except ValueError as error:

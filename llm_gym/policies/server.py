@@ -60,7 +60,7 @@ class ServerPolicy:
         self,
         model: str | Path | None = None,
         *,
-        servers: Sequence[str] | str,
+        servers: Sequence[str] | str = (),
         version: int = 0,
         max_context: int | None = None,
         folder: str | Path | None = None,
@@ -364,7 +364,7 @@ def addresses(servers: Sequence[str] | str) -> list[str]:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"servers: got {url!r}, want a URL such as 'http://127.0.0.1:8000'.")
     if not found or len(set(found)) < len(found):
-        raise ConfigError(f"servers: got {found}, want at least one URL, and each once.")
+        raise ConfigError(f"servers: got {found}, want at least one URL, and each once; `llmgym serve` starts one.")
     return found
 
 

@@ -190,7 +190,8 @@ class Server:
         if any(name != ADAPTER for name in names):
             raise RemoteError(f"{self.remote.url} serves adapters of its own, {names}; it must have none", 409)
         if not names:
-            await self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)}, seconds=LOADING)
+            named = {"lora_name": ADAPTER, "lora_path": str(folder)}
+            await self._post("/v1/load_lora_adapter", named, seconds=LOADING, plain=True)
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         await self.rpc("llm_gym_load_adapter_file", str(folder / "adapter_model.safetensors"), config, seconds=LOADING)
 

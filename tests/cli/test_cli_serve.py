@@ -29,7 +29,3 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     assert code == 2
     (line,) = said.splitlines()
     assert line.startswith(f"Error: --port: cannot use {port}")
-
-
-def test_an_argument_without_a_value_is_one_sentence() -> None:
-    assert run("--set", "max_model_len")[1].splitlines()[-1].startswith("Error: --set: got 'max_model_len'")

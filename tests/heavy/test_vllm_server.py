@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -224,10 +225,11 @@ def adapted(seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[s
     for tensor in tensors.values():
         tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    return model.merge_and_unload(), {name: tensor.clone() for name, tensor in tensors.items()}, plain
+    held = {name: tensor.clone() for name, tensor in tensors.items()}
+    return model.merge_and_unload().requires_grad_(True), held, plain
 
 
-def test_adapters_are_replaced_and_dropped(policy, model) -> None:
+def test_adapters_are_replaced_and_dropped(policy, model, caplog) -> None:
     prompts, sampling = contexts(8), Sampling(max_tokens=64, stop_token_ids=())
     for version in (1, 2):
         merged, tensors, config = adapted(version)
@@ -240,6 +242,7 @@ def test_adapters_are_replaced_and_dropped(policy, model) -> None:
     policy.load(moved(6).state_dict().items(), version=3)
     completions = policy.generate(prompts, sampling, seeds=range(8))
     assert worst(moved(6), played(prompts, completions)) <= 1e-4
+    assert not caplog.records  # every update was taken at once
 
 
 def test_a_cancelled_request_ends_in_the_server(policy, first: str) -> None:
@@ -336,6 +339,7 @@ def test_a_rollout_survives_kill_9(servers: Servers, first: str, caplog) -> None
     assert f"lost {first}" in said
     assert f"{first} is back" in said
     assert "weights of version 5 sent again" in said
+    assert int(re.findall(r"(\d+) requests repeated", said)[0]) >= 1
     policy.close()
 
 
