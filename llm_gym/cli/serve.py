@@ -54,8 +54,7 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
 
     with settings(), _signals():
         path, arguments = model_path(model), parse_args(sets, "--set")
-        with console.status("reading vLLM's arguments"):  # only shown on a terminal
-            server = ServerProcess(path, port=port, settings=arguments, echo=echo)
+        server = ServerProcess(path, port=port, settings=arguments, echo=echo)
         try:
             _wait(server, console, f"starting vLLM on {model or 'the embedded model'}")
             up = True

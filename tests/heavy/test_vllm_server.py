@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import logging
@@ -30,7 +31,7 @@ from llm_gym.harness.model import load_model
 from llm_gym.policies.checksums import checksums
 from llm_gym.policies.openai import OpenAIPolicy
 from llm_gym.policies.server import ServerPolicy
-from llm_gym.policies.serving import EXTENSION, ServerProcess, checked, command
+from llm_gym.policies.serving import EXTENSION, ServerProcess, _known, checked, command
 from llm_gym.rollout import rollout
 
 pytestmark = pytest.mark.heavy
@@ -128,6 +129,9 @@ def running(url: str) -> float:
 
 
 def test_arguments_are_looked_at_before_anything_starts() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert {field.name for field in dataclasses.fields(AsyncEngineArgs)} <= _known()
     with pytest.raises(ConfigError, match="did you mean 'gpu_memory_utilization'"):
         checked({"gpu_memory_utilisation": 0.5})
     with pytest.raises(ConfigError, match="--port"):
