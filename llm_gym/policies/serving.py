@@ -25,7 +25,7 @@ from typing import Any
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, SettingError, unknown
-from llm_gym.policies.vllm import _defaults
+from llm_gym.policies.vllm_start import defaults
 
 HOST = "127.0.0.1"
 """Whoever reaches the server can load any file into it: it must never be public."""
@@ -159,9 +159,9 @@ def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
-    defaults = {k: v for k, v in _defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
+    exact = {k: v for k, v in defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
     scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on in older versions
-    for name, value in (defaults | quiet | scale_out | own | dict(settings)).items():
+    for name, value in (exact | quiet | scale_out | own | dict(settings)).items():
         line += flag(name, value)
     return line
 
