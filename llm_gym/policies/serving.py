@@ -43,8 +43,12 @@ _DEFAULT = {
 }
 _OWN = ("host", "port", "model", "worker_extension_cls")
 _PR_SET_PDEATHSIG = 1
-_ERROR = re.compile(r"\b(\w*(?:Error|Exception)): (.+)")
-_GENERIC = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|see root cause|leaked", re.I)
+_ERROR = re.compile(r"\b(?P<kind>\w*(?:Error|Exception)|Value error)[:,] (?P<text>.+?)(?: \[type=.*)?$")
+"""Python's form, and pydantic's, whose own first line only counts the errors."""
+_GENERIC = re.compile(
+    r"validation errors? for|Engine core initialization failed|WorkerProc initialization failed|see root cause|leaked",
+    re.I,
+)
 
 
 class ServerProcess:
@@ -256,7 +260,7 @@ def last_error(lines: Iterable[str]) -> str:
     lines = list(lines)
     found = [match for match in map(_ERROR.search, reversed(lines)) if match and not _GENERIC.search(match[0])]
     if found:
-        return f"{found[0][1]}: {found[0][2]}"
+        return f"{found[0]['kind']}: {found[0]['text']}"
     usage = [line for line in lines if "error:" in line]
     return (usage or [line for line in lines if line.strip()] or ["it wrote nothing"])[-1].strip()
 
