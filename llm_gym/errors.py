@@ -7,6 +7,7 @@
     │   ├── TemplateError   a chat template that cannot be extended exactly
     │   └── RewardError     a reward function that returns something that is no reward
     ├── PolicyError         the engine failed for one request
+    ├── SyncError           the sampler does not serve the learner's weights: training stops
     └── CheckpointError     a run folder or checkpoint that cannot be read
 
 A bad *setting* is a crash with one clear sentence. A bad *rollout* is data: `boundary` turns the
@@ -47,6 +48,10 @@ class RewardError(SettingError):
 
 class PolicyError(LLMGymError):
     """The engine could not complete one request; the episode ends, the run goes on."""
+
+
+class SyncError(LLMGymError):
+    """The learner's weights did not arrive in the sampler; going on would train on another policy's samples."""
 
 
 class CheckpointError(LLMGymError):

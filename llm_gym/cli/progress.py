@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -19,6 +20,16 @@ LINES = 12
 """Lines about training in a run that nobody watches on a terminal; evaluations come on top."""
 RECENT = 20
 """Steps whose times predict the rest."""
+PHASES = {
+    "load": "loading {model}",
+    "engine": "starting the engine",
+    "eval": "playing {total} episodes of evaluation",
+    "rollout": "playing {total} episodes of training",
+    "train": "training on them",
+    "sync": "sending the new weights to the engine",
+    "save": "saving",
+}
+"""What a phase does, in words; where there is no bar, said the first time."""
 
 
 class TrainProgress:
@@ -33,10 +44,13 @@ class TrainProgress:
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._model, self._said = "", set[str]()
 
     def on_start(self, config: Any, run: Path, step: int) -> None:
         """The run begins, or goes on, at `step`."""
         self.run, self.step, self.steps = run, step, config.steps
+        self._model = config.model or "the embedded model"
+        click.echo(f"{config.env}, {self._model}, {config.steps} steps -> {run}")
         self._problems = problems(to_dict(config))
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())
@@ -49,10 +63,17 @@ class TrainProgress:
         """A phase of `total` units begins."""
         self._phase, self._units = name, total
         self._update(description=name)
+        if self._bar is None and name not in self._said:
+            self.console.print(f"{PHASES.get(name, name).format(model=self._model, total=total)} ...")
+        self._said.add(name)
 
     def on_progress(self, done: int) -> None:
         """So many units of the phase are done."""
         self._update(description=f"{self._phase} {done}/{self._units}")
+
+    def on_note(self, text: str) -> None:
+        """Something was decided that a person should know."""
+        self.console.print(text)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics was written; step 0 is the evaluation before the first step."""

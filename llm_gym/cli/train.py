@@ -25,6 +25,7 @@ LINE = 160
 @env_option
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
+@click.option("--policy", "engine", metavar="ENGINE", help="Engine that samples: transformers, vllm, server or auto.")
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
@@ -36,6 +37,7 @@ def command(
     env: str | None,
     env_args: tuple[str, ...],
     model: str | None,
+    engine: str | None,
     file: str | None,
     sets: tuple[str, ...],
     steps: int | None,
@@ -56,17 +58,17 @@ def command(
         raise SettingError("--resume: needs --out, the run folder to go on with.")
     if resume and file is None and out is not None and (out / "config.yaml").is_file():
         file = str(out / "config.yaml")
+    named = {"eval.every": eval_every, "policy.engine": engine}
+    more = [f"{key}={value}" for key, value in named.items() if value is not None]
     progress = TrainProgress()
-    with settings():
-        every = [] if eval_every is None else [f"eval.every={eval_every}"]
-        config = configuration(file, [*sets, *every], env_args, env=env, model=model, steps=steps, seed=seed)
-        trainer = Trainer(config, out=out, resume=resume, observer=progress)
-    click.echo(f"{config.env}, {config.model or 'the embedded model'}, {config.steps} steps -> {trainer.run.path}")
     try:
+        with settings():
+            config = configuration(file, [*more, *sets], env_args, env=env, model=model, steps=steps, seed=seed)
+            trainer = Trainer(config, out=out, resume=resume, observer=progress)
         rows = trainer.train()
     except KeyboardInterrupt:
         progress.stop()
-        stopped(trainer.run.path, progress)
+        stopped(progress)
     finally:
         progress.stop()
     click.echo(closing(trainer.run.path, config, rows))
@@ -88,11 +90,14 @@ def configuration(
     return load(TrainConfig, file, [*sets, *named], model=model_path(model), **given)
 
 
-def stopped(run: Path, progress: TrainProgress) -> None:
+def stopped(progress: TrainProgress) -> None:
     """Says how to go on after Ctrl-C, and ends the command."""
-    click.echo(f"Stopped after step {progress.step} of {progress.steps}.", err=True)
-    click.echo(f"Go on from its newest checkpoint: llmgym train --resume --out {run}", err=True)
-    click.echo(f"Look at it so far: llmgym view {run}", err=True)
+    if progress.run is None:
+        click.echo("Stopped before the run began.", err=True)
+    else:
+        click.echo(f"Stopped after step {progress.step} of {progress.steps}.", err=True)
+        click.echo(f"Go on from its newest checkpoint: llmgym train --resume --out {progress.run}", err=True)
+        click.echo(f"Look at it so far: llmgym view {progress.run}", err=True)
     raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 

@@ -53,11 +53,21 @@ class PolicyConfig:
     """The engine that samples."""
 
     engine: str = "auto"
-    """A row of `policies.ENGINES`."""
+    """`transformers` (built in), `vllm` (in this process) or `server`; `auto`: `server` if there are `servers`, else
+    the built-in one."""
+    sync: str = "auto"
+    """How new weights reach the engine: a row of `sync.MODES`; `auto` measures where there is a choice."""
+    canary_limit: float | None = None
+    """Largest difference (nats) between engine and learner on a token before a run is stopped; None: 1e-3 in
+    float32, else by what is measured when the run starts."""
+    sleep: bool = False
+    """Whether vLLM frees its memory while the learner trains (CUDA only)."""
     max_rows: int = 256
     """Sequences that the built-in engine decodes at once."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_context` ...)."""
+    """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_model_len` ...)."""
+    servers: tuple[str, ...] = ()
+    """Addresses of vLLM servers, such as `http://localhost:8000`; `llmgym serve` starts one."""
 
 
 @dataclass(frozen=True)

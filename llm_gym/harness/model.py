@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +252,28 @@ def merged(model: Any) -> Any:
     """
     plain = copy.deepcopy(model)
     return plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
+
+
+@torch.no_grad()
+def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The weights by their names in the plain model, one tensor at a time; adapters folded in, or left out."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    for name, tensor in base.state_dict().items():
+        module, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight" and adapters:
+            layer = base.get_submodule(module)
+            tensor = sum((layer.get_delta_weight(a).to(tensor.dtype) for a in layer.active_adapters), start=tensor)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), tensor
+
+
+def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's tensors by the names that peft saves them under, and its `adapter_config.json` as a mapping."""
+    import peft
+
+    config = next(iter(model.peft_config.values())).to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {name: t.detach() for name, t in peft.get_peft_model_state_dict(model).items()}, plain
 
 
 def export(model: Any, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -1,44 +1,276 @@
-"""The sampler of a training run, and how the learner's weights reach it."""
+"""The sampler of a training run, and how the learner's weights reach it: a table of modes, each proven."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.config import TrainConfig
-from llm_gym.policies import ENGINES, Policy, make_policy
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.metrics import clock
+from llm_gym.harness.model import adapter_tensors, export, plain_tensors
+from llm_gym.harness.proof import Canaries, Proof
+from llm_gym.policies import ENGINES, make_policy
+from llm_gym.policies.checksums import checksums
+
+Push = Callable[[Any, Any, int, Path], Mapping[str, Tensor]]
+"""(model, policy, version, folder to write in) -> the tensors that were sent, by name."""
+
+
+def _share(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+    policy.refresh(version=version)
+    return {}
+
+
+def _load(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+    tensors = dict(plain_tensors(model))
+    policy.load(tensors.items(), version=version)
+    return tensors
+
+
+def _load_adapter(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+    tensors, config = adapter_tensors(model)
+    policy.load_adapter(tensors.items(), config, version=version)
+    return tensors
+
+
+def _load_folder(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+    with _exported(model, folder, version) as written:
+        policy.load_folder(written, version=version)
+    return dict(plain_tensors(model))
+
+
+def _restart(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+    with _exported(model, folder, version) as written:
+        policy.restart(written, version=version)
+    return dict(plain_tensors(model))
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way for weights to reach an engine."""
+
+    push: Push
+    engines: tuple[str, ...]
+    adapters: bool | None
+    """Whether the learner must (True) or must not (False) train adapters; None: either."""
+    automatic: bool
+    """Whether `auto` considers it; the others are slower by construction, and there to compare with."""
+    what: str
+    over_base: bool = False
+    """Whether the engine must hold the base model, without adapters, beneath what is sent."""
+
+
+MODES = {
+    "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself"),
+    "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
+    "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
+    "adapter": Mode(_load_adapter, ("vllm", "server"), True, True, "the adapter alone is replaced", over_base=True),
+    "merged": Mode(_load, ("vllm", "server"), True, True, "as `tensors` or `file`, the adapter folded in"),
+    "disk": Mode(_load_folder, ("vllm", "server"), None, False, "a checkpoint is written, and loaded again"),
+    "restart": Mode(_restart, ("vllm",), None, False, "a checkpoint is written, and a new engine started on it"),
+}
+"""Name -> what it does."""
+BURST, CONTEXT, TOKENS = 64, 32, 32
+"""What is sampled to measure a mode: at most so many rows, their length, new tokens of each."""
 
 
 def engine_of(config: TrainConfig) -> str:
-    """The engine that samples; `auto` is the built-in one, which shares the learner's weights.
+    """The engine that samples; `auto` is a server where one is named, else the built-in engine.
 
     Raises:
         ConfigError: an unknown engine, or one that cannot sample this run.
     """
-    name = "transformers" if config.policy.engine == "auto" else config.policy.engine
+    policy = config.policy
+    name = ("server" if policy.servers else "transformers") if policy.engine == "auto" else policy.engine
     if name not in ENGINES:
         raise ConfigError(unknown("policy.engine", name, ["auto", *ENGINES]))
-    if name != "transformers" and config.lora is not None:
-        raise ConfigError(
-            f"policy.engine: {name!r} cannot sample adapters yet; use 'transformers', or set lora to null."
-        )
+    if not any(name in mode.engines for mode in MODES.values()):
+        raise ConfigError(f"policy.engine: {name!r} cannot be given new weights, so it cannot sample a training run.")
+    if (name == "server") != bool(policy.servers):
+        raise ConfigError(f"policy.servers: got {list(policy.servers)} with engine {name!r}; 'server' needs addresses.")
     return name
 
 
-def make_sampler(config: TrainConfig, model: Any, *, version: int) -> Policy:
-    """A policy with the learner's weights as they are now: the module itself, or a copy in its own engine."""
-    name = engine_of(config)
-    if name == "transformers":
-        return make_policy(model, engine=name, version=version, max_rows=config.policy.max_rows)
-    policy = make_policy(config.model, engine=name, dtype=config.optimizer.dtype, **config.policy.vllm)
-    push(model, policy, version=version)
-    return policy
+def modes_of(config: TrainConfig, engine: str) -> list[str]:
+    """The modes to choose from: the one asked for, or for `auto` those worth measuring.
+
+    Raises:
+        ConfigError: the mode asked for is unknown, or does not work with this engine.
+    """
+    wanted, adapters = config.policy.sync, config.lora is not None
+    fitting = [name for name, mode in MODES.items() if engine in mode.engines and mode.adapters in (None, adapters)]
+    if wanted == "auto":
+        return [name for name in fitting if MODES[name].automatic]
+    if wanted not in MODES:
+        raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
+    if wanted not in fitting:
+        which = f"engine {engine!r} {'with' if adapters else 'without'} adapters"
+        raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
+    return [wanted]
 
 
-def push(model: Any, policy: Policy, *, version: int) -> None:
-    """Makes `policy` sample from `model` as it is now; every cache of the old weights is dropped."""
-    if isinstance(policy, TransformersPolicy):
-        policy.refresh(version=version)
-    else:
-        policy.load(model.state_dict().items(), version=version)
+def engine_options(config: TrainConfig, mode: str) -> dict[str, Any]:
+    """The engine's keyword arguments for a run that uses `mode`."""
+    engine, policy = engine_of(config), config.policy
+    if engine == "transformers":
+        return {"max_rows": policy.max_rows}
+    if engine == "server":
+        return {"servers": list(policy.servers)}
+    options: dict[str, Any] = {"dtype": config.optimizer.dtype, **policy.vllm}
+    if config.lora is not None and mode == "adapter":
+        options["lora_rank"] = config.lora.rank
+    if policy.sleep:
+        options["enable_sleep_mode"] = True
+    return options
+
+
+def check(config: TrainConfig) -> None:
+    """Looks at everything in `policy`, before a model is loaded.
+
+    Raises:
+        SettingError: an engine, a mode or an engine argument that cannot work in this run.
+    """
+    engine = engine_of(config)
+    modes_of(config, engine)
+    if config.policy.sleep and not (engine == "vllm" and torch.cuda.is_available()):
+        raise ConfigError("policy.sleep: only vLLM on a CUDA device can give its memory back while the learner trains.")
+    if engine == "vllm":
+        from llm_gym.policies.vllm import check as check_arguments
+
+        check_arguments(config.policy.vllm)
+
+
+class Sync:
+    """The sampler of a run, and how it is brought up to date.
+
+    Args:
+        config: the run's; `check` has accepted it.
+        learner: whose weights are served, from now on.
+        folder: where checkpoints on their way are written.
+        version: of the weights now.
+        tell: is told, in a line, what was decided by measurement.
+
+    Raises:
+        SyncError: engine and learner disagree from the start.
+    """
+
+    policy: Any
+    mode: str
+
+    def __init__(
+        self, config: TrainConfig, learner: Learner, *, folder: Path, version: int, tell: Callable[[str], None]
+    ) -> None:
+        self.config, self.learner, self.folder = config, learner, folder
+        modes = modes_of(config, engine_of(config))
+        best = modes[0]
+        if len(modes) > 1:
+            best, said = self._fastest(modes, version)
+            tell(said)
+        self._start(best, version)
+
+    def __call__(self, version: int) -> dict[str, Any]:
+        """Sends the learner's weights to the engine as `version`, and proves that they arrived; returns metrics.
+
+        Raises:
+            SyncError: they did not.
+        """
+        times: dict[str, float] = {}
+        sent = MODES[self.mode].push(self.learner.model, self.policy, version, self.folder)
+        with clock(times, "time/proof"):
+            how = f"sync {self.mode!r} after step {version}"
+            gap = self.proof(checksums(sent.items(), self.dtype), version=version, how=how)
+        return {"sync/mode": self.mode, "sync/canary_gap_max": gap, **times}
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While the learner trains: the engine's memory is free, if the run wants that.
+
+        It wakes before anything is written to it: weights written to a sleeping engine are lost.
+        """
+        if not self.config.policy.sleep:
+            yield
+            return
+        self.policy.sleep()
+        try:
+            yield
+        finally:
+            self.policy.wake()
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.policy.close()
+
+    def _start(self, mode: str, version: int) -> None:
+        """An engine for `mode`, in place of any other, with the learner's weights."""
+        if getattr(self, "mode", None) == mode:
+            return
+        if hasattr(self, "policy"):
+            self.policy.close()
+        config, model = self.config, self.learner.model
+        engine = engine_of(config)
+        source = model if engine == "transformers" else config.model
+        self.policy = make_policy(source, engine=engine, version=version, **engine_options(config, mode))
+        self.mode = mode
+        try:
+            self.dtype = getattr(self.policy, "dtype", next(model.parameters()).dtype)
+            self.proof = self._proof()
+            if MODES[mode].over_base:
+                self.policy.load(plain_tensors(model, adapters=False), version=version)
+            self(version)
+        except BaseException:
+            self.policy.close()
+            raise
+
+    def _proof(self) -> Proof:
+        """What compares this engine with the learner."""
+        policy, vocabulary = self.config.policy, self.learner.body.config.vocab_size
+        canaries = Canaries.of(vocabulary, self.policy.max_context, self.config.sampling.temperature)
+        exact = self.learner.dtype == self.dtype == torch.float32 and not policy.vllm.get("quantization")
+        return Proof(self.learner, self.policy, canaries, exact=exact, limit=policy.canary_limit)
+
+    def _fastest(self, modes: Sequence[str], version: int) -> tuple[str, str]:
+        """The mode with the least estimated time for a step's synchronisation and sampling, and a line about it."""
+        seconds = {}
+        for mode in modes:
+            self._start(mode, version)
+            seconds[mode] = self._seconds(version)
+        best = min(seconds, key=lambda mode: seconds[mode])
+        each = ", ".join(f"{mode} {value:.2f} s" for mode, value in seconds.items())
+        return best, f"policy.sync: {best!r} is the fastest here; estimated sync and sampling per step: {each}."
+
+    def _seconds(self, version: int) -> float:
+        """Estimated seconds of synchronisation and sampling in one step of the run."""
+        rows = self.config.prompts_per_step * self.config.group_size
+        ids = np.random.default_rng(1).integers(0, self.learner.body.config.vocab_size, (min(rows, BURST), CONTEXT))
+        sampling = Sampling(self.config.sampling.temperature, max_tokens=TOKENS, stop_token_ids=())
+        times: dict[str, float] = {}
+        for _ in range(2):  # the first time, kernels are compiled
+            times.clear()
+            with clock(times, "sync"):
+                self(version)
+            with clock(times, "burst"):
+                made = self.policy.generate(list(ids.astype(np.int32)), sampling)
+        tokens = rows * self.config.sampling.max_tokens / 2  # on average, as far as anybody can know
+        return times["sync"] + times["burst"] * tokens / sum(len(c.tokens) for c in made)
+
+
+@contextmanager
+def _exported(model: Any, folder: Path, version: int) -> Iterator[Path]:
+    """A checkpoint of the plain model, deleted again when the engine has read it."""
+    path = folder / f"version_{version:06d}"
+    try:
+        export(model, path)
+        yield path
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ from llm_gym.harness.config import TrainConfig, dump
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, describe, speeds, staleness
 from llm_gym.harness.model import load_model
-from llm_gym.harness.sync import engine_of, make_sampler, push
+from llm_gym.harness.sync import Sync, check
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
 from llm_gym.rollout import Driver
@@ -35,13 +35,16 @@ class Observer(Protocol):
     """What a progress display is told."""
 
     def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
-        """The run begins, or goes on, at `step`."""
+        """The run begins, or goes on, at `step`; its settings are sound, and nothing is loaded yet."""
 
     def on_phase(self, name: str, total: int) -> None:
-        """A phase (`rollout`, `train`, `eval`, `save`) of `total` units begins."""
+        """A phase (`load`, `engine`, `rollout`, `train`, `sync`, `eval`, `save`) of `total` units begins."""
 
     def on_progress(self, done: int) -> None:
         """So many units of the phase are done."""
+
+    def on_note(self, text: str) -> None:
+        """Something was decided that a person should know."""
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics was written."""
@@ -60,6 +63,9 @@ class Silent:
         """Nothing."""
 
     def on_progress(self, done: int) -> None:
+        """Nothing."""
+
+    def on_note(self, text: str) -> None:
         """Nothing."""
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -93,26 +99,29 @@ class Trainer:
     ) -> None:
         self.config = config = config.resolved()
         self.observer = observer or Silent()
-        self.step = 0
         self.weigh = advantage(config.advantage)
-        engine_of(config)
+        check(config)
         self.env_id, self.env_args, self.eval_args = environments(config)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
+        self.step = 0 if checkpoint is None else step_of(checkpoint)
+        self.observer.on_start(config, self.run.path, self.step)
+        self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora)
         set_threads(self.model, config.threads)
         self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.steps)
         if checkpoint is not None:
-            self.step = step_of(checkpoint)
             restore(self.learner, checkpoint)
-        self.policy = make_sampler(config, self.model, version=self.step)
+        self.observer.on_phase("engine", 1)
+        folder, tell = self.run.path / "sync", self.observer.on_note
+        self.sync = Sync(config, self.learner, folder=folder, version=self.step, tell=tell)
+        self.policy = self.sync.policy
         self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
         self.eval_driver = Driver(self.env_id, self.policy, env_args=self.eval_args, time_limit=config.time_limit)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs the remaining steps; returns every row of metrics."""
-        self.observer.on_start(self.config, self.run.path, self.step)
         try:
             if self.step == 0:
                 self._write({"step": 0, **self.evaluate()})
@@ -130,13 +139,14 @@ class Trainer:
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
                 episodes = self.collect(self.draw_seeds())
-            with clock(times, "time/train"):
+            with clock(times, "time/train"), self.sync.resting():
                 learned = self.learn(episodes)
             with clock(times, "time/sync"):
-                push(self.model, self.policy, version=self.step + 1)
+                self.observer.on_phase("sync", 1)
+                synced = self.sync(self.step + 1)
         played = describe(episodes) | {"sampler/staleness_max": staleness(episodes, self.step)}
         self.step += 1
-        row = {"step": self.step, **played, **learned, **times, **speeds(learned, played["tokens/generated"], times)}
+        row = {"step": self.step, **played, **learned, **synced, **times, **speeds(learned, played["tokens/generated"], times)}
         if self._due(self.config.eval.every):
             row |= self.evaluate()
         self.run.write_episodes(f"step_{self.step:06d}", episodes)

@@ -28,13 +28,14 @@ def watched(terminal: bool, steps: int) -> str:
 def test_lines_without_a_terminal() -> None:
     lines = watched(False, 120).splitlines()
     assert lines[0] == "step 0/120: reward on unseen problems: greedy 0.500, sampled 0.250"
-    assert lines[1] == "step 10/120: reward 0.083, 12.3k tokens/s, 3 min 40 s left"
+    assert lines[1] == "playing 8 episodes of training ..."  # said once
+    assert lines[2] == "step 10/120: reward 0.083, 12.3k tokens/s, 3 min 40 s left"
     assert lines[-1] == "step 120/120: reward on unseen problems: greedy 1.000"
-    assert len(lines) == LINES + 2
+    assert len(lines) == LINES + 3
 
 
 def test_short_runs_say_every_step() -> None:
-    assert len(watched(False, 3).splitlines()) == 5
+    assert len(watched(False, 3).splitlines()) == 6
 
 
 def test_a_bar_on_a_terminal() -> None:

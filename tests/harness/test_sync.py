@@ -1,0 +1,215 @@
+"""Weights reach the sampler, and the proof sees it when they do not: modes, canaries, planted faults."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm_gym.errors import SyncError
+from llm_gym.harness import TrainConfig, Trainer, load, proof
+from llm_gym.harness.learner import Learner, OptimizerConfig
+from llm_gym.harness.model import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
+from llm_gym.harness.proof import Canaries, Proof
+from llm_gym.harness.sync import MODES, engine_of, engine_options, modes_of
+from llm_gym.policies.transformers import TransformersPolicy
+
+
+def learner(seed: int | None = None, *, std: float = 0.02) -> Learner:
+    """The embedded model, moved a little if a seed is given."""
+    model = load_model(None)
+    if seed is not None:
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(std * torch.randn(parameter.shape, generator=noise))
+    return Learner(model)
+
+
+def copied(of: Learner, dtype: torch.dtype = torch.float32) -> TransformersPolicy:
+    """An engine of its own with the weights as they are."""
+    return TransformersPolicy(copy.deepcopy(of.model).to(dtype))
+
+
+def proof_of(of: Learner, policy: Any, *, exact: bool = True, limit: float | None = None) -> Proof:
+    return Proof(of, policy, Canaries.of(of.body.config.vocab_size, policy.max_context, 1.0), exact=exact, limit=limit)
+
+
+def test_what_arrived_is_proven() -> None:
+    start, later = learner(), learner(seed=1)
+    policy = copied(start)
+    assert proof_of(start, policy)({}, version=0, how="start") < 1e-5
+    policy.load(plain_tensors(later.model), version=3)
+    assert proof_of(later, policy)({}, version=3, how="sync") < 1e-5
+
+
+def test_nothing_sent_is_seen() -> None:
+    policy = copied(learner())
+    with pytest.raises(SyncError, match=r"step 4: engine and learner disagree by .* nats"):
+        proof_of(learner(seed=1), policy)({}, version=0, how="sync after step 4")
+
+
+@pytest.mark.parametrize("stale", ["model.embed_tokens.weight", "model.norm.weight", "self_attn.q_norm", "up_proj"])
+def test_one_forgotten_tensor_is_seen_by_the_canaries_alone(stale: str) -> None:
+    later = learner(seed=1)
+    policy = copied(learner())
+    old = dict(policy.model.state_dict())
+    tensors = {n: old[n].clone() if stale in n or (n, stale) == ("lm_head.weight", "model.embed_tokens.weight") else t
+               for n, t in plain_tensors(later.model)}
+    policy.load(tensors.items(), version=1)
+    with pytest.raises(SyncError, match="disagree"):
+        proof_of(later, policy)({}, version=1, how="sync")
+
+
+def test_a_stale_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = learner()
+    policy = TransformersPolicy(moved.model)
+    check = proof_of(moved, policy)
+    check({}, version=0, how="start")
+    with torch.no_grad():
+        for name, parameter in moved.model.named_parameters():
+            if "k_proj" in name or "v_proj" in name:
+                parameter.mul_(1.2)
+    policy.version = 1  # and no refresh: the rows of the last canaries are still cached
+    with pytest.raises(SyncError, match="stale cache"):
+        check({}, version=1, how="sync")
+    policy.refresh(version=1)
+    check({}, version=1, how="sync")
+
+
+def test_a_wrong_version_is_seen() -> None:
+    start = learner()
+    with pytest.raises(SyncError, match="samples with version 0 of the weights, not 5"):
+        proof_of(start, copied(start))({}, version=5, how="sync")
+
+
+def test_tensors_that_differ_are_named() -> None:
+    start = learner()
+    policy = copied(start)
+    policy.differing = lambda expected: ["b", "c"]  # type: ignore[attr-defined]
+    with pytest.raises(SyncError, match=r"'b' \(and 1 more\) did not arrive"):
+        proof_of(start, policy)({"a": 1, "b": 2, "c": 3}, version=0, how="sync")
+
+
+def test_half_precision_is_measured_first_and_then_bounded() -> None:
+    start, later = learner(), learner(seed=1)
+    policy = copied(start, torch.bfloat16)
+    check = proof_of(start, policy, exact=False)
+    gap = check({}, version=0, how="start")
+    assert 1e-3 < gap < 0.1
+    assert check.limit == max(proof.LEAST, proof.MARGIN * gap)
+    check.learner = later
+    with pytest.raises(SyncError, match="disagree"):
+        check({}, version=0, how="sync")
+    with pytest.raises(SyncError, match="disagree"):
+        proof_of(start, policy)({}, version=0, how="start")  # said to be exact, and is not
+    proof_of(start, policy, limit=0.2)({}, version=0, how="start")
+
+
+def test_no_rounding_explains_other_weights_at_the_start() -> None:
+    with pytest.raises(SyncError, match="more than 1"):
+        proof_of(learner(seed=1, std=0.1), copied(learner(), torch.bfloat16), exact=False)({}, version=0, how="start")
+
+
+def test_canaries_fit_a_short_context() -> None:
+    short = Canaries.of(100, 12, 1.0)
+    assert {len(context) for context in short.contexts} == {6}
+    assert all(context.max() < 100 for context in short.contexts)
+
+
+def adapted() -> Any:
+    model = load_model(None, lora=LoraConfig(rank=4))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_adapters_are_folded_in_one_tensor_at_a_time() -> None:
+    model = adapted()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    ours, theirs = dict(plain_tensors(model)), merged(model).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    base = load_model(None).state_dict()
+    left_out = dict(plain_tensors(model, adapters=False))
+    assert all(torch.equal(base[name], left_out[name]) for name in base)
+    assert left_out.keys() == base.keys()
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_an_adapter_is_what_peft_writes(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    tensors, config = adapter_tensors(model)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.keys() == written.keys()
+    assert all(torch.equal(tensors[name], written[name]) for name in written)
+    on_disk = json.loads((tmp_path / "adapter_config.json").read_text())
+    ours = json.loads(json.dumps(config))
+    assert {key: ours[key] for key in ("r", "lora_alpha", "peft_type")} == {
+        key: on_disk[key] for key in ("r", "lora_alpha", "peft_type")
+    }
+    assert sorted(ours["target_modules"]) == sorted(on_disk["target_modules"])
+
+
+def config(**policy: Any) -> TrainConfig:
+    lora = {"rank": 4} if policy.pop("lora", False) else None
+    return load(TrainConfig, policy=policy, lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("policy", "lora", "modes"),
+    [
+        ({}, False, ["shared"]),
+        ({}, True, ["shared"]),
+        ({"engine": "vllm"}, False, ["tensors"]),
+        ({"engine": "vllm"}, True, ["adapter", "merged"]),
+        ({"engine": "vllm", "sync": "restart"}, True, ["restart"]),
+    ],
+)
+def test_the_modes_to_choose_from(policy: dict[str, Any], lora: bool, modes: list[str]) -> None:
+    given = config(**policy, lora=lora)
+    assert modes_of(given, engine_of(given)) == modes
+
+
+def test_every_mode_belongs_to_an_engine_and_every_engine_has_one_for_each_learner() -> None:
+    from llm_gym.policies import ENGINES
+
+    for engine in ENGINES:
+        for adapters in (True, False):
+            fit = [m for m in MODES.values() if engine in m.engines and m.adapters in (None, adapters)]
+            assert any(m.automatic for m in fit)
+
+
+def test_engine_arguments_follow_the_run() -> None:
+    plain = config(engine="vllm", vllm={"max_model_len": 64})
+    assert engine_options(plain, "tensors") == {"dtype": "float32", "max_model_len": 64}
+    half = dataclasses.replace(plain, optimizer=OptimizerConfig(dtype="bfloat16"))
+    assert engine_options(half, "tensors")["dtype"] == "bfloat16"
+    adapters = config(engine="vllm", lora=True)
+    assert engine_options(adapters, "adapter") == {"dtype": "float32", "lora_rank": 4}
+    assert engine_options(adapters, "merged") == {"dtype": "float32"}  # LoRA layers cost time even without an adapter
+
+
+def test_a_run_reports_the_proof(tmp_path: Path) -> None:
+    sets = ["eval.episodes=0", "steps=2", "prompts_per_step=2", "group_size=4", "sampling.max_tokens=12"]
+    rows = Trainer(load(TrainConfig, sets=sets), out=tmp_path / "run").train()
+    for row in rows[1:]:
+        assert row["sync/mode"] == "shared"
+        assert 0 <= row["sync/canary_gap_max"] < 1e-4
+        assert 0 < row["time/proof"] < row["time/sync"] < row["time/step"]
+
+
+def test_a_run_whose_weights_do_not_arrive_stops(tmp_path: Path) -> None:
+    sets = ["eval.episodes=0", "steps=2", "prompts_per_step=4", "group_size=8"]
+    run = Trainer(load(TrainConfig, sets=[*sets, "optimizer.lr=0.01"]), out=tmp_path / "run")
+    run.sync.policy = run.sync.proof.policy = TransformersPolicy(copy.deepcopy(run.model))
+    with pytest.raises(SyncError, match=r"sync 'shared' after step 1: .*disagree"):
+        run.train()
