@@ -1,0 +1,128 @@
+"""Faults planted in the way of weights into a real vLLM engine: the proof sees each, and names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_gym.errors import SyncError
+from llm_gym.harness import TrainConfig, load
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.model import load_model
+from llm_gym.harness.sync import Sync
+
+pytestmark = pytest.mark.heavy
+pytest.importorskip("vllm", reason="vLLM is not installed")
+UP, GATE = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sync]:
+    sets = ["policy.engine=vllm", "policy.vllm.max_model_len=256"]
+    learner = Learner(load_model(None))
+    sync = Sync(load(TrainConfig, sets=sets), learner, folder=tmp_path_factory.mktemp("x"), version=0, tell=print)
+    yield sync
+    sync.close()
+
+
+@pytest.fixture
+def sync(engine: Sync) -> Iterator[Sync]:
+    """The engine up to date, and the learner then a step further."""
+    version = engine.policy.version + 1
+    engine(version)
+    noise = torch.Generator().manual_seed(version)
+    with torch.no_grad():
+        for parameter in engine.learner.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=noise))
+    yield engine
+    assert engine(version + 2)["sync/canary_gap_max"] < 1e-4, "without the fault all is well again"
+
+
+def sent_otherwise(sync: Sync, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """From now on `change(tensors, old)` is what reaches the engine; `old` is what it had before."""
+    real, old = sync.policy.load, {n: t.clone() for n, t in load_model(None).state_dict().items()}
+
+    def load_changed(tensors: Any, *, version: int) -> None:
+        real(change(dict(tensors), old).items(), version=version)
+
+    monkeypatch.setattr(sync.policy, "load", load_changed)
+
+
+def refused(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """What the whole proof says, and what it says if there are no checksums."""
+    said = []
+    version = sync.policy.version + 1
+    with pytest.raises(SyncError, match=f"'tensors' after step {version}") as error:
+        sync(version)
+    said.append(str(error.value))
+    monkeypatch.setattr(sync.policy, "differing", lambda expected: [])
+    with pytest.raises(SyncError) as error:
+        sync(version)
+    said.append(str(error.value))
+    monkeypatch.undo()
+    return said[0], said[1]
+
+
+def test_a_forgotten_tensor(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent_otherwise(sync, monkeypatch, lambda new, old: {name: t for name, t in new.items() if name != UP})
+    named, felt = refused(sync, monkeypatch)
+    assert f"{UP!r} did not arrive" in named
+    assert "disagree by" in felt
+
+
+def test_an_old_tensor(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = "model.norm.weight"
+    sent_otherwise(sync, monkeypatch, lambda new, old: new | {norm: old[norm]})
+    named, felt = refused(sync, monkeypatch)
+    assert f"{norm!r} did not arrive" in named
+    assert "disagree by" in felt
+
+
+def test_swapped_tensors(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent_otherwise(sync, monkeypatch, lambda new, old: new | {UP: new[GATE], GATE: new[UP]})
+    named, felt = refused(sync, monkeypatch)
+    assert "did not arrive" in named
+    assert "(and 1 more)" in named
+    assert "disagree by" in felt
+
+
+def test_a_tied_head_that_stays_behind(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_gym.policies import vllm_worker
+
+    def stay(worker: Any) -> None:
+        stale = worker.model_runner.get_model().lm_head.weight.clone()
+
+        def keep_the_old_one(model: Any) -> None:  # as vLLM's packed copy of a larger head does by itself
+            model.lm_head.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, stale, bias)
+
+        monkeypatch.setattr(vllm_worker, "_refresh_tied_head", keep_the_old_one)
+
+    sync.policy._thread.call(lambda engine: engine.collective_rpc(stay)).result()
+    named, felt = refused(sync, monkeypatch)
+    assert "did not arrive" in named
+    assert "embed_tokens" in named or "lm_head" in named
+    assert "disagree by" in felt
+
+
+def test_a_prefix_cache_that_is_kept(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor differs: only the canaries can see it."""
+    core = sync.policy._thread.engine
+    monkeypatch.setattr(core, "reset_prefix_cache", lambda **options: True)
+    with pytest.raises(SyncError, match=r"disagree by .* stale"):
+        sync(sync.policy.version + 1)
+    monkeypatch.undo()
+
+
+def test_weights_that_were_never_sent(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync.policy, "load", lambda tensors, *, version: setattr(sync.policy, "version", version))
+    named, felt = refused(sync, monkeypatch)
+    assert "did not arrive" in named
+    assert "disagree by" in felt
+
+
+def test_nothing_is_left_on_disk(engine: Sync, tmp_path: Path) -> None:
+    assert not list(engine.folder.iterdir()) if engine.folder.exists() else True
