@@ -45,15 +45,21 @@ def _load_adapter(model: Any, policy: Any, version: int, folder: Path) -> Mappin
 
 
 def _load_folder(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
-    with _exported(model, folder, version) as written:
-        policy.load_folder(written, version=version)
+    policy.load_folder(_written(model, folder, version), version=version)
     return dict(plain_tensors(model))
 
 
 def _restart(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
-    with _exported(model, folder, version) as written:
-        policy.restart(written, version=version)
+    policy.restart(_written(model, folder, version), version=version)
     return dict(plain_tensors(model))
+
+
+def _written(model: Any, folder: Path, version: int) -> Path:
+    """A checkpoint of the plain model in place of the last one; it stays, for an engine that must come back to it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    path = folder / f"version_{version:06d}"
+    export(model, path)
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,7 @@ class Sync:
     Args:
         config: the run's; `check` has accepted it.
         learner: whose weights are served, from now on.
-        folder: where checkpoints on their way are written.
+        folder: where checkpoints for the engine are written; deleted at the end.
         version: of the weights now.
         tell: is told, in a line, what was decided by measurement.
 
@@ -208,8 +214,9 @@ class Sync:
             self.policy.wake()
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Ends the engine, and deletes what was written for it."""
         self.policy.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, mode: str, version: int) -> None:
         """An engine for `mode`, in place of any other, with the learner's weights."""
@@ -223,7 +230,7 @@ class Sync:
         self.policy = make_policy(source, engine=engine, version=version, **engine_options(config, mode))
         self.mode = mode
         try:
-            self.dtype = getattr(self.policy, "dtype", next(model.parameters()).dtype)
+            self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype
             self.proof = self._proof()
             if MODES[mode].over_base:
                 self.policy.load(plain_tensors(model, adapters=False), version=version)
@@ -264,13 +271,3 @@ class Sync:
         tokens = rows * self.config.sampling.max_tokens / 2  # on average, as far as anybody can know
         return times["sync"] + times["burst"] * tokens / sum(len(c.tokens) for c in made)
 
-
-@contextmanager
-def _exported(model: Any, folder: Path, version: int) -> Iterator[Path]:
-    """A checkpoint of the plain model, deleted again when the engine has read it."""
-    path = folder / f"version_{version:06d}"
-    try:
-        export(model, path)
-        yield path
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -206,7 +206,7 @@ class Trainer:
 
     def close(self) -> None:
         """Closes environments and the engine."""
-        for part in (self.driver, self.eval_driver, self.policy):
+        for part in (self.driver, self.eval_driver, self.sync):
             part.close()
 
     def _open_run(self, resume: bool) -> Path | None:

@@ -172,6 +172,9 @@ def config(**policy: Any) -> TrainConfig:
         ({"engine": "vllm"}, False, ["tensors"]),
         ({"engine": "vllm"}, True, ["adapter", "merged"]),
         ({"engine": "vllm", "sync": "restart"}, True, ["restart"]),
+        ({"servers": ["http://localhost:1"]}, False, ["file"]),
+        ({"servers": ["http://localhost:1"]}, True, ["adapter", "merged"]),
+        ({"servers": ["http://localhost:1"], "sync": "disk"}, False, ["disk"]),
     ],
 )
 def test_the_modes_to_choose_from(policy: dict[str, Any], lora: bool, modes: list[str]) -> None:
@@ -182,6 +185,7 @@ def test_the_modes_to_choose_from(policy: dict[str, Any], lora: bool, modes: lis
 def test_every_mode_belongs_to_an_engine_and_every_engine_has_one_for_each_learner() -> None:
     from llm_gym.policies import ENGINES
 
+    assert {engine for mode in MODES.values() for engine in mode.engines} <= ENGINES.keys()
     for engine in ENGINES:
         for adapters in (True, False):
             fit = [m for m in MODES.values() if engine in m.engines and m.adapters in (None, adapters)]

@@ -154,6 +154,7 @@ def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
         ({"policy": {"engine": "vllm", "sync": "tensors"}, "lora": {"rank": 4}}, "with adapters; valid: auto, adapter"),
         ({"policy": {"engine": "vllm", "vllm": {"dtype": "half"}}}, "policy.vllm.dtype"),
         ({"policy": {"engine": "vllm", "vllm": {"max_num_seq": 4}}}, "max_num_seqs"),
+        ({"policy": {"engine": "server"}}, "policy.servers"),
         ({"policy": {"engine": "vllm", "servers": ["http://localhost:1"]}}, "policy.servers"),
         ({"policy": {"sleep": True}}, "CUDA"),
         ({"model": "no/such/model/anywhere"}, "no/such/model/anywhere"),

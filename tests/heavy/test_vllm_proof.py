@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +121,3 @@ def test_weights_that_were_never_sent(sync: Sync, monkeypatch: pytest.MonkeyPatc
     named, felt = refused(sync, monkeypatch)
     assert "did not arrive" in named
     assert "disagree by" in felt
-
-
-def test_nothing_is_left_on_disk(engine: Sync, tmp_path: Path) -> None:
-    assert not list(engine.folder.iterdir()) if engine.folder.exists() else True

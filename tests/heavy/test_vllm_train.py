@@ -82,7 +82,7 @@ def test_every_mode_is_proven(tmp_path: Path, mode: str, rank: int) -> None:
         assert f"{run.sync.mode!r} is the fastest" in told[0]
     else:
         assert run.sync.mode == mode
-    assert not (tmp_path / "sync").exists(), "checkpoints on their way are deleted"
+    assert not (tmp_path / "sync").exists(), "checkpoints for the engine are deleted"
 
 
 class StopAfter(Silent):
