@@ -39,8 +39,9 @@ LEAST = 0.1
 ABSURD = 1.0
 """Others: a gap (nats) that no rounding explains; a run does not start with it."""
 
-PROMPTS, CONTEXT, TOKENS = 2, 72, 4
-"""Contexts, their length (two blocks of a prefix cache, and some), tokens sampled after each."""
+PROMPTS, CONTEXT, TOKENS = 2, 72, 2
+"""Contexts, their length (two blocks of a prefix cache, and some), tokens sampled after each: the first comes from
+the prefill, the second from the decoding step."""
 FIRST = 16
 """Tokens sampled after each context to find the gap at the start."""
 

@@ -76,7 +76,7 @@ def test_every_mode_is_proven(tmp_path: Path, mode: str, rank: int) -> None:
     run = Trainer(config(*FEW, f"policy.sync={mode}", "steps=3", lora=lora), out=tmp_path, observer=Listens())
     rows = run.train()
     agree(rows, run.sync.mode)
-    assert any(row["policy/grad_norm"] > 0 for row in rows[:-1])
+    assert any(row["policy/grad_norm"] > 0 for row in rows[1:-1])
     if mode == "auto":
         assert run.sync.mode in ("adapter", "merged")
         assert f"{run.sync.mode!r} is the fastest" in told[0]
