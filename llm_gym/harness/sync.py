@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_gym.core import Sampling
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, PolicyError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock
@@ -250,8 +250,12 @@ class Sync:
         """The mode with the least estimated time for a step's synchronisation and sampling, and a line about it."""
         seconds = {}
         for mode in modes:
-            self._start(mode, version)
-            seconds[mode] = self._seconds(version)
+            try:
+                self._start(mode, version)
+                seconds[mode] = self._seconds(version)
+            except PolicyError:  # a server that was started without adapters
+                if mode == modes[-1]:
+                    raise
         best = min(seconds, key=lambda mode: seconds[mode])
         each = ", ".join(f"{mode} {value:.2f} s" for mode, value in seconds.items())
         return best, f"policy.sync: {best!r} is the fastest here; estimated sync and sampling per step: {each}."

@@ -182,11 +182,11 @@ def test_the_modes_to_choose_from(policy: dict[str, Any], lora: bool, modes: lis
     assert modes_of(given, engine_of(given)) == modes
 
 
-def test_every_mode_belongs_to_an_engine_and_every_engine_has_one_for_each_learner() -> None:
+def test_every_mode_has_an_engine_and_every_engine_that_trains_has_modes() -> None:
     from llm_gym.policies import ENGINES
 
     assert {engine for mode in MODES.values() for engine in mode.engines} <= ENGINES.keys()
-    for engine in ENGINES:
+    for engine in ("transformers", "vllm", "server"):
         for adapters in (True, False):
             fit = [m for m in MODES.values() if engine in m.engines and m.adapters in (None, adapters)]
             assert any(m.automatic for m in fit)
