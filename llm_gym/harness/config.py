@@ -67,7 +67,9 @@ class PolicyConfig:
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_model_len` ...)."""
     servers: tuple[str, ...] = ()
-    """Addresses of vLLM servers, such as `http://localhost:8000`; `llmgym serve` starts one."""
+    """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one."""
+    server: Mapping[str, Any] = field(default_factory=dict)
+    """How servers are used (`folder` for the weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
 
 
 @dataclass(frozen=True)

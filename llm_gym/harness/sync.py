@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from llm_gym.policies import ENGINES, make_policy
 from llm_gym.policies.checksums import checksums
 
 Push = Callable[[Any, Any, int, Path], Mapping[str, Tensor]]
-"""(model, policy, version, folder to write in) -> the tensors that were sent, by name."""
+"""(model, policy, version, folder to write) -> the tensors that were sent, by name."""
 
 
 def _share(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
@@ -45,21 +46,25 @@ def _load_adapter(model: Any, policy: Any, version: int, folder: Path) -> Mappin
 
 
 def _load_folder(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
-    policy.load_folder(_written(model, folder, version), version=version)
+    with _written(model, folder):
+        policy.load_folder(folder, version=version)
     return dict(plain_tensors(model))
 
 
 def _restart(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
-    policy.restart(_written(model, folder, version), version=version)
+    with _written(model, folder):
+        policy.restart(folder, version=version)
     return dict(plain_tensors(model))
 
 
-def _written(model: Any, folder: Path, version: int) -> Path:
-    """A checkpoint of the plain model in place of the last one; it stays, for an engine that must come back to it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    path = folder / f"version_{version:06d}"
-    export(model, path)
-    return path
+@contextmanager
+def _written(model: Any, folder: Path) -> Iterator[None]:
+    """While it lasts, `folder` is a checkpoint of the plain model."""
+    try:
+        export(model, folder)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ def engine_options(config: TrainConfig, mode: str) -> dict[str, Any]:
     if engine == "transformers":
         return {"max_rows": policy.max_rows}
     if engine == "server":
-        return {"servers": list(policy.servers)}
+        return {"servers": list(policy.servers), **policy.server}
     options: dict[str, Any] = {"dtype": config.optimizer.dtype, **policy.vllm}
     if config.lora is not None and mode == "adapter":
         options["lora_rank"] = config.lora.rank
@@ -155,6 +160,13 @@ def check(config: TrainConfig) -> None:
         from llm_gym.policies.vllm import check as check_arguments
 
         check_arguments(config.policy.vllm)
+    if engine == "server":
+        from llm_gym.policies.server import ServerPolicy, addresses
+
+        addresses(config.policy.servers)
+        known = inspect.signature(ServerPolicy).parameters.keys() - {"model", "servers", "version", "on_wait"}
+        for name in config.policy.server.keys() - known:
+            raise ConfigError(unknown("policy.server option", name, known))
 
 
 class Sync:
@@ -163,7 +175,7 @@ class Sync:
     Args:
         config: the run's; `check` has accepted it.
         learner: whose weights are served, from now on.
-        folder: where checkpoints for the engine are written; deleted at the end.
+        folder: where a checkpoint is written for an engine that reads one, and deleted again.
         version: of the weights now.
         tell: is told, in a line, what was decided by measurement.
 
@@ -214,9 +226,8 @@ class Sync:
             self.policy.wake()
 
     def close(self) -> None:
-        """Ends the engine, and deletes what was written for it."""
+        """Ends the engine."""
         self.policy.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, mode: str, version: int) -> None:
         """An engine for `mode`, in place of any other, with the learner's weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_every_mode_is_proven(tmp_path: Path, mode: str, rank: int) -> None:
         assert f"{run.sync.mode!r} is the fastest" in told[0]
     else:
         assert run.sync.mode == mode
-    assert not (tmp_path / "sync").exists(), "checkpoints for the engine are deleted"
+    assert not (tmp_path / "sync").exists(), "a checkpoint for the engine is deleted"
 
 
 class StopAfter(Silent):
@@ -105,3 +106,26 @@ def test_versions_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         lines = (tmp_path / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()
         assert {turn["version"] for line in lines for turn in json.loads(line)["turns"]} == {step - 1}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server of its own, ready for adapters."""
+    from llm_gym.policies.serving import ServerProcess
+
+    settings = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
+    with ServerProcess(settings=settings) as process:
+        process.wait()
+        yield process.url
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("file", 0), ("disk", 0), ("adapter", 4), ("merged", 4)])
+def test_every_mode_is_proven_through_a_server(tmp_path: Path, server: str, mode: str, rank: int) -> None:
+    """One server serves one run after another; each begins with its own weights, whatever was there."""
+    lora = {"rank": rank} if rank else None
+    policy = {"servers": [server], "sync": mode}
+    run = Trainer(load(TrainConfig, sets=[*FEW, "steps=3"], lora=lora, policy=policy), out=tmp_path)
+    rows = run.train()
+    agree(rows, mode)
+    assert any(row["policy/grad_norm"] > 0 for row in rows[1:-1])
+    assert not (tmp_path / "sync").exists()
