@@ -192,10 +192,15 @@ class Sync:
         self.config, self.learner, self.folder = config, learner, folder
         modes = modes_of(config, engine_of(config))
         best = modes[0]
-        if len(modes) > 1:
-            best, said = self._fastest(modes, version)
-            tell(said)
-        self._start(best, version)
+        try:
+            if len(modes) > 1:
+                best, said = self._fastest(modes, version)
+                tell(said)
+            self._start(best, version)
+        except BaseException:
+            if hasattr(self, "policy"):
+                self.policy.close()
+            raise
 
     def __call__(self, version: int) -> dict[str, Any]:
         """Sends the learner's weights to the engine as `version`, and proves that they arrived; returns metrics.
@@ -240,15 +245,11 @@ class Sync:
         source = model if engine == "transformers" else config.model
         self.policy = make_policy(source, engine=engine, version=version, **engine_options(config, mode))
         self.mode = mode
-        try:
-            self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype
-            self.proof = self._proof()
-            if MODES[mode].over_base:
-                self.policy.load(plain_tensors(model, adapters=False), version=version)
-            self(version)
-        except BaseException:
-            self.policy.close()
-            raise
+        self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype
+        self.proof = self._proof()
+        if MODES[mode].over_base:
+            self.policy.load(plain_tensors(model, adapters=False), version=version)
+        self(version)
 
     def _proof(self) -> Proof:
         """What compares this engine with the learner."""
