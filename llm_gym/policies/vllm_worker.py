@@ -122,7 +122,9 @@ def _held(worker: Any, name: str) -> list[torch.Tensor]:
     if ".lora_" in name:
         return _held_adapter(worker, name)
     model = worker.model_runner.get_model()
-    modules = {path.replace(".base_layer", ""): module for path, module in model.named_modules()}
+    # Duplicates too: in older vLLM a tied head is the embedding itself.
+    named = model.named_modules(remove_duplicate=False)
+    modules = {path.replace(".base_layer", ""): module for path, module in named}
     module_name, _, attribute = _vllm_name(model, name).rpartition(".")
     embedding = getattr(modules.get(module_name), "weight", None)
     head = modules.get("lm_head")
@@ -183,7 +185,7 @@ def _matrix(module: nn.Module) -> torch.Tensor:
 
 
 def _tied(head: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    return any(head.weight is getattr(other, "weight", None) for other in modules.values() if other is not head)
+    return any(head.weight is getattr(other, "weight", None) for path, other in modules.items() if path != "lm_head")
 
 
 def _held_adapter(worker: Any, name: str) -> list[torch.Tensor]:

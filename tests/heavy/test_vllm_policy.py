@@ -150,8 +150,10 @@ def test_the_proof_reads_what_the_engine_computes_with(policy: Any, model: Any, 
         worker.reload_weights(weights_iterator=iter(other.named_parameters()))  # one name for the tied weight
 
     policy._thread.call(lambda engine: engine.collective_rpc(reload_as_vllm_does)).result()
-    if not torch.cuda.is_available():
-        assert policy.differing(expected) == ["model.embed_tokens.weight"]
+    policy._thread.call(lambda engine: engine.reset_prefix_cache()).result()
+    prompts, how = contexts(8), sampling(1.0, "off", 16)
+    stale = worst(other, prompts, policy.generate(prompts, how, seeds=range(8)), how) > TOLERANCE  # vLLM 0.32, CPU
+    assert policy.differing(expected) == (["model.embed_tokens.weight"] if stale else [])
     policy.load(other.named_parameters(), version=1)
     assert policy.differing(expected) == []
 
