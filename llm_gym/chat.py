@@ -157,6 +157,35 @@ class Chat:
         """What a policy that says `text` would have sampled: its ids and the stop token, int32 [n]."""
         return np.array([*self._coder.encode(well_formed(text)), self.stop_ids[0]], np.int32)
 
+    def calling(
+        self, calls: Sequence[tuple[str, dict[str, Any]]], tools: Sequence[Tool] | None, arguments: str = "dict"
+    ) -> tuple[str, str]:
+        """How the template writes a reply that calls tools.
+
+        Args:
+            calls: (tool name, arguments) of each call.
+            tools: the schemas that the template is given.
+            arguments: the form in which it is given arguments: `dict`, or `json` for templates that want text.
+
+        Returns:
+            The prompt as far as the reply continues it, and the reply with all that the template puts behind it.
+
+        Raises:
+            TemplateError: the template refuses such a reply.
+        """
+        made = [
+            {
+                "id": f"call{i:05d}",
+                "type": "function",
+                "function": {"name": name, "arguments": value if arguments == "dict" else json.dumps(value)},
+            }
+            for i, (name, value) in enumerate(calls)
+        ]
+        asked: Message = {"role": "user", "content": "q"}
+        whole = self._render([asked, {"role": "assistant", "content": "", "tool_calls": made}], tools, prompt=False)
+        prompt = _shared_start(self._render([asked], tools), whole)
+        return prompt, whole[len(prompt) :]
+
     def _encode_opening(self, messages: str) -> Ids:
         return np.array(self._coder.encode(self._render(self._safe(json.loads(messages)), self.tools)), np.int32)
 
@@ -301,3 +330,10 @@ def _in_parts(message: Message) -> Message:
     """The message with its text as a list of parts, the form that templates of some vision models want."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _shared_start(one: str, two: str) -> str:
+    """What both texts begin with, up to the tag in which they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    opened = one.rfind("<", 0, same)
+    return one[: opened if opened > one.rfind(">", 0, same) else same]

@@ -27,7 +27,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from llm_gym.chat import load_chat
+from llm_gym.chat import Chat, load_chat
 from llm_gym.core import Ids, Message, Messages, StopReason
 from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
 from llm_gym.spaces import Tokens
@@ -99,7 +99,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
                 raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least 1.")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(unknown("render_mode", render_mode, self.metadata["render_modes"]))
-        self.chat = load_chat(tokenizer)
+        self.chat = self._load_chat(tokenizer)
         self.max_turns, self.max_tokens, self.max_context = max_turns, max_tokens, max_context
         self.system_prompt, self.render_mode = system_prompt, render_mode
         self.reward_weights = _checked_weights(reward_weights, self.reward_names)
@@ -110,6 +110,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self._messages: Messages = []
         self._rewards: dict[str, float] = {}
         self._turn = 0
+        self._cut = False
 
     def open(self) -> Messages:
         """The first messages of a new episode; every random draw comes from `self.np_random`."""
@@ -148,7 +149,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
                 f"max_context: the first context has {len(context)} tokens, the limit is {self.max_context}."
             )
         self._rewards, self._turn, self._context = {}, 0, context
-        return context.copy(), {"messages": self._copy_messages()}
+        return context.copy(), self._info()
 
     def step(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
         """Takes the sampled completion, int32 [n], its stop token included.
@@ -168,23 +169,24 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         text = self.chat.text(action)
         self._messages.append({"role": "assistant", "content": text})
         self._turn += 1
+        self._cut = int(action[-1]) not in self._stop_ids and len(action) >= self._room()
         reply = self.reply(text)
         if not isinstance(reply, Reply):
             raise SettingError(f"{self._name()}: reply() returned {reply!r:.80}, want a Reply.")
         reward = self._add_rewards(reply.reward)
         self._messages.extend(self._checked(reply.messages))
-        stop = self._stop_reason(reply, action)
+        stop = self._stop_reason(reply)
         if stop is None:
             context, stop = self._extend(reply, action)
         if stop is None:
             self._context = context
-            info: dict[str, Any] = {"messages": self._copy_messages()}
+            info = self._info()
             if reply.rewrite is not None:
                 info["rewritten"] = True
             return context.copy(), reward, False, False, info
         final = np.concatenate([self._context, action])
         self._context = None
-        info = {"messages": self._copy_messages(), "stop_reason": stop, "rewards": dict(self._rewards)}
+        info = {**self._info(), "stop_reason": stop, "rewards": dict(self._rewards)}
         return final, reward, stop.terminated, not stop.terminated, info
 
     def render(self) -> str | None:
@@ -205,11 +207,19 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             raise SettingError(f"options['task']: got {self.task}, want a row from 0 to {size - 1}.")
         return self.task
 
-    def _stop_reason(self, reply: Reply, action: Ids) -> StopReason | None:
+    def _load_chat(self, tokenizer: Any) -> Chat:
+        """The chat of this environment."""
+        return load_chat(tokenizer)
+
+    def _info(self) -> dict[str, Any]:
+        """What every info holds."""
+        return {"messages": self._copy_messages()}
+
+    def _stop_reason(self, reply: Reply) -> StopReason | None:
         """Why the episode ends here, or None if it goes on."""
         if reply.stop_reason is not None:
             return StopReason(reply.stop_reason)
-        if int(action[-1]) not in self._stop_ids and len(action) >= self._room():
+        if self._cut:
             return StopReason.TOKEN_LIMIT
         if reply.done:
             return StopReason.ANSWERED

@@ -6,6 +6,8 @@
     │   ├── DataError       a data set, its path, split or columns
     │   ├── TemplateError   a chat template that cannot be extended exactly
     │   └── RewardError     a reward function that returns something that is no reward
+    ├── ToolError           a tool call failed; the model is told, the episode goes on
+    ├── ToolFailure         a tool broke; the episode ends with `tool_failure`
     ├── PolicyError         the engine failed for one request
     ├── SyncError           the sampler does not serve the learner's weights: training stops
     └── CheckpointError     a run folder or checkpoint that cannot be read
@@ -46,6 +48,14 @@ class RewardError(SettingError):
     """A reward that is neither a finite number nor a mapping of names to finite numbers."""
 
 
+class ToolError(LLMGymError):
+    """A tool call that failed; its text is what the model is told."""
+
+
+class ToolFailure(LLMGymError):
+    """A tool that broke in a way that is not the policy's doing: a dead server, a lost sandbox."""
+
+
 class PolicyError(LLMGymError):
     """The engine could not complete one request; the episode ends, the run goes on."""
 
@@ -71,7 +81,9 @@ def boundary(error: BaseException, *, policy: bool) -> StopReason:
     """
     if isinstance(error, SettingError) or not isinstance(error, Exception):
         raise error
-    return StopReason.POLICY_ERROR if policy else StopReason.ENV_ERROR
+    if policy:
+        return StopReason.POLICY_ERROR
+    return StopReason.TOOL_FAILURE if isinstance(error, ToolFailure) else StopReason.ENV_ERROR
 
 
 def unknown(argument: str, value: object, valid: Iterable[str]) -> str:
