@@ -24,8 +24,8 @@ _PRODUCTS: dict[str, Callable[[Number, Number], Number]] = {
 def evaluate(expression: str) -> Number:
     """The value of an expression of numbers, `+ - * / // % ** ^` and parentheses.
 
-    >>> evaluate("1234*5678"), evaluate("(7+5)/4"), evaluate("-2**2"), evaluate("6 / 3")
-    (7006652, 3.0, -4, 2)
+    >>> evaluate("1234*5678"), evaluate("(7+4)/4"), evaluate("-2**2"), evaluate("6 / 3")
+    (7006652, 2.75, -4, 2)
 
     Raises:
         ValueError: it is no such expression, or its value is not finite or has too many digits; a sentence.

@@ -38,9 +38,12 @@ class JsonCalls:
         """The calls in `text`, readable or not."""
         found: list[ToolCall] = []
         at = 0
-        while len(found) < MOST_CALLS and (marker := self.opens.search(text, at)):
+        for _ in range(MOST_CALLS):
+            marker = self.opens.search(text, at)
+            if marker is None:
+                break
             calls = list(self._at(text, marker))
-            at = max([marker.end(), *(call.stop for call in calls)])
+            at = max([marker.end() + 1, *(call.stop for call in calls)])  # a bare call's marker is empty
             found += calls
         return found[:MOST_CALLS]
 
@@ -76,7 +79,7 @@ class JsonCalls:
         ends = [len(text)]
         if closing := self.closes.search(text, start):
             ends.append(max(closing.end(), start))
-        if following := self.opens.search(text, start):
+        if following := self.opens.search(text, start + 1):
             ends.append(following.start())
         return min(ends)
 

@@ -24,11 +24,10 @@ class Pythonic:
 
     def read(self, text: str, schemas: Schemas) -> list[ToolCall]:
         """The calls in `text`, readable or not."""
+        if opened := self.bare.match(text):
+            return self._list(text, 0, text.index("[", opened.start()), len(text))[:MOST_CALLS]
         found: list[ToolCall] = []
         at = text.find(self.begin)
-        if at < 0:
-            opened = self.bare.match(text)
-            return self._list(text, 0, text.index("[", opened.start()), len(text)) if opened else []
         while at >= 0 and len(found) < MOST_CALLS:
             closing = text.find(self.end, at)
             stop = closing + len(self.end) if closing >= 0 else len(text)
