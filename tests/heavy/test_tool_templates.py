@@ -91,7 +91,7 @@ def test_an_episode_goes_on_exactly(name: str, answer: str, calls: int) -> None:
     sampled = env.chat.encode_reply(closing + call)
     following, _, terminated, truncated, info = env.step(sampled)
     env.close()
-    assert not (terminated or truncated)
+    assert (terminated, truncated) == (False, False)
     assert following[: len(context) + len(sampled)].tolist() == [*context.tolist(), *sampled.tolist()]
     results = [m["content"] for m in info["messages"][2:]]
     assert results == [f"found {answer} for no. {i}!" for i in range(calls)]
