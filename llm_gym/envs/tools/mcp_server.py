@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from llm_gym.envs.tools.calculator import evaluate
@@ -25,7 +26,7 @@ def build() -> Any:
         try:
             return str(evaluate(expression))
         except ValueError as error:
-            raise ToolError(str(error)) from error
+            raise ToolError(str(error), log_level=logging.DEBUG) from error
 
     def write_note(title: str, text: str) -> str:
         """Keeps a note under a title, in place of an earlier one."""

@@ -61,6 +61,8 @@ class Loop:
             if self.users or Loop._shared is not self:
                 return
             Loop._shared = None
+        with contextlib.suppress(TimeoutError):
+            self.wait(self.submit(_drain()), CLOSING)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -95,17 +97,19 @@ class Session:
         self._servers, self._start_timeout = servers, start_timeout
         self._clients: dict[str, Any] = {}
         self._scratch: Path | None = None
+        self._starting: asyncio.Task[Any] | None = None
+        self.started: Future[None] | None = None
+        """Where `start` is under way or done."""
         self.tools: dict[str, tuple[str, Any]] = {}
         """Name shown to the model -> (server, MCP tool)."""
 
-    async def start(self) -> Session:
+    async def start(self) -> None:
         """Starts the servers and lists their tools.
 
         Raises:
             ToolFailure: one of them did not start in time, or not at all.
         """
-        self._scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="llm_gym-mcp-"))
-        name = ""
+        self._starting, name = asyncio.current_task(), ""
         try:
             async with asyncio.timeout(self._start_timeout):
                 listed = {}
@@ -116,13 +120,9 @@ class Session:
         except Exception as error:
             why = f"did not start in {self._start_timeout:g} s" if isinstance(error, TimeoutError) else "did not start"
             details = "; ".join(filter(None, (_words(error), self._last_words(name))))
-            await self.close()
+            await self._end()
             raise ToolFailure(f"MCP server {name!r} {why}: {details or type(error).__name__}.") from error
-        except BaseException:
-            await self.close()
-            raise
         self.tools = public_names(listed)
-        return self
 
     async def call(self, name: str, arguments: dict[str, Any], timeout: float) -> str:
         """The result of a tool as text.
@@ -156,7 +156,13 @@ class Session:
         return text
 
     async def close(self) -> None:
-        """Ends the session, the servers started for it, and their folder."""
+        """Ends the session, the servers started for it, and their folder; also while it starts."""
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        await self._end()
+
+    async def _end(self) -> None:
         clients, self._clients = self._clients, {}
         for client in clients.values():
             with contextlib.suppress(Exception):
@@ -188,6 +194,7 @@ class Session:
         """The transport of a server started by us, with the environment of its entry and nothing else of ours."""
         from fastmcp.client.transports import StdioTransport
 
+        self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="llm_gym-mcp-"))
         scratch = str(self._scratch)
         env = {"HOME": scratch, "TMPDIR": scratch, **entry.get("env", {})}
         env = {key: str(value).replace(SCRATCH, scratch) for key, value in env.items()}
@@ -237,7 +244,7 @@ class Pool:
         self._ahead, self._shared = 1 if shared else ahead, shared
         self._loop = Loop.enter()
         self._lock = threading.Lock()
-        self._ready: deque[Future[Session]] = deque()
+        self._ready: deque[Session] = deque()
         self._closing: set[Future[None]] = set()
 
     @classmethod
@@ -269,10 +276,8 @@ class Pool:
         """
         session = self.take()
         if not self._shared:
-            ready: Future[Session] = Future()
-            ready.set_result(session)
             with self._lock:
-                self._ready.appendleft(ready)
+                self._ready.appendleft(session)
         return session.tools
 
     def take(self) -> Session:
@@ -282,11 +287,15 @@ class Pool:
             ToolFailure: the servers do not start.
         """
         with self._lock:
-            self._ready = deque(f for f in self._ready if not (f.done() and (f.cancelled() or f.exception())))
-            future = self._ready.popleft() if self._ready else self._start()
+            session = self._ready.popleft() if self._ready else self._start()
             if self._shared:
-                self._ready.append(future)
-        session = self._wait(future, self._start_timeout + CLOSING, "starting")
+                self._ready.append(session)
+        assert session.started is not None
+        try:
+            self._wait(session.started, self._start_timeout + CLOSING, "starting")
+        except ToolFailure:
+            self._forget(session)
+            raise
         with self._lock:
             while len(self._ready) < self._ahead:
                 self._ready.append(self._start())
@@ -297,16 +306,19 @@ class Pool:
         try:
             return self._wait(self._loop.submit(session.call(name, arguments, timeout)), timeout + 1, name)
         except ToolFailure:
-            if self._shared:
-                with self._lock:
-                    self._ready = deque(f for f in self._ready if not f.done() or f.result() is not session)
-                self._end(session)
+            self._forget(session)
             raise
 
     def give_back(self, session: Session) -> None:
         """Ends a session that was taken, unless others have it too; nobody waits for it."""
         if not self._shared:
             self._end(session)
+
+    def _forget(self, session: Session) -> None:
+        """Lets nobody have a session that is broken."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._ready.remove(session)
+        self._end(session)
 
     def _end(self, session: Session) -> None:
         future = self._loop.submit(session.close())
@@ -316,14 +328,17 @@ class Pool:
     def _close(self) -> None:
         with self._lock:
             ready, self._ready = self._ready, deque()
-        closing = [self._loop.submit(_abandon(future)) for future in ready]
-        for future in [*closing, *self._closing]:
+        for session in ready:
+            self._end(session)
+        for future in list(self._closing):
             with contextlib.suppress(TimeoutError):
                 self._loop.wait(future, CLOSING)
         self._loop.leave()
 
-    def _start(self) -> Future[Session]:
-        return self._loop.submit(Session(self._servers, self._start_timeout).start())
+    def _start(self) -> Session:
+        session = Session(self._servers, self._start_timeout)
+        session.started = self._loop.submit(session.start())
+        return session
 
     def _wait(self, future: Future[T], timeout: float, what: str) -> T:
         try:
@@ -332,15 +347,14 @@ class Pool:
             raise ToolFailure(f"MCP: {what} took more than {timeout + MARGIN:g} seconds.") from None
 
 
-async def _abandon(future: Future[Session]) -> None:
-    """Closes a session that may still be starting."""
-    starting = asyncio.wrap_future(future)
-    starting.cancel()
-    try:
-        session = await starting
-    except (Exception, asyncio.CancelledError):
-        return
-    await session.close()
+async def _drain() -> None:
+    """Ends what is left in the loop, its helper threads too."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=CLOSING)
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 async def _ignore(message: Any) -> None:
