@@ -3,7 +3,8 @@
 The leash stands between the trainer and a server that speaks on its standard input and output. It gives the server
 an environment of exactly the variables listed in NAMES (separated by commas), adopts whatever loses its parent
 (Linux: a sub-reaper), and when the trainer closes the input, ends or dies, kills every descendant, those that made
-sessions of their own included; if the trainer died, it also removes FOLDER, which nobody else will. Only the standard library, and little of it: it starts in a few milliseconds.
+sessions of their own included. If the trainer died it also removes FOLDER, which nobody else will. Only the standard
+library, and little of it: it starts in a few milliseconds.
 """
 
 import ctypes
@@ -46,11 +47,20 @@ def main() -> int:
         _watch(server, wake, parent)
     finally:
         _kill_all(server)
-    if os.getppid() != parent:
+    if _orphaned(parent):
         import shutil
 
         shutil.rmtree(folder, ignore_errors=True)
     return server.returncode if server.returncode is not None and server.returncode >= 0 else 1
+
+
+def _orphaned(parent: int) -> bool:
+    """Whether the trainer died; its threads end before it does, so it gets a moment."""
+    for _ in range(20):
+        if os.getppid() != parent:
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def _watch(server: "subprocess.Popen[bytes]", wake: int, parent: int) -> None:
