@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class MCPTool(ToolEnv):
         if dataset is not None:
             check_columns(self._rows, {"question": question, "answer": answer})
             self.num_tasks = len(self._rows)
-        allow = ("calculator",) if servers is None and allow is None else allow
+        if servers is None and allow is None:
+            servers, allow = _calculator(), ("calculator",)
         self._session: Session | None = None
         self._pool: Pool | None = Pool.enter(
             read_servers(servers), start_timeout=start_timeout, ahead=ahead, shared=session == "shared"
@@ -161,6 +162,12 @@ class MCPTool(ToolEnv):
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.leave()
+
+
+@lru_cache(maxsize=1)
+def _calculator() -> Any:
+    """The default server, made once: of its tools only the calculator is shown, which keeps no state."""
+    return build()
 
 
 def read_servers(servers: Any) -> dict[str, Any]:

@@ -91,16 +91,17 @@ class Session:
         servers: name -> entry of an `mcpServers` file (`command`, `args`, `env`, `cwd`, or `url`, `headers`), a
             server object of this process, or a function that makes one for each session.
         start_timeout: seconds in which all of them must have started.
+        tools: the `tools` of an earlier session with these servers; None: ask the servers.
     """
 
-    def __init__(self, servers: Mapping[str, Any], start_timeout: float) -> None:
+    def __init__(self, servers: Mapping[str, Any], start_timeout: float, tools: Mapping[str, Any] | None = None):
         self._servers, self._start_timeout = servers, start_timeout
         self._clients: dict[str, Any] = {}
         self._scratch: Path | None = None
         self._starting: asyncio.Task[Any] | None = None
         self.started: Future[None] | None = None
         """Where `start` is under way or done."""
-        self.tools: dict[str, tuple[str, Any]] = {}
+        self.tools: dict[str, tuple[str, Any]] = dict(tools or {})
         """Name shown to the model -> (server, MCP tool)."""
 
     async def start(self) -> None:
@@ -116,13 +117,13 @@ class Session:
                 for name, entry in self._servers.items():
                     client = self._clients[name] = self._client(name, entry)
                     await client.__aenter__()
-                    listed[name] = await client.list_tools()
+                    listed[name] = () if self.tools else await client.list_tools()
         except Exception as error:
             why = f"did not start in {self._start_timeout:g} s" if isinstance(error, TimeoutError) else "did not start"
             details = "; ".join(filter(None, (_words(error), self._last_words(name))))
             await self._end()
             raise ToolFailure(f"MCP server {name!r} {why}: {details or type(error).__name__}.") from error
-        self.tools = public_names(listed)
+        self.tools = self.tools or public_names(listed)
 
     async def call(self, name: str, arguments: dict[str, Any], timeout: float) -> str:
         """The result of a tool as text.
@@ -135,7 +136,9 @@ class Session:
         from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
 
         server, tool = self.tools[name]
-        client = self._clients[server]
+        client = self._clients.get(server)
+        if client is None:
+            raise ToolFailure(f"MCP server {server!r} is gone: its session was ended.")
         late = f"{name} gave no result within {timeout:g} seconds."
         try:
             async with asyncio.timeout(timeout + 1):
@@ -244,6 +247,7 @@ class Pool:
         self._ahead, self._shared = 1 if shared else ahead, shared
         self._loop = Loop.enter()
         self._lock = threading.Lock()
+        self._tools: dict[str, tuple[str, Any]] | None = None
         self._ready: deque[Session] = deque()
         self._closing: set[Future[None]] = set()
 
@@ -274,11 +278,13 @@ class Pool:
         Raises:
             ToolFailure: the servers do not start.
         """
-        session = self.take()
-        if not self._shared:
-            with self._lock:
-                self._ready.appendleft(session)
-        return session.tools
+        if self._tools is None:
+            session = self.take()
+            self._tools = session.tools
+            if not self._shared:
+                with self._lock:
+                    self._ready.appendleft(session)
+        return self._tools
 
     def take(self) -> Session:
         """A session that nobody else has (unless shared), started now if none is ready.
@@ -336,7 +342,7 @@ class Pool:
         self._loop.leave()
 
     def _start(self) -> Session:
-        session = Session(self._servers, self._start_timeout)
+        session = Session(self._servers, self._start_timeout, self._tools)
         session.started = self._loop.submit(session.start())
         return session
 
