@@ -108,13 +108,16 @@ def play(env: Env, seed: int, *, spoil: bool = False) -> list[Step]:
 
 
 def scripted_action(env: Env, seed: int, turn: int) -> Ids:
-    """The script's completion: one of a few sentences, now and then random tokens; a function of its arguments."""
+    """The script's completion: one of a few sentences (or an environment's own `example_replies`), now and then
+    random tokens; a function of its arguments."""
     rng = np.random.default_rng([seed, turn])
     chat = getattr(env.unwrapped, "chat", None)
     if chat is None or rng.random() < 0.25:
         env.action_space.seed(int(rng.integers(2**31)))
         return np.asarray(env.action_space.sample())
-    reply: Ids = chat.encode_reply(WORDS[rng.integers(len(WORDS))])
+    examples = getattr(env.unwrapped, "example_replies", ())
+    words = examples if examples and rng.random() < 0.5 else WORDS
+    reply: Ids = chat.encode_reply(words[rng.integers(len(words))])
     return reply[-getattr(env.unwrapped, "max_tokens", len(reply)) :]
 
 

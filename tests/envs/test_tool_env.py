@@ -66,7 +66,7 @@ def called(name: str, **arguments: Any) -> str:
 
 
 def test_a_call_its_result_and_the_answer() -> None:
-    env = Sums()
+    env = Sums(render_mode="ansi")
     obs, info = env.reset(seed=3)
     assert info["tools"][0]["function"]["name"] == "calculator"
     assert '"calculator"' in env.chat.tokenizer.decode(obs), "the template shows the tool"
@@ -82,6 +82,7 @@ def test_a_call_its_result_and_the_answer() -> None:
     assert (reward, done) == (1.0, True)
     assert info["rewards"] == {"correct": 1.0, "format": 0.0, "tool_calls": 1.0}
     assert info["stop_reason"] is StopReason.ANSWERED
+    assert f'[assistant] calculator({{"expression": "{env.a}*{env.b}"}})\n[tool] {product}\n' in str(env.render())
     env.close()
 
 

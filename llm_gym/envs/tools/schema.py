@@ -120,6 +120,22 @@ def check_arguments(arguments: Mapping[str, Any], schema: Schema) -> tuple[dict[
     return _object(dict(arguments), {"type": "object", **schema}, "")
 
 
+EXAMPLES: Mapping[str, Any] = {"string": "6*7", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+
+
+def example_arguments(schema: Schema) -> dict[str, Any]:
+    """Required arguments of the right types, for a schema of plain types."""
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    return {name: _example(properties.get(name, {})) for name in schema.get("required") or ()}
+
+
+def _example(schema: Schema) -> Any:
+    if schema.get("enum"):
+        return schema["enum"][0]
+    kinds = schema.get("type")
+    return EXAMPLES.get(kinds[0] if isinstance(kinds, list) and kinds else str(kinds), schema.get("default"))
+
+
 def _object(value: dict[str, Any], schema: Schema, path: str) -> tuple[dict[str, Any], list[str]]:
     properties: Mapping[str, Any] = schema.get("properties") or {}
     extra = schema.get("additionalProperties", not properties and not path)

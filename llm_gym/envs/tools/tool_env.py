@@ -32,7 +32,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.tools import formats
 from llm_gym.envs.tools.calls import ToolCall, open_thinking, without_calls
 from llm_gym.envs.tools.deadline import Overdue, Runner
-from llm_gym.envs.tools.schema import Tool, check_arguments
+from llm_gym.envs.tools.schema import Tool, check_arguments, example_arguments
 from llm_gym.errors import ConfigError, ToolError, ToolFailure
 from llm_gym.tokenizer import well_formed
 
@@ -130,9 +130,27 @@ class ToolEnv(TextEnv):
         self._runner.close()
         super().close()
 
+    def render(self) -> str | None:
+        """The chat so far as text, calls included."""
+        if self.render_mode is None:
+            return None
+        lines = []
+        for message in self._messages:
+            calls = (call["function"] for call in message.get("tool_calls", ()))
+            said = [message.get("content") or "", *(f"{c['name']}({json.dumps(c['arguments'])})" for c in calls)]
+            lines.append(f"[{message['role']}] " + " ".join(filter(None, said)))
+        return "\n".join(lines)
+
     def call_text(self, name: str, **arguments: Any) -> str:
         """What a model says to call a tool, in the environment's format; for scripts and tests."""
         return self.format.notation.write([ToolCall(name, arguments)])
+
+    @property
+    def example_replies(self) -> list[str]:
+        """A call of each tool with arguments of the right types, which `llm_gym.testing` plays too."""
+        if not self.format.native:
+            return [self.call_text("python", code="6*7")]
+        return [self.call_text(name, **example_arguments(schema)) for name, schema in self._schemas.items()]
 
     # Reading calls
 
