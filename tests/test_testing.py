@@ -248,7 +248,7 @@ class Endless(Good):
 class CutIsAnswered(Good):
     turns = 1
 
-    def _stop_reason(self, reply, action):
+    def _stop_reason(self, reply):
         return StopReason.ANSWERED if reply.done else None
 
 
