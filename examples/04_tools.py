@@ -19,7 +19,7 @@ def calculator(expression: str) -> str:
 class Products(ToolEnv):
     """A product too large to do by heart."""
 
-    reward_names = ("correct", "format", "tool_calls")
+    reward_names = ("correct",)
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__([calculator], **kwargs)

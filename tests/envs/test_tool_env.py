@@ -34,7 +34,7 @@ def calculator(expression: str) -> str:
 class Sums(ToolEnv):
     """The smallest environment with a tool."""
 
-    reward_names = ("correct", "format", "tool_calls")
+    reward_names = ("correct",)
 
     def __init__(self, tools: Any = (calculator,), **kwargs: Any) -> None:
         super().__init__(tools, **kwargs)
@@ -380,6 +380,15 @@ def test_bad_settings(kwargs: dict[str, Any], words: str) -> None:
 def test_a_template_that_shows_no_tools_is_refused() -> None:
     with pytest.raises(TemplateError, match="does not show tools"):
         Sums(tokenizer=t.tokenizer(t.source("llama3"), "<|eot_id|>"))
+
+
+def test_every_component_is_known_in_advance() -> None:
+    assert Sums.reward_names == ("correct", "format", "tool_calls")
+    env = Sums(reward_weights={"tool_calls": -0.5})
+    env.reset(seed=0)
+    reward, _, _ = say(env, called("calculator", expression="1+1"))
+    assert reward == -0.5
+    env.close()
 
 
 def test_it_conforms() -> None:

@@ -56,7 +56,7 @@ class MCPTool(ToolEnv):
         DataError: no such data, or a missing column.
     """
 
-    reward_names = ("correct", "format", "tool_calls")
+    reward_names = ("correct",)
     eval_args = {"split": "test"}  # noqa: RUF012
 
     def __init__(

@@ -66,6 +66,12 @@ class ToolEnv(TextEnv):
     default_weights: ClassVar[Mapping[str, float]] = {"tool_calls": 0.0, "format": 0.1}
     """Weights of reward components where the user gives none."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Adds the components that every environment with tools has to `reward_names`."""
+        super().__init_subclass__(**kwargs)
+        if cls.reward_names is not None:
+            cls.reward_names = tuple(dict.fromkeys([*cls.reward_names, *sorted(ToolEnv.default_weights)]))
+
     def __init__(
         self,
         tools: Sequence[Tool | Callable[..., Any]],
