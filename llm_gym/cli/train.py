@@ -26,6 +26,9 @@ LINE = 160
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @click.option("--policy", "engine", metavar="ENGINE", help="Engine that samples: transformers, vllm, server or auto.")
+@click.option(
+    "--preset", metavar="NAME", help="Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo ... (docs/algorithms.md)."
+)
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
@@ -38,6 +41,7 @@ def command(
     env_args: tuple[str, ...],
     model: str | None,
     engine: str | None,
+    preset: str | None,
     file: str | None,
     sets: tuple[str, ...],
     steps: int | None,
@@ -63,7 +67,9 @@ def command(
     progress = TrainProgress()
     try:
         with settings():
-            config = configuration(file, [*more, *sets], env_args, env=env, model=model, steps=steps, seed=seed)
+            config = configuration(
+                file, [*more, *sets], env_args, env=env, model=model, preset=preset, steps=steps, seed=seed
+            )
             trainer = Trainer(config, out=out, resume=resume, observer=progress)
         rows = trainer.train()
     except KeyboardInterrupt:

@@ -64,6 +64,9 @@ class MicroBatch:
     """Index into S of each trained token's sequence, int64 [M]."""
     parents: tuple[int, ...] = ()
     """The piece that each piece goes on from, or -1; those with -1 come first. Empty: no piece has a parent."""
+    proximal: Tensor | None = None
+    """The learner's log-probabilities before the first of several updates, [M] (see `corrections`); None: those of
+    the model as it is."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on another device."""
@@ -138,7 +141,7 @@ def samples(groups: Iterable[Group], advantages: Floats, *, train_truncated: boo
 
     Args:
         groups: P groups of G episodes.
-        advantages: [P, G].
+        advantages: [P, G], or [P, G, T]: one for each turn.
         train_truncated: whether episodes cut by length or time are trained on.
     """
     chosen = []
@@ -149,8 +152,13 @@ def samples(groups: Iterable[Group], advantages: Floats, *, train_truncated: boo
             number += 1
             if episode.stop_reason.failed or (not train_truncated and episode.stop_reason in cut):
                 continue
-            chosen += [Sample(row, float(credit), number - 1) for row in episode.rows()]
+            chosen += [Sample(row, _credit(credit, row), number - 1) for row in episode.rows()]
     return chosen
+
+
+def _credit(credit: Floats, row: Row) -> float | Floats:
+    """The episode's one advantage, or that of each token's turn."""
+    return np.where(row.trained, credit[row.turns], 0.0) if np.ndim(credit) else float(credit)
 
 
 def pack(

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -22,6 +22,7 @@ from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.learner import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig
+from llm_gym.harness.presets import PRESETS
 
 T = TypeVar("T")
 
@@ -76,6 +77,9 @@ class PolicyConfig:
 class TrainConfig:
     """Everything that decides a training run."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    """What `load` takes for `preset`."""
+
     env: str = "Arithmetic-v0"
     """Environment id; short ids mean `llm_gym/...`, `module:id` imports the module first."""
     env_args: Mapping[str, Any] = field(default_factory=dict)
@@ -85,13 +89,21 @@ class TrainConfig:
     seed: int = 0
     """Decides the tasks, the sampling and everything random."""
     steps: int = 120
-    """Optimizer steps."""
+    """Rollouts, each followed by `minibatches` * `epochs` optimizer steps."""
     prompts_per_step: int = 16
     """Tasks (groups) per step."""
     group_size: int = 8
     """Episodes per task."""
+    minibatches: int = 1
+    """Batches that a step's tasks are dealt into, with an optimizer step each."""
+    epochs: int = 1
+    """Passes over a step's episodes; old log-probabilities stay as they were sampled."""
     advantage: str = "group_norm"
     """A row of `advantages.ADVANTAGES`, or "package.module:function"."""
+    truncated: Literal["train", "mask"] = "train"
+    """Episodes cut by length or time: `train` on them, or `mask` them out of the loss (they stay in baselines)."""
+    overlong: float = 0.0
+    """Share of the completion limit over which a penalty grows from 0 to -1 (DAPO: 0.2); 0: none."""
     sampling: Sampling = field(default_factory=Sampling)
     """How training episodes are sampled."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -116,9 +128,13 @@ class TrainConfig:
     """When the run is saved."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "group_size", "token_budget"):
+        for name in ("steps", "prompts_per_step", "group_size", "token_budget", "minibatches", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
+        if self.minibatches > self.prompts_per_step:
+            raise ConfigError(f"minibatches: got {self.minibatches}, want at most the {self.prompts_per_step} prompts.")
+        if not 0 <= self.overlong <= 1:
+            raise ConfigError(f"overlong: got {self.overlong}, want a value in [0, 1].")
         if self.device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", self.device):
             raise ConfigError(unknown("device", self.device, ("auto", "cpu", "cuda")))
         if not self.sampling.full_support:
@@ -129,6 +145,11 @@ class TrainConfig:
         if (self.loss.kl == "none") != (self.loss.kl_weight == 0):
             raise ConfigError(f"loss.kl_weight: got {self.loss.kl_weight} with kl={self.loss.kl!r}; set both or none.")
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps * self.minibatches * self.epochs
+
     def resolved(self) -> TrainConfig:
         """The configuration with every None that depends on other settings filled in."""
         lr = self.optimizer.lr
@@ -138,7 +159,9 @@ class TrainConfig:
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:
-    """Builds a configuration: defaults, then the YAML file, then keyword arguments, then `a.b=c` strings.
+    """Builds a configuration: defaults, a preset, the YAML file, keyword arguments, `a.b=c` strings; the last wins.
+
+    `preset` (in the file, the keywords or the strings) names a row of `cls.presets`; it is no setting itself.
 
     Args:
         cls: a (frozen) dataclass such as `TrainConfig`.
@@ -156,7 +179,7 @@ def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (),
         if not equals:
             raise ConfigError(f"--set: got {assignment!r}, want key=value such as loss.clip_high=0.28.")
         _assign(data, key.strip().split("."), parse_scalar(text))
-    return from_dict(cls, data)
+    return from_dict(cls, _with_preset(cls, data))
 
 
 def parse_scalar(text: str) -> Any:
@@ -224,6 +247,23 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"config file: {str(file)!r} holds a {type(data).__name__}, want a mapping of settings.")
     return data
+
+
+def _with_preset(cls: type[Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings over those of the preset they name, if they name one."""
+    presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "presets", {})
+    if "preset" not in data or not presets:
+        return data
+    name = data["preset"]
+    if name not in presets:
+        raise ConfigError(unknown("preset", name, presets))
+    return _merge(presets[name], {key: value for key, value in data.items() if key != "preset"})
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section."""
+    both = {k: _merge(under[k], v) for k, v in over.items() if isinstance(v, Mapping) and isinstance(under.get(k), Mapping)}
+    return {**under, **over, **both}
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.batching import Batch, MicroBatch
+from llm_gym.harness.corrections import importance_weights
+from llm_gym.harness.kl import k3, kl_loss, kl_to_go
 from llm_gym.harness.logprobs import token_logprobs
-from llm_gym.harness.losses import LossConfig, k3, kl_loss, loss_function
+from llm_gym.harness.losses import LossConfig, loss_function
 from llm_gym.harness.model import Body
+from llm_gym.harness.streams import Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,11 @@ class Learner:
             "tokens/trained": float(batch.tokens),
         }
 
+    def remember(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
+        """The batch with this model's log-probabilities as its proximal ones; before the first of several updates."""
+        known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in batch.micro]
+        return replace(batch, micro=tuple(replace(m, proximal=p) for m, p in zip(batch.micro, known, strict=True)))
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states and the step count; the weights are the model's own."""
         return {"step": self.step_count, "optimizers": [o.state_dict() for o in self.optimizers]}
@@ -182,20 +190,34 @@ class Learner:
         """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
         config = self.loss
         new, entropy = self._logprobs(self.body, batch, temperature, True)
-        old, credit = batch.old_logprobs.to(new.dtype), batch.advantages.to(new.dtype)
-        per_token, streams = self.loss_fn(new, old, credit, config)
-        gap = (new.detach() - old).abs()
+        sampler, credit = batch.old_logprobs.to(new.dtype), batch.advantages.to(new.dtype)
+        old, correction, streams = self._anchor(batch, new, sampler)
+        gap = (new.detach() - sampler).abs()
         streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": gap}
+        pull = torch.zeros_like(new)
         if self.reference is not None:
             reference = self._reference_logprobs(batch, temperature)
-            per_token = per_token + config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
             streams["policy/kl"] = k3(new.detach(), reference)  # reported so whatever is trained: never negative
+            if config.kl_in == "reward":
+                credit = credit - config.kl_weight * kl_to_go(new, reference, batch.sequence)
+            else:
+                pull = config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
+        per_token, found = self.loss_fn(Streams(new, old, credit, batch.sequence), config)
+        streams |= found
+        per_token = correction * (per_token + pull)
         if config.entropy_weight:
             per_token = per_token - config.entropy_weight * entropy
         loss = (batch.weight * per_token).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         sums = {name: float(stream.sum()) for name, stream in streams.items()}
         return {"policy/loss": float(loss.detach()), "sampler/logprob_gap_max": float(gap.max()), **sums}
+
+    def _anchor(self, batch: MicroBatch, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the ratio is taken against, each token's importance weight, and their metrics (see `corrections`)."""
+        if self.loss.correction.name == "none":
+            return sampler, torch.ones_like(new), {}
+        proximal = new.detach() if batch.proximal is None else batch.proximal.to(new.dtype)
+        return proximal, *importance_weights(proximal, sampler, batch.sequence, self.loss.correction)
 
     def _reference(self) -> Body:
         """The frozen start: the base model under the adapters, or a copy."""

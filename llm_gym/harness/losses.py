@@ -3,18 +3,25 @@
 All streams have shape [M] (M trained tokens of any number of sequences). Nothing is averaged here:
 the caller sums `weight * loss` with weights fixed by a normaliser (see `batching`) before the first
 micro-batch, which is why the gradient does not depend on how the batch was split.
+
+Every loss of the table but `sft` is 0, and has no gradient, where the advantage is 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.corrections import CorrectionConfig
+from llm_gym.harness.kl import KL
 from llm_gym.harness.named import by_name
+from llm_gym.harness.streams import Streams, same_shape, sequence_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +31,25 @@ class LossConfig:
     name: str = "ppo_clip"
     """A row of `LOSSES`, or `package.module:function`."""
     clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio counts down to 1 - clip_low; 1: no bound."""
     clip_high: float = 0.2
     """The ratio counts up to 1 + clip_high (DAPO: 0.28)."""
+    clip_dual: float = 3.0
+    """`dual_clip`: the ratio counts up to this where the advantage is negative."""
+    tau_positive: float = 1.0
+    """`sapo`: how fast the gate closes where the advantage is positive."""
+    tau_negative: float = 1.05
+    """`sapo`: how fast it closes where it is negative."""
     kl: str = "none"
-    """`none`, `k1`, `k2` or `k3`: the term that pulls towards the reference model (see `kl_loss`)."""
+    """`none`, `k1`, `k2` or `k3`: the term that pulls towards the reference model (see `kl`)."""
     kl_weight: float = 0.0
     """Its weight."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """`loss`: each state's own KL. `reward`: a token also answers for the KL of the states it leads to; `k1` only."""
     entropy_weight: float = 0.0
     """Weight of the entropy bonus (subtracted from the loss)."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """How tokens are weighted for the mismatch between sampler and learner."""
     normaliser: str = "token_global"
     """`token_global`, `sequence`, `constant`, or `package.module:function` (see `batching`)."""
     constant_length: int = 256
@@ -42,6 +59,9 @@ class LossConfig:
         for name, ok, want in (
             ("clip_low", 0 <= self.clip_low <= 1, "in [0, 1]"),
             ("clip_high", self.clip_high >= 0, ">= 0"),
+            ("clip_dual", self.clip_dual > 1, "> 1"),
+            ("tau_positive", self.tau_positive > 0, "> 0"),
+            ("tau_negative", self.tau_negative > 0, "> 0"),
             ("kl_weight", self.kl_weight >= 0, ">= 0"),
             ("constant_length", self.constant_length >= 1, ">= 1"),
         ):
@@ -49,6 +69,10 @@ class LossConfig:
                 raise ConfigError(f"loss.{name}: got {getattr(self, name)!r}, want a value {want}.")
         loss_function(self.name)
         by_name("loss.kl", self.kl, {**KL, "none": None})
+        if self.kl_in not in ("loss", "reward"):
+            raise ConfigError(unknown("loss.kl_in", self.kl_in, ("loss", "reward")))
+        if self.kl_in == "reward" and self.kl not in ("none", "k1"):
+            raise ConfigError(f"loss.kl: got {self.kl!r} with kl_in='reward', want 'k1'; no other sum is the KL.")
 
     @property
     def uses_reference(self) -> bool:
@@ -57,24 +81,27 @@ class LossConfig:
 
     @property
     def needs_every_sequence(self) -> bool:
-        """Whether sequences of zero advantage carry a gradient too (then `pack` must not skip them)."""
-        return self.uses_reference or self.entropy_weight != 0
+        """Whether sequences of zero advantage may carry a gradient too (then `pack` must not skip them)."""
+        unknown_loss = self.name == "sft" or self.name not in LOSSES
+        return self.uses_reference or self.entropy_weight != 0 or unknown_loss
 
 
-LossFn = Callable[[Tensor, Tensor, Tensor, LossConfig], tuple[Tensor, dict[str, Tensor]]]
-"""(logprobs, old_logprobs, advantages, config) -> (loss [M], streams [M] to average by metric name)."""
+Metrics = dict[str, Tensor]
+"""Streams [M] to average, by metric name."""
+LossFn = Callable[[Streams, LossConfig], tuple[Tensor, Metrics]]
+"""(streams, config) -> (loss [M], metrics). What a row of `LOSSES` and a user's own loss look like."""
 
 
 def ppo_clip(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logprobs - old_logprobs).
 
     PPO, eq. 7 of https://arxiv.org/abs/1707.06347; separate bounds from DAPO, https://arxiv.org/abs/2503.14476.
 
     Args:
         logprobs: of the current policy, [M], differentiable.
-        old_logprobs: of the distribution that sampled the tokens, [M].
+        old_logprobs: of the policy that the ratio is taken against, [M].
         advantages: [M].
         clip_low: lower clip distance.
         clip_high: upper clip distance.
@@ -83,23 +110,142 @@ def ppo_clip(
         The loss [M], and per-token streams [M] that are averaged into metrics: the ratio, and 1 where the
         clip took the gradient away.
     """
-    _same_shape(logprobs, old_logprobs, advantages)
+    same_shape(logprobs, old_logprobs, advantages)
+    return _clipped(torch.exp(logprobs - old_logprobs), advantages, clip_low, clip_high)
+
+
+def dual_clip(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, clip_dual: float
+) -> tuple[Tensor, Metrics]:
+    """`ppo_clip`, and where A < 0 at most -clip_dual * A: a token that became much likelier cannot blow up the step.
+
+    Dual-clip PPO, https://arxiv.org/abs/1912.09729.
+    """
+    loss, metrics = ppo_clip(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
+    bound = -clip_dual * advantages
+    held = (advantages < 0) & (loss > bound)
+    metrics["policy/clip_fraction"] = metrics["policy/clip_fraction"] + held.to(loss.dtype)
+    return torch.where(held, bound, loss), metrics
+
+
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    sequence: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Metrics]:
+    """`ppo_clip` with the ratio of the whole sequence: s = exp(mean over its tokens of log ratio).
+
+    GSPO, https://arxiv.org/abs/2507.18071, in its GSPO-token form (section 4.3): every token has the value s and
+    the gradient s * grad log p_t. Summed over a sequence of one advantage this is GSPO's gradient; with per-turn
+    advantages it is still defined. Use the `sequence` normaliser.
+
+    Args:
+        logprobs: [M], differentiable.
+        old_logprobs: [M].
+        advantages: [M].
+        sequence: index of each token's sequence, int64 [M].
+        clip_low: lower clip distance of s.
+        clip_high: upper clip distance of s.
+    """
+    same_shape(logprobs, old_logprobs, advantages, sequence)
+    whole = sequence_mean((logprobs - old_logprobs).detach(), sequence)
+    return _clipped(torch.exp(whole + (logprobs - logprobs.detach())), advantages, clip_low, clip_high)
+
+
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    sequence: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Metrics]:
+    """-A * exp(mean over the sequence of clipped log ratios): the geometric mean of ratios clipped token by token.
+
+    A log ratio counts up to log(1 + clip_high) where A > 0, down to log(1 - clip_low) where A < 0, as in PPO.
+    GMPO, https://arxiv.org/abs/2507.20673 (bounds e^-0.4 and e^0.4). Meant for one advantage per sequence.
+    """
+    same_shape(logprobs, old_logprobs, advantages, sequence)
+    low, high = math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
+    plain = logprobs - old_logprobs
+    clipped = torch.where(advantages >= 0, plain.clamp(max=high), plain.clamp(min=low))
+    metrics = {
+        "policy/ratio_mean": torch.exp(plain.detach()),
+        "policy/clip_fraction": (clipped != plain).to(plain.dtype),
+    }
+    return -advantages * torch.exp(sequence_mean(clipped, sequence)), metrics
+
+
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Metrics]:
+    """-clip(ratio, 1 - clip_low, 1 + clip_high).detach() * A * logprobs: the weight is clipped, no token is lost.
+
+    CISPO, https://arxiv.org/abs/2506.13585 (MiniMax-M1), which sets no lower bound (clip_low = 1).
+    """
+    same_shape(logprobs, old_logprobs, advantages)
+    ratio = torch.exp(logprobs - old_logprobs).detach()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    metrics = {"policy/ratio_mean": ratio, "policy/clip_fraction": (weight != ratio).to(ratio.dtype)}
+    return -weight * advantages * logprobs, metrics
+
+
+def sapo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_positive: float, tau_negative: float
+) -> tuple[Tensor, Metrics]:
+    """-A * 4/tau * sigmoid(tau * (ratio - 1)): a soft gate instead of a clip; its slope at ratio 1 is 1.
+
+    SAPO, https://arxiv.org/abs/2511.20347; tau is `tau_positive` where A > 0, else `tau_negative`.
+    """
+    same_shape(logprobs, old_logprobs, advantages)
     ratio = torch.exp(logprobs - old_logprobs)
+    tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
+    return -advantages * 4 / tau * torch.sigmoid(tau * (ratio - 1)), {"policy/ratio_mean": ratio.detach()}
+
+
+def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Metrics]:
+    """-A * logprobs: the plain policy gradient, for tokens of the current policy (or with a correction).
+
+    Williams 1992, https://doi.org/10.1007/BF00992696.
+    """
+    same_shape(logprobs, old_logprobs, advantages)
+    return -advantages * logprobs, {"policy/ratio_mean": torch.exp(logprobs - old_logprobs).detach()}
+
+
+def sft(logprobs: Tensor) -> tuple[Tensor, Metrics]:
+    """-logprobs: cross-entropy of the given tokens, in nats, [M]."""
+    same_shape(logprobs)
+    return -logprobs, {}
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Metrics]:
+    """The pessimistic one of ratio * A and clipped ratio * A, negated."""
     plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    clipped = -ratio.clamp(1 - low, 1 + high) * advantages
     metrics = {"policy/ratio_mean": ratio.detach(), "policy/clip_fraction": (clipped > plain).detach().to(ratio.dtype)}
     return torch.maximum(plain, clipped), metrics
 
 
-def sft(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-logprobs: cross-entropy of the given tokens, in nats, [M]."""
-    _same_shape(logprobs)
-    return -logprobs, {}
+def _tokens(s: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    return s.logprobs, s.old_logprobs, s.advantages
 
 
 LOSSES: dict[str, LossFn] = {
-    "ppo_clip": lambda new, old, adv, c: ppo_clip(new, old, adv, clip_low=c.clip_low, clip_high=c.clip_high),
-    "sft": lambda new, old, adv, c: sft(new),
+    "ppo_clip": lambda s, c: ppo_clip(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high),
+    "dual_clip": lambda s, c: dual_clip(
+        *_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high, clip_dual=c.clip_dual
+    ),
+    "gspo": lambda s, c: gspo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high),
+    "gmpo": lambda s, c: gmpo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high),
+    "cispo": lambda s, c: cispo(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high),
+    "sapo": lambda s, c: sapo(*_tokens(s), tau_positive=c.tau_positive, tau_negative=c.tau_negative),
+    "reinforce": lambda s, c: reinforce(*_tokens(s)),
+    "sft": lambda s, c: sft(s.logprobs),
 }
 
 
@@ -111,55 +257,3 @@ def loss_function(name: str) -> LossFn:
     """
     fn: LossFn = by_name("loss.name", name, LOSSES)
     return fn
-
-
-# Estimators of KL(policy || reference) from one sampled token, http://joschu.net/blog/kl-approx.html.
-
-
-def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log(policy / reference): unbiased value, may be negative, large spread."""
-    return logprobs - ref_logprobs
-
-
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log(policy / reference)^2 / 2: slightly biased value, small spread."""
-    return 0.5 * (logprobs - ref_logprobs) ** 2
-
-
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """reference / policy - 1 - log(reference / policy): unbiased value, never negative, small spread."""
-    log_ratio = ref_logprobs - logprobs
-    return torch.expm1(log_ratio) - log_ratio
-
-
-KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-
-
-def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kind: str) -> Tensor:
-    """A per-token term [M] whose value is the estimator `kind`, and whose gradient is the reverse KL's.
-
-    Differentiating an estimator as it stands (as many trainers do) gives, for tokens sampled from the
-    policy itself: k1, zero in expectation; k3, the gradient of the FORWARD KL(reference || policy);
-    k2, the gradient of the reverse KL, which is the wanted one (https://arxiv.org/abs/2506.09477).
-
-    The reverse KL is E_policy[k1], so its gradient is E[(k1 + c) * grad log policy] for any constant c.
-    With off-policy tokens the expectation is reweighted by ratio = policy / sampler:
-
-    - `k1`: ratio * k1, differentiated. Gradient ratio * (k1 + 1) * grad log p, unbiased.
-    - `k2`: ratio.detach() * k2, differentiated. Gradient ratio * k1 * grad log p: k1's, less its zero-mean part.
-    - `k3`: ratio * k3, differentiated. The ratio is what is missing in GRPO's formula; with it the gradient is
-      (ratio * k1 + zero-mean terms) * grad log p, unbiased too.
-
-    All three have the same expected gradient, exactly that of KL(policy || reference) at each state visited.
-    """
-    _same_shape(logprobs, old_logprobs, ref_logprobs)
-    estimate = by_name("loss.kl", kind, KL)(logprobs, ref_logprobs)
-    ratio = torch.exp(logprobs - old_logprobs)
-    term: Tensor = (ratio.detach() if kind == "k2" else ratio) * estimate
-    return term
-
-
-def _same_shape(*streams: Tensor) -> None:
-    shapes = [tuple(s.shape) for s in streams]
-    if len(shapes[0]) != 1 or len(set(shapes)) != 1:
-        raise ValueError(f"loss: want per-token streams of one shape [M], got {shapes}.")

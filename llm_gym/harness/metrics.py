@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ def speeds(learned: Mapping[str, float], generated: float, times: Mapping[str, f
     }
 
 
+def combine(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One row of learner metrics for a rollout's optimizer steps.
+
+    Means, but: tokens are summed, the learning rate is the last, and `sampler/...` is that of the first step, when
+    sampler and learner still had the same weights.
+    """
+    row = {name: _known_mean([u[name] for u in updates if name in u]) for name in {**updates[-1], **updates[0]}}
+    row |= {name: value for name, value in updates[0].items() if name.startswith("sampler/")}
+    return row | {
+        "policy/lr": updates[-1]["policy/lr"],
+        "tokens/trained": math.fsum(u["tokens/trained"] for u in updates),
+    }
+
+
 @contextmanager
 def clock(times: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds spent inside to `times[name]`."""
@@ -55,6 +70,11 @@ def clock(times: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         times[name] = times.get(name, 0.0) + time.perf_counter() - started
+
+
+def _known_mean(values: Sequence[float]) -> float:
+    """The mean of what is not NaN; NaN if nothing is."""
+    return _mean([value for value in values if not math.isnan(value)])
 
 
 def _mean(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:

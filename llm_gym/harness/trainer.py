@@ -14,12 +14,13 @@ import torch
 from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.envs import make, resolve
 from llm_gym.harness.advantages import advantage
-from llm_gym.harness.batching import Batch, pack, samples
+from llm_gym.harness.batching import Batch, Floats, pack, samples
 from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness.config import TrainConfig, dump
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.metrics import clock, describe, speeds, staleness
+from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.model import load_model
+from llm_gym.harness.rewards import rewards_of
 from llm_gym.harness.sync import Sync, check
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
@@ -101,7 +102,7 @@ class Trainer:
         self.observer = observer or Silent()
         self.weigh = advantage(config.advantage)
         check(config)
-        self.env_id, self.env_args, self.eval_args = environments(config)
+        self.env_id, self.env_args, self.eval_args, self.scoring = environments(config)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
         self.step = 0 if checkpoint is None else step_of(checkpoint)
@@ -110,7 +111,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora)
         set_threads(self.model, config.threads)
-        self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.steps)
+        self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.updates)
         if checkpoint is not None:
             restore(self.learner, checkpoint)
         self.observer.on_phase("engine", 1)
@@ -164,12 +165,17 @@ class Trainer:
         """`group_size` episodes of every seed."""
         return self._play(self.driver, "rollout", seeds, self.config.group_size, self.config.sampling)
 
-    def pack(self, groups: Sequence[Group]) -> Batch:
-        """Groups as weighed, packed micro-batches."""
+    def batches(self, groups: Sequence[Group]) -> list[Batch]:
+        """The step's groups, weighed together, as one packed batch for each of its `minibatches`."""
+        credits = self.weigh(rewards_of(groups, **self.scoring, overlong=self.config.overlong))
+        n = self.config.minibatches
+        return [self.pack(groups[i::n], credits[i::n]) for i in range(n)]
+
+    def pack(self, groups: Sequence[Group], advantages: Floats) -> Batch:
+        """Groups as packed micro-batches."""
         loss = self.config.loss
-        rows = samples(groups, self.weigh(np.stack([g.rewards for g in groups])))
         return pack(
-            rows,
+            samples(groups, advantages, train_truncated=self.config.truncated == "train"),
             max_tokens=self.config.token_budget,
             normaliser=loss.normaliser,
             constant_length=loss.constant_length,
@@ -178,10 +184,18 @@ class Trainer:
         )
 
     def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """One optimizer step on the episodes."""
-        self.observer.on_phase("train", 1)
-        batch = self.pack(group(episodes, self.config.group_size))
-        return self.learner.step(batch, temperature=self.config.sampling.temperature)
+        """The rollout's optimizer steps: `epochs` times over its `minibatches`; old log-probabilities stay."""
+        config, temperature = self.config, self.config.sampling.temperature
+        updates = config.minibatches * config.epochs
+        self.observer.on_phase("train", updates)
+        batches = self.batches(group(episodes, config.group_size))
+        if updates > 1 and config.loss.correction.name != "none":
+            batches = [self.learner.remember(batch, temperature=temperature) for batch in batches]
+        rows = []
+        for batch in batches * config.epochs:
+            rows.append(self.learner.step(batch, temperature=temperature))
+            self.observer.on_progress(len(rows))
+        return combine(rows)
 
     def evaluate(self) -> dict[str, float]:
         """Mean rewards on unseen seeds, greedy and sampled; greedy transcripts go to the run folder."""
@@ -240,8 +254,8 @@ class Trainer:
         self.observer.on_row(row)
 
 
-def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The environment's full id, and its arguments for training and for evaluation.
+def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The environment's full id, its arguments for training and for evaluation, and what `rewards_of` needs of it.
 
     Both are made once, and closed, so that a bad setting is found before a model is loaded.
     """
@@ -249,9 +263,14 @@ def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, An
     args = {"tokenizer": config.model, **config.env_args}
     env = make(env_id, **args)
     eval_args = args | dict(getattr(env.unwrapped, "eval_args", {})) | dict(config.eval.env_args)
+    most = config.sampling.max_tokens
+    scoring = {
+        "weights": getattr(env.unwrapped, "reward_weights", {}),
+        "limit": min(most, getattr(env.unwrapped, "max_tokens", most)),
+    }
     env.close()
     make(env_id, **eval_args).close()
-    return env_id, args, eval_args
+    return env_id, args, eval_args, scoring
 
 
 def default_folder(env: str) -> Path:

@@ -192,6 +192,20 @@ def test_a_cut_episode_is_trained_unless_masked() -> None:
     assert [s.advantage for s in samples(groups, advantages, train_truncated=False)] == [1.0, 3.0]
 
 
+def test_credit_by_turn_reaches_the_tokens_of_that_turn() -> None:
+    groups = [group_of(StopReason.ANSWERED, StopReason.ENV_ERROR), group_of(StopReason.ANSWERED, StopReason.ANSWERED)]
+    credit = np.array([[[1.0, -2.0], [9.0, 9.0]], [[0.0, 0.0], [3.0, 0.0]]])
+    made = samples(groups, credit)
+    batch = pack(made, max_tokens=100, skip_zero=True)
+    assert [m.advantages.tolist() for m in batch.micro] == [[1, 1, 1, -2, -2, 3, 3, 3, 0, 0]]
+    assert (batch.tokens, batch.episodes) == (15, 3)
+    rewritten = Turn(np.arange(30, 34, dtype=np.int32), groups[0].episodes[0].turns[1].completion, 0.0)
+    apart = Episode("e", 7, (groups[0].episodes[0].turns[0], rewritten), StopReason.ANSWERED)
+    first, second = samples([Group(7, (apart,))], np.array([[[1.0, -2.0]]]))
+    assert set(first.advantage[first.row.trained]) == {1}
+    assert set(second.advantage[second.row.trained]) == {-2}
+
+
 def test_tool_tokens_are_never_targets() -> None:
     """Changing a tool's answer changes contexts, but the trained tokens stay the same five."""
     for tool in ((50, 51), (52, 53, 54)):

@@ -19,6 +19,7 @@ from llm_gym.harness.batching import NORMALISERS, Batch, Sample, pack
 from llm_gym.harness.learner import Learner, OptimizerConfig, clip_gradients, lr_factor, parameter_groups
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig, prepare
+from llm_gym.harness.streams import Streams
 
 LENGTHS = [24, 6, 17, 9, 31, 4, 12, 9]
 
@@ -438,9 +439,9 @@ def test_a_custom_loss_by_import_path() -> None:
     assert a.keys() == b.keys()
 
 
-def reinforce(new: Tensor, old: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def reinforce(s: Streams, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The plainest policy gradient."""
-    return -new * advantages, {}
+    return -s.logprobs * s.advantages, {}
 
 
 def test_an_id_outside_the_vocabulary_is_refused() -> None:

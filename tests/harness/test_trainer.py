@@ -134,10 +134,10 @@ def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
     episodes = run.collect(run.draw_seeds())
     broken = [dataclasses.replace(e, stop_reason=StopReason.ENV_ERROR) for e in episodes[:4]]
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    batch = run.pack(group([*broken, *episodes[4:]], 4))
+    (batch,) = run.batches(group([*broken, *episodes[4:]], 4))
     assert batch.episodes == 4
     assert batch.tokens == sum(e.tokens_generated for e in episodes[4:])
-    run.learner.step(run.pack(group([*broken, *broken], 4)))
+    run.learner.step(*run.batches(group([*broken, *broken], 4)))
     assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
     run.close()
 

@@ -1,0 +1,70 @@
+"""The pull towards a reference model: estimators of KL(policy || reference), and terms with its gradient.
+
+Estimators from one sampled token: http://joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llm_gym.harness.named import by_name
+from llm_gym.harness.streams import same_shape, to_go
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(policy / reference): unbiased value, may be negative, large spread."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(policy / reference)^2 / 2: slightly biased value, small spread."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """reference / policy - 1 - log(reference / policy): unbiased value, never negative, small spread."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kind: str) -> Tensor:
+    """A per-token term [M] whose value is the estimator `kind`, and whose gradient is the reverse KL's.
+
+    Differentiating an estimator as it stands (as many trainers do) gives, for tokens sampled from the
+    policy itself: k1, zero in expectation; k3, the gradient of the FORWARD KL(reference || policy);
+    k2, the gradient of the reverse KL, which is the wanted one (https://arxiv.org/abs/2506.09477).
+
+    The reverse KL is E_policy[k1], so its gradient is E[(k1 + c) * grad log policy] for any constant c.
+    With off-policy tokens the expectation is reweighted by ratio = policy / sampler:
+
+    - `k1`: ratio * k1, differentiated. Gradient ratio * (k1 + 1) * grad log p, unbiased.
+    - `k2`: ratio.detach() * k2, differentiated. Gradient ratio * k1 * grad log p: k1's, less its zero-mean part.
+    - `k3`: ratio * k3, differentiated. The ratio is what is missing in GRPO's formula; with it the gradient is
+      (ratio * k1 + zero-mean terms) * grad log p, unbiased too.
+
+    All three have the same expected gradient, exactly that of KL(policy || reference) at each state visited.
+    What a token does to the KL of LATER states is left out; `kl_to_go` has it.
+    """
+    same_shape(logprobs, old_logprobs, ref_logprobs)
+    estimate = by_name("loss.kl", kind, KL)(logprobs, ref_logprobs)
+    ratio = torch.exp(logprobs - old_logprobs)
+    term: Tensor = (ratio.detach() if kind == "k2" else ratio) * estimate
+    return term
+
+
+def kl_to_go(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor) -> Tensor:
+    """log(policy / reference) of each token and all later ones of its sequence, summed, [M]; no gradient.
+
+    Taken off the advantages (times a weight) it is the KL in the reward: as grad KL(sequences) =
+    E[sum_t grad log p_t * sum_{s >= t} k1_s], the policy gradient then is that of the expected reward less the
+    weighted KL of whole sequences. Only k1 may be used so: other estimators' sums are not that KL
+    (https://arxiv.org/abs/2506.09477).
+    """
+    same_shape(logprobs, ref_logprobs, sequence)
+    return to_go(k1(logprobs.detach(), ref_logprobs), sequence)
