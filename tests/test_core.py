@@ -26,6 +26,23 @@ def test_every_token_has_the_version_that_sampled_it() -> None:
     assert row.versions.dtype == np.int32
 
 
+def test_rewritten_history_opens_a_new_row() -> None:
+    """A template that drops thinking from earlier turns: both contexts are trained as they were, none is masked."""
+
+    def turn(prompt: Ids, *sampled: int) -> Turn:
+        return Turn(prompt, Completion(ids(*sampled), np.zeros(len(sampled), np.float32), "stop"), 0.0)
+
+    thought = turn(ids(1, 2), 7, 7, 8)
+    rewritten = turn(ids(1, 2, 8, 3), 9)
+    extended = turn(ids(1, 2, 8, 3, 9, 4), 5, 6)
+    first, second = Episode("e", 0, (thought, rewritten, extended), StopReason.ANSWERED).rows()
+    assert first.tokens.tolist() == [1, 2, 7, 7, 8]
+    assert second.tokens.tolist() == [1, 2, 8, 3, 9, 4, 5, 6]
+    assert first.turns.tolist() == [-1, -1, 0, 0, 0]
+    assert second.turns.tolist() == [-1, -1, -1, -1, 1, -1, 2, 2]
+    assert [row.trained.sum() for row in (first, second)] == [3, 3]
+
+
 @given(st.lists(st.integers(0, 4), max_size=4).map(sorted))
 def test_an_episode_survives_json(starts: list[int]) -> None:
     episode = played(tuple((start, 4 + i) for i, start in enumerate(starts)))

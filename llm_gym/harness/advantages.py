@@ -98,7 +98,10 @@ def turn_norm(turns: Floats) -> Floats:
     """
     to_go = np.flip(np.nancumsum(np.flip(turns, axis=-1), axis=-1), axis=-1)
     to_go[np.isnan(turns)] = np.nan
-    return np.stack([group_norm(to_go[..., t]) for t in range(turns.shape[-1])], axis=-1)
+    credit = np.zeros(turns.shape)
+    for t in range(turns.shape[-1]):
+        credit[..., t] = group_norm(to_go[..., t])
+    return credit
 
 
 def none(returns: Floats) -> Floats:

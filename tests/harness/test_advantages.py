@@ -129,6 +129,7 @@ def test_turn_norm_closed_form() -> None:
     second = group_norm(np.array([[2.0, 1.0, NAN, NAN]]))[0]
     np.testing.assert_allclose(turn_norm(turns), [np.stack([first, second], axis=-1)], rtol=1e-12)
     assert turn_norm(turns)[0, 2].tolist()[1] == 0
+    assert turn_norm(np.empty((2, 3, 0))).shape == (2, 3, 0)
 
 
 def test_a_reward_in_the_first_turn_is_no_credit_of_the_second() -> None:

@@ -1,0 +1,389 @@
+"""Bugs that published trainers have had, each as a change of our source and the test that must then fail.
+
+`tests/heavy/test_mutations.py` plants them one at a time in a copy of the package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One planted bug."""
+
+    bug: str
+    """What goes wrong."""
+    file: str
+    """Where it is planted, below llm_gym/."""
+    old: str
+    """Source text, there exactly once."""
+    new: str
+    """What replaces it."""
+    tests: tuple[str, ...]
+    """Tests below tests/ that must fail."""
+
+
+MUTANTS = (
+    Mutant(
+        "the loss depends on how the batch is split: each micro-batch is averaged on its own",
+        "harness/learner.py",
+        "loss = (batch.weight * per_token).sum()",
+        "loss = per_token.mean()",
+        (
+            "harness/test_learner.py::test_the_gradient_does_not_depend_on_the_layout",
+            "harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[dapo-]",
+        ),
+    ),
+    Mutant(
+        "the denominator is that of a micro-batch, not of the step",
+        "harness/batching.py",
+        "np.repeat([row.weight for row in rows], trained)",
+        "np.full(sum(trained), 1.0 / sum(trained))",
+        ("harness/test_batching.py::test_weights_do_not_depend_on_budget_or_order",),
+    ),
+    Mutant(
+        "unequal lengths: a mean of means instead of a mean over tokens",
+        "harness/batching.py",
+        "np.full(len(counts), 1.0 / max(1, counts.sum()))",
+        "1.0 / (max(1, len(counts)) * np.maximum(counts, 1))",
+        ("harness/test_batching.py::test_ten_against_a_thousand_tokens",),
+    ),
+    Mutant(
+        "a group of one or without spread gets a rounding error, amplified, or NaN",
+        "harness/advantages.py",
+        "return np.where(np.isnan(returns) | (low >= high), 0.0, advantages)",
+        "return np.where(np.isnan(returns), 0.0, advantages)",
+        ("harness/test_advantages.py::test_a_group_without_signal_is_exactly_zero",),
+    ),
+    Mutant(
+        "a missing reward poisons its group",
+        "harness/advantages.py",
+        "mean = np.nanmean(returns, axis=1, keepdims=True)",
+        "mean = np.mean(returns, axis=1, keepdims=True)",
+        ("harness/test_advantages.py::test_failed_episodes_get_zero_and_leave_the_baseline_alone",),
+    ),
+    Mutant(
+        "advantages cross groups: one baseline for all",
+        "harness/advantages.py",
+        "mean = np.nanmean(returns, axis=1, keepdims=True)",
+        "mean = np.nanmean(returns)",
+        ("harness/test_advantages.py::test_centred_advantages_sum_to_zero",),
+    ),
+    Mutant(
+        "a failed rollout shifts the credit of those behind it",
+        "harness/batching.py",
+        "for episode, credit in zip(group.episodes, credits, strict=True):",
+        "for episode, credit in zip([e for e in group.episodes if not e.stop_reason.failed], credits):",
+        ("harness/test_batching.py::test_failed_episodes_leave_no_token_and_shift_nobody",),
+    ),
+    Mutant(
+        "a failed rollout counts as reward 0",
+        "harness/rewards.py",
+        "        if episode.stop_reason.failed:\n            continue\n",
+        "",
+        ("harness/test_rewards.py::test_the_arrays",),
+    ),
+    Mutant(
+        "an episode of several rows counts several times",
+        "harness/batching.py",
+        "np.unique([s.episode for s in kept], return_inverse=True)",
+        "np.unique(np.arange(len(kept)), return_inverse=True)",
+        ("harness/test_batching.py::test_an_episode_of_three_rows_counts_once",),
+    ),
+    Mutant(
+        "the clip is inverted for negative advantages",
+        "harness/losses.py",
+        "return torch.maximum(plain, clipped), metrics",
+        "return torch.where(advantages > 0, torch.maximum(plain, clipped), torch.minimum(plain, clipped)), metrics",
+        ("harness/test_losses.py::test_clip_is_ppo_s_for_either_sign_of_the_advantage",),
+    ),
+    Mutant(
+        "labels are not shifted",
+        "harness/batching.py",
+        "target=flat((s.row.tokens[s.row.trained] for s in samples), np.int64),",
+        "target=flat((s.row.tokens[np.flatnonzero(s.row.trained) - 1] for s in samples), np.int64),",
+        ("harness/test_learner.py::test_log_probabilities_are_transformers_own",),
+    ),
+    Mutant(
+        "position ids start again behind a shared prompt",
+        "harness/batching.py",
+        "flat((piece.position + np.arange(len(piece.tokens)) for piece in pieces), np.int64)",
+        "flat((np.arange(len(piece.tokens)) for piece in pieces), np.int64)",
+        ("harness/test_sharing.py::test_every_trained_token_keeps_its_context",),
+    ),
+    Mutant(
+        "position ids count the padding on the left",
+        "policies/forward.py",
+        "            position_ids=seen,\n",
+        "            position_ids=torch.arange(ids.shape[1], device=device).expand(ids.shape) + seen[:, :1],\n",
+        ("policies/test_transformers.py::TestBatching::test_company_changes_nothing",),
+    ),
+    Mutant(
+        "packed rows leak into each other",
+        "harness/packing.py",
+        "blocks = [_block(part, device) for part in _runs(lengths[:roots])]",
+        "blocks = [_block([sum(lengths[:roots])], device)]",
+        ("harness/test_model.py::test_sequences_cannot_see_each_other",),
+    ),
+    Mutant(
+        "pad == eos: the final stop token is masked away",
+        "core.py",
+        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n",
+        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n"
+        "        trained[span.stop - 1] = False\n",
+        ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
+    ),
+    Mutant(
+        "only the first of several EOS ids ends a completion",
+        "policies/model.py",
+        "found.update([ids] if isinstance(ids, int) else ids or ())",
+        "found.update([ids] if isinstance(ids, int) else (ids or ())[:1])",
+        ("policies/test_transformers.py::TestLimits::test_the_models_own_stop_tokens_are_the_default",),
+    ),
+    Mutant(
+        "a truncated episode is taken for a terminated one",
+        "rollout.py",
+        "return StopReason.TOKEN_LIMIT if cut and reason is StopReason.ANSWERED else reason",
+        "return reason",
+        ("test_rollout.py::TestRequests::test_a_cut_completion_is_graded_and_ends_the_episode_as_truncated",),
+    ),
+    Mutant(
+        "truncated episodes are trained where they should be masked",
+        "harness/batching.py",
+        "(not train_truncated and episode.stop_reason in cut)",
+        "False",
+        ("harness/test_batching.py::test_a_cut_episode_is_trained_unless_masked",),
+    ),
+    Mutant(
+        "tool tokens are trained",
+        "core.py",
+        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n",
+        "        trained[len(turns[0][1].prompt) : span.stop], logprobs[span] = True, turn.completion.logprobs\n",
+        ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
+    ),
+    Mutant(
+        "sampled text is tokenised again",
+        "env.py",
+        "context = np.concatenate([self._context, action, self.chat.extend(action, list(reply.messages))])",
+        "action = self.chat.encode_reply(self.chat.text(action))\n"
+        "            context = np.concatenate([self._context, action, self.chat.extend(action, list(reply.messages))])",
+        ("test_env.py::test_sampled_tokens_are_never_encoded_again",),
+    ),
+    Mutant(
+        "the newline between a stop token and the next message is lost",
+        "chat.py",
+        "ids = self._coder.encode(text[at:])",
+        'ids = self._coder.encode(text[at:].replace(plan.terminator + "\\n", plan.terminator, 1))',
+        ("test_chat.py::test_the_newline_behind_a_sampled_stop_token_is_kept",),
+    ),
+    Mutant(
+        "an empty list of tools is not None",
+        "chat.py",
+        "self.tools = list(tools) if tools else None",
+        "self.tools = list(tools) if tools is not None else None",
+        ("test_chat.py::test_empty_tools_are_no_tools",),
+    ),
+    Mutant(
+        "history that the template rewrote is trained as if it had been the context",
+        "core.py",
+        "if not rows or not is_prefix(known, turn.prompt):",
+        "if not rows:",
+        ("test_core.py::test_rewritten_history_opens_a_new_row",),
+    ),
+    Mutant(
+        "the temperature is missing from the learner's log-probabilities",
+        "harness/learner.py",
+        "temperature=temperature / body.scale",
+        "temperature=1.0 / body.scale",
+        ("harness/test_learner.py::test_right_after_a_sync_the_ratio_is_one_at_any_temperature",),
+    ),
+    Mutant(
+        "top-p sampling is trained on as if it were the full distribution",
+        "harness/config.py",
+        "if not self.sampling.full_support:",
+        "if not self.sampling.temperature > 0:",
+        ("harness/test_config.py::test_mistakes_are_named",),
+    ),
+    Mutant(
+        "logits in half precision",
+        "harness/logprobs.py",
+        "self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32",
+        "self.exact = hidden.dtype",
+        ("harness/test_logprobs.py::test_bfloat16_inputs_lose_nothing_more",),
+    ),
+    Mutant(
+        "master weights in bfloat16",
+        "harness/model.py",
+        "from_pretrained(source, config=config, dtype=dtype)",
+        "from_pretrained(source, config=config, dtype=torch.bfloat16)",
+        ("harness/test_model.py::test_export_in_bfloat16_loads_as_float32",),
+    ),
+    Mutant(
+        "k1 or k3 put in the loss as they stand",
+        "harness/kl.py",
+        'term: Tensor = (ratio.detach() if kind == "k2" else ratio) * estimate',
+        "term: Tensor = estimate",
+        ("harness/test_kl.py::test_every_kl_term_has_the_gradient_of_the_reverse_kl",),
+    ),
+    Mutant(
+        "the KL in the reward leaves out the states that a token leads to",
+        "harness/kl.py",
+        "return to_go(k1(logprobs.detach(), ref_logprobs), sequence)",
+        "return k1(logprobs.detach(), ref_logprobs)",
+        ("harness/test_kl.py::test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences",),
+    ),
+    Mutant(
+        "dropout is active in log-probabilities",
+        "harness/learner.py",
+        "self.model = model.eval()",
+        "self.model = model.train()",
+        ("harness/test_learner.py::test_dropout_never_acts",),
+    ),
+    Mutant(
+        "merging an adapter drifts the base",
+        "harness/model.py",
+        "plain = copy.deepcopy(model)",
+        "plain = model",
+        ("harness/test_model.py::test_a_hundred_merges_leave_the_base_bit_equal",),
+    ),
+    Mutant(
+        "weights are synced in part without notice",
+        "policies/model.py",
+        "if missing := sorted(name for name, parameter in every.items() if id(parameter) not in covered):",
+        "if missing := []:",
+        ("policies/test_transformers.py::TestWeights::test_load_is_all_or_nothing[missing]",),
+    ),
+    Mutant(
+        "tied embeddings are missed by a sync",
+        "policies/model.py",
+        "            every[name].copy_(tensor)\n",
+        '            every[name].copy_(tensor) if "embed" not in name else None\n',
+        ("policies/test_transformers.py::TestWeights::test_a_tied_head_follows_its_embedding",),
+    ),
+    Mutant(
+        "the prefix cache survives a weight update",
+        "policies/transformers.py",
+        '        self._refuse_in_flight("refresh")\n        self._engine.clear()\n',
+        '        self._refuse_in_flight("refresh")\n',
+        ("policies/test_transformers.py::TestWeights::test_weights_changed_in_place_are_served_after_refresh",),
+    ),
+    Mutant(
+        "versions are mixed inside a completion without notice",
+        "core.py",
+        "versions[span], of_turn[span] = turn.completion.versions, index",
+        "versions[span], of_turn[span] = turn.completion.version, index",
+        ("test_core.py::test_every_token_has_the_version_that_sampled_it",),
+    ),
+    Mutant(
+        "the ratio is clipped and importance-weighted twice",
+        "harness/learner.py",
+        "return proximal, *importance_weights(",
+        "return sampler, *importance_weights(",
+        ("harness/test_corrections.py::test_a_mismatch_inside_every_bound_is_counted_once",),
+    ),
+    Mutant(
+        "old log-probabilities follow the model from update to update",
+        "harness/trainer.py",
+        "batches = [self.learner.remember(batch, temperature=temperature) for batch in batches]",
+        "pass",
+        ("harness/test_updates.py::test_minibatches_share_out_the_groups_and_epochs_repeat_them",),
+    ),
+    Mutant(
+        "every step replays the same tasks",
+        "harness/trainer.py",
+        "np.random.SeedSequence([self.config.seed, self.step])",
+        "np.random.SeedSequence([self.config.seed])",
+        ("harness/test_trainer.py::test_training_seeds_and_evaluation_seeds_never_meet",),
+    ),
+    Mutant(
+        "a resumed run serves the weights it started from",
+        "harness/weights.py",
+        "copy_weights(learner.model, tensors.items())",
+        "pass",
+        ("harness/test_trainer.py::test_interrupted_and_resumed_is_uninterrupted[4-2-extra1]",),
+    ),
+    Mutant(
+        "a resumed run forgets its optimizer",
+        "harness/weights.py",
+        "learner.load_state_dict(torch.load(folder / STATE, weights_only=True))",
+        'learner.step_count = torch.load(folder / STATE, weights_only=True)["step"]',
+        ("harness/test_trainer.py::test_interrupted_and_resumed_is_uninterrupted[4-2-extra1]",),
+    ),
+    Mutant(
+        "the schedule is stepped per micro-batch",
+        "harness/learner.py",
+        "            sums = self._backward(micro.to(self.device), temperature)\n",
+        "            sums = self._backward(micro.to(self.device), temperature)\n            self.step_count += 1\n",
+        ("harness/test_learner.py::test_the_schedule_counts_optimizer_steps_not_micro_batches",),
+    ),
+    Mutant(
+        "metrics are means of micro-batch means",
+        "harness/learner.py",
+        "name: float(stream.sum()) for name, stream in streams.items()",
+        "name: float(stream.mean()) for name, stream in streams.items()",
+        ("harness/test_learner.py::test_metrics_do_not_depend_on_the_split",),
+    ),
+    Mutant(
+        "collection favours short episodes: it returns those that ended first",
+        "rollout.py",
+        "            episode = episodes[index] = await self._play(job)\n",
+        "            episode = await self._play(job)\n            episodes[episodes.index(None)] = episode\n",
+        ("test_rollout.py::TestOrder::test_episodes_are_seed_major_and_complete",),
+    ),
+    Mutant(
+        "norms, biases and adapters are decayed",
+        "harness/learner.py",
+        'elif parameter.ndim >= 2 and "lora_" not in name:',
+        "elif parameter.requires_grad:",
+        (
+            "harness/test_learner.py::test_parameter_groups_read_back",
+            "harness/test_learner.py::test_adapters_are_never_decayed_and_the_base_is_in_no_group",
+        ),
+    ),
+    Mutant(
+        "the gradient norm is measured but never clipped",
+        "harness/learner.py",
+        "nn.utils.clip_grad_norm_(with_gradient, bound or math.inf)",
+        "nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])",
+        (
+            "harness/test_learner.py::test_the_norm_after_clipping_keeps_the_bound",
+            "harness/test_learner.py::test_the_step_uses_the_clipped_gradient",
+        ),
+    ),
+    Mutant(
+        "a call that blocks holds up every other episode",
+        "rollout.py",
+        'self._blocking = bool(seat.env.metadata.get("blocking", False))',
+        "self._blocking = False",
+        ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
+    ),
+    Mutant(
+        "the seed is accepted and ignored",
+        "env.py",
+        "super().reset(seed=None if seed is None else operator.index(seed))",
+        "super().reset(seed=None)",
+        ("test_env.py::test_the_task_is_fixed_by_the_seed_or_named_by_the_options",),
+    ),
+    Mutant(
+        "the terminal observation is lost on autoreset",
+        "vector.py",
+        'final = {"final_obs": obs, "final_info": info}',
+        'final = {"final_obs": None, "final_info": info}',
+        ("test_vector.py::test_the_last_observation_and_info_survive_a_reset_in_the_same_step",),
+    ),
+    Mutant(
+        "the reset observation is dropped: every context starts empty",
+        "rollout.py",
+        "            prompt = np.array(context, np.int32)\n",
+        "            prompt = np.array(context if tale.turns else context[:1], np.int32)\n",
+        ("test_rollout.py::TestOrder::test_an_episode_is_its_ledger",),
+    ),
+)
+
+LATER = {
+    "unequal tokens per rank; unequal micro-batch counts per rank": "there is one process yet",
+    "weights written to an engine that sleeps": "CUDA only; in-process engines have tests in tests/heavy",
+    "the oldest-version bound is broken": "every rollout is synchronous yet: all tokens have the newest version",
+    "math grader off the main thread; a hung grade is a silent 0": "there is only the grader of numbers yet",
+}
+"""Bugs of the list whose feature does not exist yet, and why."""
