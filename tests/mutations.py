@@ -123,7 +123,24 @@ MUTANTS = (
         "harness/packing.py",
         "blocks = [_block(part, device) for part in _runs(lengths[:roots])]",
         "blocks = [_block([sum(lengths[:roots])], device)]",
-        ("harness/test_model.py::test_sequences_cannot_see_each_other",),
+        ("harness/test_model.py::test_packed_logits_are_transformers_own",),
+    ),
+    Mutant(
+        "completions read the prompt of another group",
+        "harness/packing.py",
+        "prefix = _prefix(lengths, parents[done : done + len(part)], part, device)",
+        "prefix = _prefix(lengths, parents[roots : roots + len(part)], part, device)",
+        (
+            "harness/test_sharing.py::test_the_gradient_is_that_of_plain_rows",
+            "harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",
+        ),
+    ),
+    Mutant(
+        "an environment takes a cut completion for an answer",
+        "env.py",
+        "if int(action[-1]) not in self._stop_ids and len(action) >= self._room():",
+        "if not reply.done and int(action[-1]) not in self._stop_ids and len(action) >= self._room():",
+        ("test_env.py::test_a_cut_completion_is_graded_and_ends_the_episode",),
     ),
     Mutant(
         "pad == eos: the final stop token is masked away",
@@ -145,7 +162,7 @@ MUTANTS = (
         "rollout.py",
         "return StopReason.TOKEN_LIMIT if cut and reason is StopReason.ANSWERED else reason",
         "return reason",
-        ("test_rollout.py::TestRequests::test_a_cut_completion_is_graded_and_ends_the_episode_as_truncated",),
+        ("test_rollout.py::TestRequests::test_what_an_environment_takes_for_an_answer_is_none_if_it_was_cut",),
     ),
     Mutant(
         "truncated episodes are trained where they should be masked",

@@ -166,6 +166,13 @@ class TestRequests:
             assert episode.reward == 1.0
             assert len(episode.turns) == 1
 
+    def test_what_an_environment_takes_for_an_answer_is_none_if_it_was_cut(self):
+        """`sampling.max_tokens` is below the environment's own: only the policy knows that the reply was cut."""
+        policy = ScriptedPolicy(["Answer: 1, and then on and on"], llm_gym.Chat(llm_gym.load_tokenizer(None)))
+        episode = rollout("Arithmetic-v0", policy, seeds=[0], sampling=Sampling(max_tokens=4))[0]
+        assert len(episode.turns[0].completion.tokens) == 4
+        assert episode.stop_reason is StopReason.TOKEN_LIMIT
+
 
 class TestFailures:
     @settings(deadline=None, max_examples=80)
