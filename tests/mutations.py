@@ -130,10 +130,7 @@ MUTANTS = (
         "harness/packing.py",
         "prefix = _prefix(lengths, parents[done : done + len(part)], part, device)",
         "prefix = _prefix(lengths, parents[roots : roots + len(part)], part, device)",
-        (
-            "harness/test_sharing.py::test_the_gradient_is_that_of_plain_rows",
-            "harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",
-        ),
+        ("harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",),
     ),
     Mutant(
         "an environment takes a cut completion for an answer",

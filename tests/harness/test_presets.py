@@ -116,6 +116,7 @@ LAYOUTS: dict[str, Callable[..., Batch]] = {
     "packed": lambda rows, **how: pack(rows, max_tokens=50, **how),
     "shuffled": lambda rows, **how: pack([rows[i] for i in (3, 0, 7, 5, 1, 6, 2, 4)], max_tokens=60, **how),
     "prefix-shared": lambda rows, **how: pack(rows, max_tokens=70, share=True, **how),
+    "both prompts shared": lambda rows, **how: pack(rows, max_tokens=10**6, share=True, **how),
 }
 
 
