@@ -135,8 +135,8 @@ MUTANTS = (
     Mutant(
         "an environment takes a cut completion for an answer",
         "env.py",
-        "if int(action[-1]) not in self._stop_ids and len(action) >= self._room():",
-        "if not reply.done and int(action[-1]) not in self._stop_ids and len(action) >= self._room():",
+        "len(action) >= self._room()",
+        "len(action) > self._room()",
         ("test_env.py::test_a_cut_completion_is_graded_and_ends_the_episode",),
     ),
     Mutant(
