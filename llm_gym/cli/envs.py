@@ -51,8 +51,8 @@ def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     yield "\n".join(["Arguments (--env-arg NAME=VALUE):", *(_hang(row, width + 4) for row in rows)])
     if unseen := getattr(cls, "eval_args", None):
         yield "Unseen problems: " + ", ".join(f"{k}={v}" for k, v in unseen.items())
-    needs_data = "dataset" in known and known["dataset"].default is not None
-    yield from _example(full, {"dataset": "sample", **given} if needs_data else given, say)
+    hub = "dataset" in known and isinstance(known["dataset"].default, str)  # such environments ship a sample
+    yield from _example(full, {"dataset": "sample", **given} if hub else given, say)
 
 
 def _prose(cls: type) -> Iterator[str]:

@@ -34,7 +34,7 @@ def test_the_example_is_a_real_episode() -> None:
 
 
 def test_what_an_example_needs() -> None:
-    assert "needs reward" in said("Dataset-v0")
+    assert "needs dataset" in said("Dataset-v0")
 
 
 def test_data_that_ships_is_the_example() -> None:

@@ -18,7 +18,7 @@ BAD = {
     "an argument's type": ("train --env-arg digits_max=x", ("Arithmetic-v0", "'digits_max': 'x'")),
     "an argument's value": ("train --env-arg split=tset", ("split", "'tset'", "'test'")),
     "an argument's form": ("train --env-arg digits_max", ("--env-arg", "'digits_max'", "key=value")),
-    "a missing argument": ("train --env Dataset-v0", ("dataset", "reward")),
+    "a missing argument": ("train --env Dataset-v0", ("needs dataset", "--env-arg dataset=")),
     "a data set": ("train --env GSM8K-v0 --env-arg dataset={tmp}/qb.jsonl", ("dataset", "qb.jsonl", "qa.jsonl")),
     "a column": (QA.replace("question", "questin") + " --env-arg reward=math:sqrt", ("'questin'", "'question'")),
     "a reward's module": (QA + " --env-arg reward=no_such_module:f", ("reward", "'no_such_module:f'")),

@@ -1,6 +1,6 @@
 """Train with a loss and an advantage of your own: two functions, named by where they are.
 
-python examples/04_own_loss.py
+python examples/05_own_loss.py
 """
 
 import tempfile
