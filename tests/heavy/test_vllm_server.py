@@ -17,11 +17,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+import engine_checks
 import numpy as np
 import peft
 import psutil
 import pytest
 import torch
+from engine_checks import contexts
 
 from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError, PolicyError
@@ -89,11 +91,6 @@ def moved(seed: int) -> torch.nn.Module:
     return model
 
 
-def contexts(count: int) -> list[Ids]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(10, 500, rng.integers(4, 100)).astype(np.int32) for _ in range(count)]
-
-
 def gaps(
     model: torch.nn.Module, episodes: list[Episode], temperature: float = 1.0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -145,13 +142,19 @@ def test_arguments_are_looked_at_before_anything_starts() -> None:
     assert {"--enable-scale-out", "--enable-prefix-caching"} <= set(line)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6}, {"temperature": 1.3}])
-def test_log_probabilities_are_the_learners(policy, model, sampling) -> None:
-    prompts = contexts(16)
-    completions = policy.generate(prompts, Sampling(max_tokens=40, stop_token_ids=(), **sampling), seeds=range(16))
-    assert sum(len(c.tokens) for c in completions) == 640
-    assert worst(model, played(prompts, completions), sampling.get("temperature", 1.0)) <= 1e-4
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize(("temperature", "filters"), engine_checks.COMBINATIONS)
+def test_4096_tokens_agree(policy, model, temperature: float, filters: str, updated: bool) -> None:
+    """With the server's own weights, and after an update."""
+    if updated:
+        model = moved(8)
+        policy.load(model.state_dict().items(), version=1)
+    prompts, how = engine_checks.contexts(64), engine_checks.sampling(temperature, filters)
+    completions = policy.generate(prompts, how, seeds=range(64))
+    assert sum(len(c.tokens) for c in completions) == 4096
     assert {c.finish_reason for c in completions} == {"length"}
+    assert {int(v) for c in completions for v in c.versions} == {int(updated)}
+    assert engine_checks.worst(model, prompts, completions, how) <= engine_checks.TOLERANCE
 
 
 def test_seeds_decide_and_stop_tokens_stay(policy) -> None:
