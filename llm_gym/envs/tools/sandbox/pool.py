@@ -1,0 +1,166 @@
+"""The process-wide store of sandboxes and of sessions that are ready before anybody asks."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+
+from llm_gym.envs.tools.sandbox import tiers
+from llm_gym.envs.tools.sandbox.inside import confine
+from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox.limits import Limits
+from llm_gym.envs.tools.sandbox.sandbox import START_SECONDS, Handle, Sandbox, SandboxError, launch
+from llm_gym.errors import SettingError, unknown
+
+logger = logging.getLogger(__name__)
+
+ORDER = ("bubblewrap", "namespaces", "landlock", "none")
+LEAST_READY, MOST_READY = 2, 16
+"""Sessions kept ready: a quarter of those in use, within these bounds."""
+
+Spawn = Callable[[Sandbox, Limits], Handle]
+"""Orders one session; what tells the kinds of session apart."""
+
+_lock = threading.RLock()
+_reasons: dict[str, str] = {}
+_sandboxes: dict[str, Sandbox] = {}
+_ready: dict[Hashable, deque[Handle]] = {}
+_in_use: dict[Hashable, int] = {}
+
+
+def missing(name: str) -> str:
+    """Why this machine cannot isolate in the way `name`; empty if it can. Tried once, for real."""
+    with _lock:
+        if name not in _reasons:
+            _reasons[name] = _try(name)
+        return _reasons[name]
+
+
+def _try(name: str) -> str:
+    if name == "none":
+        return ""
+    if not sys.platform.startswith("linux"):
+        return "only Linux has it"
+    if name == "bubblewrap" and shutil.which("bwrap") is None:
+        return "there is no program `bwrap` on the PATH"
+    if name == "landlock" and not confine.landlock_abi():
+        return "this kernel has no Landlock"
+    control, process = launch(tiers.TIERS[name], only_check=True)
+    try:
+        message = control.receive()[0] if poll([control], START_SECONDS) else None
+    finally:
+        control.close()
+        process.wait()
+    if message is None:
+        return "its first process could not start"
+    return str(message.get("why", "")).strip().rpartition("\n")[2]
+
+
+def tier(sandbox: str = "auto") -> tiers.Tier:
+    """The kind of isolation that `sandbox` means on this machine.
+
+    Args:
+        sandbox: `auto`: the best there is; `required`: the best, but not `none`; or a tier by name.
+
+    Raises:
+        SettingError: there is no such tier, or this machine does not allow it.
+    """
+    if sandbox in ORDER:
+        if reason := missing(sandbox):
+            raise SettingError(f"sandbox: {sandbox!r} does not work here: {reason}.")
+        return tiers.TIERS[sandbox]
+    if sandbox not in ("auto", "required"):
+        raise SettingError(unknown("sandbox", sandbox, ("auto", "required", *ORDER)))
+    found = next(name for name in ORDER if not missing(name))
+    if found == "none" and sandbox == "required":
+        reasons = "; ".join(f"{name}: {missing(name)}" for name in ORDER[:-1])
+        raise SettingError(f"sandbox: 'required', but this machine allows none ({reasons}).")
+    return tiers.TIERS[found]
+
+
+def take(spawn: Spawn, chosen: tiers.Tier, limits: Limits) -> Handle:
+    """A session that nobody has used, ready for its first cell; more are ordered for those to come.
+
+    Raises:
+        SandboxError: none could be started.
+    """
+    key = (spawn, chosen.name, limits)
+    with _lock:
+        sandbox = _sandbox(chosen)
+        ready = _ready.setdefault(key, deque())
+        in_use = _in_use[key] = _in_use.get(key, 0) + 1
+        wanted = 1 + max(LEAST_READY, min(MOST_READY, in_use // 4))
+        while len(ready) < wanted:
+            ready.append(spawn(sandbox, limits))
+        handle = ready.popleft()
+    try:
+        handle.wait_ready()
+        if handle.alive():
+            return handle
+    except SandboxError:
+        handle.end()
+        give_back(spawn, chosen, limits)
+        raise
+    handle.end()
+    give_back(spawn, chosen, limits)
+    return take(spawn, chosen, limits)
+
+
+def give_back(spawn: Spawn, chosen: tiers.Tier, limits: Limits) -> None:
+    """One session fewer is in use."""
+    with _lock:
+        key = (spawn, chosen.name, limits)
+        _in_use[key] = max(0, _in_use.get(key, 0) - 1)
+
+
+def _sandbox(chosen: tiers.Tier) -> Sandbox:
+    sandbox = _sandboxes.get(chosen.name)
+    if sandbox is not None and not sandbox.alive():
+        logger.warning("the sandbox (%s) ended; starting another.", chosen.name)
+        _forget(chosen.name)
+        sandbox = None
+    if sandbox is None:
+        if chosen.name == "none":
+            logger.warning("NO SANDBOX for model-written code: %s", chosen.why)
+        sandbox = _sandboxes[chosen.name] = Sandbox(chosen)
+    return sandbox
+
+
+def _forget(name: str) -> None:
+    for key in [key for key in _ready if isinstance(key, tuple) and key[1] == name]:
+        for handle in _ready.pop(key):
+            handle.end()
+    _sandboxes.pop(name).close()
+
+
+def shutdown() -> None:
+    """Ends every sandbox and every session in it. The next session starts afresh."""
+    with _lock:
+        for name in list(_sandboxes):
+            _forget(name)
+        _in_use.clear()
+
+
+def _after_fork() -> None:
+    """A forked child has nothing to do with its parent's sessions: it only lets go of them."""
+    global _lock
+    _lock = threading.RLock()
+    for sandbox in _sandboxes.values():
+        sandbox.control.close()
+        sandbox.process.returncode = 0  # not our child
+    for handle in (handle for handles in _ready.values() for handle in handles):
+        handle.abandon()
+    _sandboxes.clear()
+    _ready.clear()
+    _in_use.clear()
+
+
+atexit.register(shutdown)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,261 @@
+"""One sandbox per trainer and tier: the zygote's process, seen from the trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_gym.envs.tools.sandbox import tiers
+from llm_gym.envs.tools.sandbox.inside.wire import Channel, poll
+from llm_gym.envs.tools.sandbox.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+WARMED = ("numpy", "sympy")
+"""Packages that the zygote imports, where they are installed, so that no session has to."""
+START_SECONDS = 120.0
+END_SECONDS = 10.0
+
+
+class SandboxError(RuntimeError):
+    """The sandbox, or a session in it, could not be started."""
+
+
+@dataclass
+class Handle:
+    """A session's processes, seen from the trainer."""
+
+    lease: Channel
+    """Closing it ends the session."""
+    cells: Channel
+    """The conversation with the session itself."""
+    pidfd: int | None = None
+    ready: bool = False
+    namespaces: bool = False
+    ended: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Returns once the session takes cells; raises SandboxError."""
+        deadline = time.monotonic() + seconds
+        while not (self.ready and (self.pidfd is not None or sys.platform != "linux")):
+            if not self.lease.pending() and not poll([self.lease], deadline - time.monotonic()):
+                raise SandboxError(f"a session of the sandbox was not ready after {seconds:.0f} s.")
+            self._take()
+
+    def _take(self) -> None:
+        message, fds = self.lease.receive(fds=1)
+        if message is None or "error" in message or "exit" in message:
+            raise SandboxError(f"a session of the sandbox could not start: {(message or {}).get('error', 'it died')}")
+        if "pid" in message and fds:
+            self.pidfd = fds[0]
+        self.ready = self.ready or "ready" in message
+
+    def alive(self) -> bool:
+        """Whether its processes still run."""
+        return not self.ended and not (self.ready and poll([self.lease], 0))
+
+    def interrupt(self) -> None:
+        """SIGINT to the session's process group, relayed by its reaper."""
+        self.lease.send({"interrupt": True})
+
+    def end(self) -> None:
+        """Kills everything the session started and waits until it is gone. Twice is once."""
+        if self.ended:
+            return
+        self.ended = True
+        if self.namespaces and self.pidfd is not None:  # its pid 1: the kernel kills the rest
+            _kill(self.pidfd)
+        self.lease.sock.shutdown(2)  # a forked child of the trainer may hold it open
+        if self.pidfd is not None:
+            if not poll([self.pidfd], END_SECONDS):
+                logger.warning("a session of the sandbox did not end within %.0f s; killing its reaper.", END_SECONDS)
+                _kill(self.pidfd)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the descriptors without ending anything: for a forked child of the trainer."""
+        self.ended = True
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        self.lease.close()
+        self.cells.close()
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+class Sandbox:
+    """The zygote of one tier. Starting it takes about a second; a session then takes milliseconds."""
+
+    def __init__(self, tier: tiers.Tier) -> None:
+        self.tier = tier
+        self.namespaces = tier.name in ("bubblewrap", "namespaces")
+        self.root = os.geteuid() == 0
+        self._next_uid = 0
+        self.control, self.process = launch(tier, only_check=False)
+        message = self._hear()
+        if not message.get("ready"):
+            self.close()
+            raise SandboxError(f"the sandbox ({tier.name}) could not start: {message}")
+
+    def _hear(self) -> dict[str, Any]:
+        message: dict[str, Any] | None = {"checked": True}
+        while message is not None and message.get("checked"):
+            if not self.control.pending() and not poll([self.control], START_SECONDS):
+                return {"why": f"no answer for {START_SECONDS:.0f} s"}
+            message, _ = self.control.receive()
+        return message or {"why": "it died"}
+
+    def alive(self) -> bool:
+        """Whether the zygote still runs."""
+        return self.process.poll() is None
+
+    def spawn(self, personality: str, limits: Limits, fds: list[int] | None = None, **more: Any) -> Handle:
+        """Asks for a session and returns at once; `Handle.wait_ready` waits for it."""
+        lease, far_lease = Channel.pair()
+        cells, far_cells = Channel.pair()
+        self._next_uid += 1
+        request = {**session(self.tier, limits, self._next_uid), "personality": personality, **more}
+        sent = self.control.send(request, [far_lease.fileno(), far_cells.fileno(), *(fds or [])])
+        far_lease.close()
+        far_cells.close()
+        handle = Handle(lease, cells, namespaces=self.namespaces)
+        if not sent:
+            handle.end()
+            raise SandboxError(f"the sandbox ({self.tier.name}) has ended.")
+        return handle
+
+    def close(self) -> None:
+        """Ends the zygote and, in a full tier, every session with it."""
+        self.control.close()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def session(tier: tiers.Tier, limits: Limits, number: int) -> dict[str, Any]:
+    """What the zygote is told about one session, but its personality."""
+    root, reduced = os.geteuid() == 0, tier.name in ("landlock", "none")
+    uid = _first_uid() + number % 50_000 if root else None
+    keep_read = root and reduced and not tiers.own_uid(uid or 0)
+    if tier.name == "none" and keep_read:
+        uid, keep_read = None, False  # an identity of its own could not even import
+    resources = limits.resources()
+    if reduced and uid is None:
+        # The kernel counts every process of this user, not just the session's.
+        resources["NPROC"] += _threads_of_user()
+    return {
+        "limits": resources,
+        "disk": limits.disk,
+        "uid": uid,
+        "keep_read": keep_read,
+        "trainer_pid": os.getpid(),
+    }
+
+
+def _first_uid() -> int:
+    """The first of a range of user ids that nobody has; inside a container only low ones may exist."""
+    try:
+        with open("/proc/self/uid_map") as file:
+            spans = [tuple(int(word) for word in line.split()) for line in file]
+    except OSError:
+        return 200_000
+    return 200_000 if any(start <= 200_000 and start + count > 250_000 for start, _, count in spans) else 10_000
+
+
+def _threads_of_user() -> int:
+    uid, count = os.geteuid(), 0
+    if not os.path.isdir("/proc/self/task"):
+        return 4096
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
+                count += os.stat(f"/proc/{name}/task").st_nlink - 2
+        except OSError:
+            continue
+    return count
+
+
+def launch(tier: tiers.Tier, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
+    """Starts the zygote in a new session with a clean environment; never forks the trainer's memory.
+
+    The zygote is given the trainer's pidfd, so it ends with the trainer however that ends.
+    """
+    control, far = Channel.pair()
+    mounted = tier.name in ("bubblewrap", "namespaces")
+    command, environment = _command(tier, far.fileno(), mounted)
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=[far.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if os.environ.get("LLM_GYM_SANDBOX_DEBUG") else subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the terminal is the trainer's
+        )
+    finally:
+        far.close()
+    pidfds = [os.pidfd_open(os.getpid())] if hasattr(os, "pidfd_open") else []
+    control.send(_spec(tier, mounted, only_check), pidfds)
+    for fd in pidfds:
+        os.close(fd)
+    return control, process
+
+
+def _spec(tier: tiers.Tier, mounted: bool, only_check: bool) -> dict[str, Any]:
+    return {
+        "house": {
+            "namespaces": mounted,
+            "user_namespaces": mounted and os.geteuid() != 0,
+            "landlock": tier.name == "landlock",
+            "seccomp": tier.name != "none",
+            "path": tiers.packages(),
+            "readable": tiers.visible(),
+            "hidden": tiers.hidden(),
+        },
+        "base": "/tmp" if mounted else tempfile.gettempdir(),
+        "probe": session(tier, Limits(), 0),
+        "packages": list(WARMED),
+        "only_check": only_check,
+    }
+
+
+def _command(tier: tiers.Tier, fd: int, mounted: bool) -> tuple[list[str], dict[str, str]]:
+    user = os.geteuid() != 0
+    code = tiers.MOUNTED if mounted else str(tiers.INSIDE.parent)
+    environment = {
+        "PYTHONPATH": os.pathsep.join([code, *tiers.packages()]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    start = "from inside.zygote import main; main()"
+    zygote = [tiers.interpreter(), "-s", "-c", start, str(fd)]
+    if tier.name == "bubblewrap":
+        settings = [word for name, value in environment.items() for word in ("--setenv", name, value)]
+        return [*tiers.bubblewrap_arguments(user), *settings, "--", *zygote], {}
+    if tier.name == "namespaces":
+        inner = {"user": user, "mounts": tiers.mounts(), "command": zygote, "environment": environment}
+        here = f"import sys; sys.path.insert(0, {str(tiers.INSIDE.parent)!r}); from inside.outer import main; main()"
+        return [tiers.interpreter(), "-I", "-S", "-c", here, json.dumps(inner)], {}
+    return zygote, environment

@@ -1,0 +1,281 @@
+"""Sessions: state, output, deadlines, isolation, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from sandbox_tiers import BACKENDS, TIERS, descriptors, nothing_left, processes, within
+
+from llm_gym.envs.tools import sandbox
+from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool
+from llm_gym.errors import SettingError
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end() -> object:
+    yield
+    sandbox.shutdown()
+
+
+def test_state_persists_within_a_session_and_not_between_two(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier) as one, PythonSession(backend, tier) as two:
+        assert one.run("x = 20").output == ""
+        assert one.run("print('a'); x + 1").output == "a\n21\n"
+        assert "NameError" in two.run("x").output
+        assert one.run("open('note', 'w').write('mine'); 1").status == "ok"
+        assert "FileNotFoundError" in two.run("open('note')").output
+
+
+def test_an_error_is_shown_as_a_short_traceback(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier) as session:
+        result = session.run("def f():\n    return 1 / 0\nf()")
+    assert result.status == "error"
+    assert not result.lost
+    lines = result.output.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert len(lines) < 8
+
+
+def test_output_keeps_head_and_tail_within_its_bound(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier, Limits(output=200)) as session:
+        result = session.run("print('first'); print('x' * 3_000_000); print('last')")
+    assert result.output.startswith("first\n")
+    assert result.output.endswith("last\n")
+    assert "characters left out" in result.output
+    assert len(result.output) < 300
+
+
+def test_a_late_cell_is_interrupted_and_its_state_kept(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier) as session:
+        session.run("x = 7")
+        result = session.run("print('begun', flush=True)\nwhile True: pass", timeout=0.5)
+        assert (result.status, result.lost) == ("timeout", False)
+        assert result.output.startswith("begun\n")
+        assert result.output.endswith("variables are kept]")
+        assert session.run("x").output == "7\n"
+
+
+def test_a_cell_that_will_not_stop_costs_the_session_its_state(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier, Limits(grace=0.3)) as session:
+        session.run("x = 7")
+        result = session.run("import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass", timeout=0.3)
+        assert (result.status, result.lost) == ("timeout", True)
+        assert result.output.endswith("all variables are gone]")
+        assert "NameError" in session.run("x").output
+
+
+def test_a_death_is_noticed_at_once(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier) as session:
+        result = session.run("import os; print('so far'); os._exit(3)", timeout=300)
+        assert (result.status, result.lost) == ("died", True)
+        assert result.output.startswith("so far\n")
+        assert result.seconds < 60
+        assert session.run("1").output == "1\n"
+
+
+def test_a_long_cell_is_refused(backend: str) -> None:
+    with PythonSession(backend, limits=Limits(code=1000)) as session:
+        result = session.run("#" * 1001)
+        assert (result.status, result.lost) == ("too_long", False)
+        assert "1,001 bytes" in result.output
+        assert session.run("#" * 1000).status == "ok"
+
+
+def test_a_seed_makes_random_numbers_repeat(tier: str, backend: str) -> None:
+    cell = "import random, numpy; random.random(), float(numpy.random.rand()), hash('a')"
+    outputs = []
+    for seed in (1, 1, 2, None, None):
+        with PythonSession(backend, tier, seed=seed) as session:
+            outputs.append(session.run(cell).output)
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs)) == 4
+
+
+def test_limits_bound_memory_disk_processes_and_descriptors(tier: str, backend: str) -> None:
+    limits = Limits(memory=2 << 30, disk=8 << 20, processes=20, descriptors=64)
+    with PythonSession(backend, tier, limits) as session:
+        assert "MemoryError" in session.run("x = bytearray(3 << 30)").output
+        assert "OSError" in session.run("open('big', 'wb').write(b'x' * (9 << 20))").output
+        assert "OSError" in session.run("[open('/dev/null') for _ in range(100)]").output
+        bomb = "import os, time\nn = 0\ntry:\n    while n < 3000:\n        if os.fork() == 0: time.sleep(60)\n"
+        bomb += "        n += 1\nexcept OSError as error: print('stopped', n < 3000)"
+        assert "stopped True" in session.run(bomb, timeout=30).output
+    with PythonSession(backend, tier, limits) as session:  # and the bomb is gone
+        assert session.run("1").output == "1\n"
+
+
+@pytest.mark.parametrize("tier", TIERS[:2])
+def test_the_scratch_folder_has_a_size(tier: str, backend: str) -> None:
+    cell = "n = 0\ntry:\n  for i in range(100):\n    open(f'/{D}/f{i}', 'wb').write(b'x' * (1 << 20)); n += 1\n"
+    cell += "except OSError as error: print(error.errno, n < 9)"
+    with PythonSession(backend, tier, Limits(disk=8 << 20)) as session:
+        for folder in ("tmp", "dev/shm", "tmp/work"):
+            assert session.run(cell.replace("{D}", folder)).output == "28 True\n"
+
+
+def test_everything_the_episode_started_is_gone_after_close(tier: str, backend: str) -> None:
+    session = PythonSession(backend, tier)
+    session.run("import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '1000'], start_new_session=True)")
+    assert _sleepers()
+    session.close()
+    session.close()
+    assert not _sleepers()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run("1")
+
+
+def _sleepers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"] == ["sleep", "1000"]:
+            found.append(process)
+    return found
+
+
+def test_a_forgotten_session_ends_with_its_object(tier: str) -> None:
+    session = PythonSession("worker", tier)
+    handle = session._held.handle
+    assert handle is not None
+    del session
+    gc.collect()
+    assert handle.ended
+
+
+def test_many_sessions_leave_nothing(tier: str, backend: str) -> None:
+    def episode() -> None:
+        with PythonSession(backend, tier) as session:
+            assert session.run("import os; os.getpid() > 0").output == "True\n"
+
+    with nothing_left():
+        for _ in range(5):
+            episode()
+        assert within(5, lambda: len(processes()) == _settled(backend, tier))
+        before = descriptors()
+        for _ in range(40):
+            episode()
+        assert descriptors() <= before
+        assert within(5, lambda: len(processes()) <= _settled(backend, tier))
+
+
+def _settled(backend: str, tier: str) -> int:
+    """The zygote (under bubblewrap or our own stand-in for it: two processes) and the ready sessions' two each."""
+    ready = sum(len(handles) for handles in pool._ready.values())
+    return (1 if tier == "landlock" else 2) + 2 * ready
+
+
+def test_a_dead_zygote_is_replaced(tier: str) -> None:
+    with PythonSession("worker", tier) as session:
+        pool._sandboxes[tier].process.kill()
+        pool._sandboxes[tier].process.wait()
+        with PythonSession("worker", tier) as other:
+            assert other.run("2 + 2").output == "4\n"
+        session.run("1")  # died, or not: but it answers
+
+
+CRASHING = """
+import os, sys, time
+from llm_gym.envs.tools.sandbox import PythonSession
+sessions = [PythonSession(sys.argv[2], sys.argv[1]) for _ in range(3)]
+sessions[0].run("import subprocess; subprocess.Popen(['sleep', '777'], start_new_session=True)")
+if os.fork() == 0:
+    time.sleep(60)  # a child that inherited every descriptor, and outlives its parent
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_takes_everything_with_it(tier: str, backend: str) -> None:
+    sandbox.shutdown()
+    before = processes()
+    command = [sys.executable, "-c", CRASHING, tier, backend]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "up\n"
+    family = {p.pid for p in psutil.Process(trainer.pid).children(recursive=True)}
+    trainer.kill()
+    trainer.wait()
+    try:
+        assert len(family) > 6
+        assert within(10, lambda: len(processes() - before) == 0 and sum(map(psutil.pid_exists, family)) <= 1)
+        assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "777"]]
+    finally:
+        os.killpg(trainer.pid, signal.SIGKILL)
+        trainer.stdout.close()
+
+
+def test_sessions_of_many_threads_do_not_meet(tier: str, backend: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def episode(i: int) -> bool:
+        with PythonSession(backend, tier) as session:
+            session.run(f"x = {i}")
+            return all(session.run(f"x + {j}").output == f"{i + j}\n" for j in range(5))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(episode, range(24)))
+
+
+def test_a_forked_child_has_no_part_in_its_parents_sessions() -> None:
+    with PythonSession() as session:
+        session.run("x = 1")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                session.run("x")
+            except RuntimeError:
+                session.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert session.run("x").output == "1\n"
+
+
+def test_settings_are_checked_at_once() -> None:
+    with pytest.raises(SettingError, match="'jupyter'|'worker'"):
+        PythonSession("wroker")
+    with pytest.raises(SettingError, match="sandbox: unknown value 'requird'; did you mean 'required'"):
+        PythonSession(sandbox="requird")
+    with pytest.raises(SettingError, match=r"limits\.memory: 0"):
+        Limits(memory=0)
+
+
+def test_required_refuses_a_machine_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_reasons", {name: "not here" for name in pool.ORDER[:-1]} | {"none": ""})
+    assert sandbox.tier("auto").name == "none"
+    with pytest.raises(SettingError, match="required.*landlock: not here"):
+        sandbox.tier("required")
+    with pytest.raises(SettingError, match="'namespaces' does not work here: not here"):
+        sandbox.tier("namespaces")
+
+
+def test_the_plain_tier_warns_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    with PythonSession(sandbox="none") as session:
+        assert session.run("6 * 7").output == "42\n"
+    assert "NO SANDBOX" in caplog.text
+
+
+def test_the_interpreter_of_a_waiting_session_is_not_seen_by_ctrl_c() -> None:
+    with PythonSession() as session:
+        group = os.getpgid(pool._sandboxes[session.tier.name].process.pid)
+        assert group != os.getpgid(0)
+        session._held.handle.interrupt()  # type: ignore[union-attr]
+        time.sleep(0.05)
+        assert session.run("1").output == "1\n"

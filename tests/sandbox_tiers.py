@@ -1,0 +1,67 @@
+"""Which sandboxes the tests can use here, and the check that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm_gym.envs.tools import sandbox
+
+BACKENDS = ["worker"]
+
+
+def _tier(name: str) -> object:
+    reason = sandbox.missing(name)
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"no {name} here: {reason}"))
+
+
+TIERS = [_tier(name) for name in ("bubblewrap", "namespaces", "landlock")]
+
+
+def processes() -> set[int]:
+    """This process's descendants, and all processes of the users that only sessions have."""
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter(["uids"]):
+        uids = process.info["uids"]
+        if uids and (200_000 <= uids.real < 260_000 or uids.real == os.getuid() == 61_500):
+            mine.add(process.pid)
+    return mine
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def scratch() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("llm-gym-*")}
+
+
+def within(seconds: float, condition: Callable[[], object]) -> bool:
+    """Whether the condition comes true; the deadline only bounds a failing test."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """The block, then `shutdown()`, leave no process, thread, descriptor or temporary file."""
+    sandbox.shutdown()
+    before, threads, open_files, files = processes(), threading.active_count(), descriptors(), scratch()
+    yield
+    sandbox.shutdown()
+    assert within(5, lambda: processes() <= before), [psutil.Process(p) for p in processes() - before]
+    assert threading.active_count() <= threads
+    assert descriptors() <= open_files
+    assert scratch() <= files
