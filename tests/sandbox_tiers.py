@@ -14,8 +14,13 @@ import psutil
 import pytest
 
 from llm_gym.envs.tools import sandbox
+from llm_gym.envs.tools.sandbox import pool
 
-BACKENDS = ["worker"]
+BACKENDS = ["worker", "jupyter"]
+
+
+BLOCKS: set[range] = set()
+"""The user ids of the sandboxes seen so far."""
 
 
 def _tier(name: str) -> object:
@@ -28,12 +33,13 @@ TIERS = [_tier(name) for name in ("bubblewrap", "namespaces", "landlock")]
 
 def processes() -> set[int]:
     """This process's descendants, and all processes of the users that only sessions have."""
+    BLOCKS.update(box.uids for box in pool._sandboxes.values())
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
     for process in psutil.process_iter(["uids"]):
         uids = process.info["uids"]
-        if uids and (200_000 <= uids.real < 260_000 or uids.real == os.getuid() == 61_500):
+        if uids and (any(uids.real in block for block in BLOCKS) or uids.real == os.getuid() == 61_500):
             mine.add(process.pid)
-    return mine
+    return mine - {os.getpid()}
 
 
 def descriptors() -> int:
@@ -60,8 +66,9 @@ def nothing_left() -> Iterator[None]:
     sandbox.shutdown()
     before, threads, open_files, files = processes(), threading.active_count(), descriptors(), scratch()
     yield
+    processes()
     sandbox.shutdown()
     assert within(5, lambda: processes() <= before), [psutil.Process(p) for p in processes() - before]
-    assert threading.active_count() <= threads
-    assert descriptors() <= open_files
-    assert scratch() <= files
+    assert threading.active_count() <= threads, threading.enumerate()
+    assert descriptors() <= open_files, [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.exists()]
+    assert scratch() <= files, scratch() - files

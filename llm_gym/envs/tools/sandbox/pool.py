@@ -9,13 +9,13 @@ import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from llm_gym.envs.tools.sandbox import tiers
 from llm_gym.envs.tools.sandbox.inside import confine
 from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.limits import Limits
-from llm_gym.envs.tools.sandbox.sandbox import START_SECONDS, Handle, Sandbox, SandboxError, launch
+from llm_gym.envs.tools.sandbox.sandbox import START_SECONDS, Handle, Sandbox, SandboxError, launch, scratch
 from llm_gym.errors import SettingError, unknown
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 ORDER = ("bubblewrap", "namespaces", "landlock", "none")
 LEAST_READY, MOST_READY = 2, 16
 """Sessions kept ready: a quarter of those in use, within these bounds."""
-
-Spawn = Callable[[Sandbox, Limits], Handle]
-"""Orders one session; what tells the kinds of session apart."""
 
 _lock = threading.RLock()
 _reasons: dict[str, str] = {}
@@ -51,7 +48,8 @@ def _try(name: str) -> str:
         return "there is no program `bwrap` on the PATH"
     if name == "landlock" and not confine.landlock_abi():
         return "this kernel has no Landlock"
-    control, process = launch(tiers.TIERS[name], only_check=True)
+    base = scratch(tiers.TIERS[name])
+    control, process = launch(tiers.TIERS[name], base, only_check=True)
     try:
         message = control.receive()[0] if poll([control], START_SECONDS) else None
     finally:
@@ -84,20 +82,20 @@ def tier(sandbox: str = "auto") -> tiers.Tier:
     return tiers.TIERS[found]
 
 
-def take(spawn: Spawn, chosen: tiers.Tier, limits: Limits) -> Handle:
+def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
     """A session that nobody has used, ready for its first cell; more are ordered for those to come.
 
     Raises:
         SandboxError: none could be started.
     """
-    key = (spawn, chosen.name, limits)
+    key = (kind, chosen.name, limits)
     with _lock:
         sandbox = _sandbox(chosen)
         ready = _ready.setdefault(key, deque())
         in_use = _in_use[key] = _in_use.get(key, 0) + 1
         wanted = 1 + max(LEAST_READY, min(MOST_READY, in_use // 4))
         while len(ready) < wanted:
-            ready.append(spawn(sandbox, limits))
+            ready.append(sandbox.spawn(limits, kind))
         handle = ready.popleft()
     try:
         handle.wait_ready()
@@ -105,17 +103,17 @@ def take(spawn: Spawn, chosen: tiers.Tier, limits: Limits) -> Handle:
             return handle
     except SandboxError:
         handle.end()
-        give_back(spawn, chosen, limits)
+        give_back(kind, chosen, limits)
         raise
     handle.end()
-    give_back(spawn, chosen, limits)
-    return take(spawn, chosen, limits)
+    give_back(kind, chosen, limits)
+    return take(kind, chosen, limits)
 
 
-def give_back(spawn: Spawn, chosen: tiers.Tier, limits: Limits) -> None:
+def give_back(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> None:
     """One session fewer is in use."""
     with _lock:
-        key = (spawn, chosen.name, limits)
+        key = (kind, chosen.name, limits)
         _in_use[key] = max(0, _in_use.get(key, 0) - 1)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_gym.envs.tools.sandbox import tiers
 from llm_gym.envs.tools.sandbox.inside.wire import Channel, poll
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 WARMED = ("numpy", "sympy")
 """Packages that the zygote imports, where they are installed, so that no session has to."""
+FULL_TIERS = ("bubblewrap", "namespaces")
 START_SECONDS = 120.0
 END_SECONDS = 10.0
 
@@ -29,19 +31,33 @@ class SandboxError(RuntimeError):
     """The sandbox, or a session in it, could not be started."""
 
 
-@dataclass
 class Handle:
-    """A session's processes, seen from the trainer."""
+    """A session's processes, seen from the trainer; this kind is the worker.
 
-    lease: Channel
-    """Closing it ends the session."""
-    cells: Channel
-    """The conversation with the session itself."""
-    pidfd: int | None = None
-    ready: bool = False
-    namespaces: bool = False
-    ended: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    Args:
+        namespaces: the session has a pid namespace of its own, so killing its first process ends it.
+    """
+
+    personality = "worker"
+
+    def __init__(self, namespaces: bool) -> None:
+        self.lease, far_lease = Channel.pair()  # closing it ends the session
+        self.cells, far_cells = Channel.pair()  # the conversation with the session itself
+        self.namespaces = namespaces
+        self.pidfd: int | None = None
+        self.ready = self.ended = False
+        self._far = [far_lease.detach(), far_cells.detach()]
+
+    def request(self) -> dict[str, Any]:
+        """What the personality needs to be told at its start."""
+        return {}
+
+    def send(self, control: Channel, request: dict[str, Any]) -> bool:
+        """Hands the session's ends of everything to the zygote; whether it still listens."""
+        sent = control.send({**request, **self.request(), "personality": self.personality}, self._far)
+        while self._far:
+            os.close(self._far.pop())
+        return sent
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Returns once the session takes cells; raises SandboxError."""
@@ -98,15 +114,20 @@ def _kill(pidfd: int) -> None:
         pass
 
 
+AnyHandle = TypeVar("AnyHandle", bound=Handle)
+
+
 class Sandbox:
     """The zygote of one tier. Starting it takes about a second; a session then takes milliseconds."""
 
     def __init__(self, tier: tiers.Tier) -> None:
         self.tier = tier
-        self.namespaces = tier.name in ("bubblewrap", "namespaces")
+        self.namespaces = tier.name in FULL_TIERS
+        self.base = scratch(tier)
         self.root = os.geteuid() == 0
-        self._next_uid = 0
-        self.control, self.process = launch(tier, only_check=False)
+        self.uids = block_of_uids()
+        self._next = 0
+        self.control, self.process = launch(tier, self.base, only_check=False)
         message = self._hear()
         if not message.get("ready"):
             self.close()
@@ -124,17 +145,12 @@ class Sandbox:
         """Whether the zygote still runs."""
         return self.process.poll() is None
 
-    def spawn(self, personality: str, limits: Limits, fds: list[int] | None = None, **more: Any) -> Handle:
+    def spawn(self, limits: Limits, kind: type[AnyHandle]) -> AnyHandle:
         """Asks for a session and returns at once; `Handle.wait_ready` waits for it."""
-        lease, far_lease = Channel.pair()
-        cells, far_cells = Channel.pair()
-        self._next_uid += 1
-        request = {**session(self.tier, limits, self._next_uid), "personality": personality, **more}
-        sent = self.control.send(request, [far_lease.fileno(), far_cells.fileno(), *(fds or [])])
-        far_lease.close()
-        far_cells.close()
-        handle = Handle(lease, cells, namespaces=self.namespaces)
-        if not sent:
+        self._next += 1
+        uid = self.uids[self._next % len(self.uids)]
+        handle = kind(self.namespaces)
+        if not handle.send(self.control, session(self.tier, limits, uid)):
             handle.end()
             raise SandboxError(f"the sandbox ({self.tier.name}) has ended.")
         return handle
@@ -147,12 +163,14 @@ class Sandbox:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if not self.namespaces:
+            shutil.rmtree(self.base, ignore_errors=True)
 
 
-def session(tier: tiers.Tier, limits: Limits, number: int) -> dict[str, Any]:
+def session(tier: tiers.Tier, limits: Limits, own_uid: int) -> dict[str, Any]:
     """What the zygote is told about one session, but its personality."""
-    root, reduced = os.geteuid() == 0, tier.name in ("landlock", "none")
-    uid = _first_uid() + number % 50_000 if root else None
+    root, reduced = os.geteuid() == 0, tier.name not in FULL_TIERS
+    uid = own_uid if root else None
     keep_read = root and reduced and not tiers.own_uid(uid or 0)
     if tier.name == "none" and keep_read:
         uid, keep_read = None, False  # an identity of its own could not even import
@@ -169,14 +187,16 @@ def session(tier: tiers.Tier, limits: Limits, number: int) -> dict[str, Any]:
     }
 
 
-def _first_uid() -> int:
-    """The first of a range of user ids that nobody has; inside a container only low ones may exist."""
+def block_of_uids() -> range:
+    """User ids that nobody has, not even the sessions of another trainer; in a container only low ones may exist."""
     try:
         with open("/proc/self/uid_map") as file:
-            spans = [tuple(int(word) for word in line.split()) for line in file]
+            most = max(int(start) + int(count) for start, _, count in map(str.split, file))
     except OSError:
-        return 200_000
-    return 200_000 if any(start <= 200_000 and start + count > 250_000 for start, _, count in spans) else 10_000
+        most = 1 << 31
+    low, high = (1 << 20, 1 << 31) if most >= 1 << 31 else (most // 3, most - 1)
+    start = random.SystemRandom().randrange(low, high)
+    return range(start, min(start + 50_000, high))
 
 
 def _threads_of_user() -> int:
@@ -192,14 +212,18 @@ def _threads_of_user() -> int:
     return count
 
 
-def launch(tier: tiers.Tier, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
+def scratch(tier: tiers.Tier) -> str:
+    """A new folder for the scratch folders of a tier whose sessions have no tmpfs of their own."""
+    return "/tmp/zygote" if tier.name in FULL_TIERS else tempfile.mkdtemp(prefix="llm-gym-sandbox-")
+
+
+def launch(tier: tiers.Tier, base: str, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
     """Starts the zygote in a new session with a clean environment; never forks the trainer's memory.
 
-    The zygote is given the trainer's pidfd, so it ends with the trainer however that ends.
+    `base` is a folder for the scratch folders of a reduced tier. The zygote is given the trainer's pidfd, so it ends with the trainer however that ends.
     """
     control, far = Channel.pair()
-    mounted = tier.name in ("bubblewrap", "namespaces")
-    command, environment = _command(tier, far.fileno(), mounted)
+    command, environment = _command(tier, far.fileno())
     try:
         process = subprocess.Popen(
             command,
@@ -213,13 +237,14 @@ def launch(tier: tiers.Tier, *, only_check: bool) -> tuple[Channel, subprocess.P
     finally:
         far.close()
     pidfds = [os.pidfd_open(os.getpid())] if hasattr(os, "pidfd_open") else []
-    control.send(_spec(tier, mounted, only_check), pidfds)
+    control.send(_spec(tier, base, only_check), pidfds)
     for fd in pidfds:
         os.close(fd)
     return control, process
 
 
-def _spec(tier: tiers.Tier, mounted: bool, only_check: bool) -> dict[str, Any]:
+def _spec(tier: tiers.Tier, base: str, only_check: bool) -> dict[str, Any]:
+    mounted = tier.name in FULL_TIERS
     return {
         "house": {
             "namespaces": mounted,
@@ -229,16 +254,16 @@ def _spec(tier: tiers.Tier, mounted: bool, only_check: bool) -> dict[str, Any]:
             "path": tiers.packages(),
             "readable": tiers.visible(),
             "hidden": tiers.hidden(),
+            "base": base,
         },
-        "base": "/tmp" if mounted else tempfile.gettempdir(),
-        "probe": session(tier, Limits(), 0),
+        "probe": session(tier, Limits(), block_of_uids()[0]),
         "packages": list(WARMED),
         "only_check": only_check,
     }
 
 
-def _command(tier: tiers.Tier, fd: int, mounted: bool) -> tuple[list[str], dict[str, str]]:
-    user = os.geteuid() != 0
+def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
+    mounted, user = tier.name in FULL_TIERS, os.geteuid() != 0
     code = tiers.MOUNTED if mounted else str(tiers.INSIDE.parent)
     environment = {
         "PYTHONPATH": os.pathsep.join([code, *tiers.packages()]),

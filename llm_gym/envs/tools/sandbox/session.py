@@ -8,12 +8,12 @@ import tempfile
 import time
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from llm_gym.envs.tools.sandbox import pool, text
 from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.limits import Limits
-from llm_gym.envs.tools.sandbox.sandbox import Handle, Sandbox
+from llm_gym.envs.tools.sandbox.sandbox import Handle
 from llm_gym.envs.tools.sandbox.tiers import Tier
 from llm_gym.errors import SettingError, unknown
 
@@ -36,10 +36,10 @@ class CellResult:
 class Conversation(Protocol):
     """How one backend runs a cell."""
 
-    def start(self, handle: Handle, code: str, seed: int | None) -> None:
+    def start(self, handle: Any, code: str, seed: int | None) -> None:
         """Sends the cell."""
 
-    def finish(self, handle: Handle, seconds: float) -> bool | None:
+    def finish(self, handle: Any, seconds: float) -> bool | None:
         """Whether the cell succeeded; None if it has not ended within `seconds`. ConnectionError: it never will."""
 
     def output(self, most: int) -> str:
@@ -52,7 +52,7 @@ class Conversation(Protocol):
 class WorkerCell:
     """A cell of the worker: one file takes the code in and the output out."""
 
-    def start(self, handle: Handle, code: str, seed: int | None) -> None:
+    def start(self, handle: Any, code: str, seed: int | None) -> None:
         """Writes the code into a new file and hands it over."""
         data = code.encode("utf-8", "surrogatepass")
         self.id, self.size = secrets.randbits(53), len(data)
@@ -61,7 +61,7 @@ class WorkerCell:
             data = data[os.write(self.fd, data) :]
         handle.cells.send({"id": self.id, "size": self.size, **({} if seed is None else {"seed": seed})}, [self.fd])
 
-    def finish(self, handle: Handle, seconds: float) -> bool | None:
+    def finish(self, handle: Any, seconds: float) -> bool | None:
         """Waits for the answer that carries this cell's number; others are of cells long over, or forged."""
         deadline = time.monotonic() + seconds
         while True:
@@ -93,12 +93,18 @@ def _temporary() -> int:
         return os.dup(file.fileno())
 
 
-def _spawn_worker(sandbox: Sandbox, limits: Limits) -> Handle:
-    return sandbox.spawn("worker", limits)
+def _worker() -> tuple[type[Handle], type[Conversation]]:
+    return Handle, WorkerCell
 
 
-BACKENDS: dict[str, tuple[pool.Spawn, type[Conversation]]] = {"worker": (_spawn_worker, WorkerCell)}
-"""How a session of each backend is ordered, and how it runs a cell."""
+def _jupyter() -> tuple[type[Handle], type[Conversation]]:
+    from llm_gym.envs.tools.sandbox.kernels import KernelCell, KernelHandle
+
+    return KernelHandle, KernelCell
+
+
+BACKENDS = {"worker": _worker, "jupyter": _jupyter}
+"""What a session of each backend is, and how it runs a cell."""
 
 
 class PythonSession:
@@ -124,11 +130,11 @@ class PythonSession:
         if backend not in BACKENDS:
             raise SettingError(unknown("backend", backend, BACKENDS))
         self.backend, self.limits, self.seed = backend, limits or Limits(), seed
-        spawn, self._cell = BACKENDS[backend]
+        kind, self._cell = BACKENDS[backend]()
         self.tier = pool.tier(sandbox)
         self._closed = False
         self._seeded = False
-        self._held = _Held(spawn, self.tier, self.limits)
+        self._held = _Held(kind, self.tier, self.limits)
         self._end = weakref.finalize(self, self._held.release)
         self._held.take()
 
@@ -164,7 +170,7 @@ class PythonSession:
             written += "\n"
         return CellResult(written + note, status, time.monotonic() - began, lost=self._held.handle is None)
 
-    def _wait(self, handle: Handle, cell: Conversation, timeout: float) -> tuple[str, str]:
+    def _wait(self, handle: Any, cell: Conversation, timeout: float) -> tuple[str, str]:
         """The status, and what to tell about it; a session that cannot go on is ended."""
         try:
             ok = cell.finish(handle, timeout)
@@ -194,8 +200,8 @@ class PythonSession:
 class _Held:
     """The session's handle, apart from the session so that a forgotten session can still be ended."""
 
-    def __init__(self, spawn: pool.Spawn, tier: Tier, limits: Limits) -> None:
-        self.key = (spawn, tier, limits)
+    def __init__(self, kind: type[Handle], tier: Tier, limits: Limits) -> None:
+        self.key = (kind, tier, limits)
         self.handle: Handle | None = None
         self.owner = os.getpid()
 

@@ -31,13 +31,15 @@ def main(house: House, request: dict[str, Any], fds: list[int]) -> None:
     gc.disable()
     lease = Channel(socket.socket(fileno=fds[0]))
     scratch = isolate(request["disk"], request["uid"]) if house.namespaces else share(house.base, request["uid"])
+    zygote = os.getppid()
+    sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGCHLD)  # so that `watch` wakes up
     wakeup, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ready, tell = os.pipe()
-    spare = [os.getppid(), os.getpid(), request["trainer_pid"]]
+    spare = [zygote, os.getpid(), request["trainer_pid"]]
     pid = os.fork()
     if pid == 0:
         os.close(ready)
@@ -45,7 +47,8 @@ def main(house: House, request: dict[str, Any], fds: list[int]) -> None:
     sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
     for fd in (*fds[1:], tell):
         os.close(fd)
-    status = watch(pid, lease, ready, wakeup, [] if house.namespaces or house.trainer is None else [house.trainer])
+    others = [] if house.namespaces or house.trainer is None else [house.trainer]
+    status = watch(pid, zygote, lease, ready, wakeup, others)
     if not house.namespaces:
         hunt(request["uid"])
         shutil.rmtree(scratch, ignore_errors=True)
@@ -53,8 +56,8 @@ def main(house: House, request: dict[str, Any], fds: list[int]) -> None:
     os._exit(0)
 
 
-def watch(pid: int, lease: Channel, ready: int, wakeup: int, others: list[int]) -> int | None:
-    """Until the session ends, or its lease, or one of `others`: its wait status, or None if it still runs."""
+def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, others: list[int]) -> int | None:
+    """Until the session ends, or its lease, the zygote, or one of `others`: its wait status, or None if it still runs."""
     watched = [lease, ready, wakeup, *others]
     while True:
         for event in poll(watched, None):
@@ -67,6 +70,8 @@ def watch(pid: int, lease: Channel, ready: int, wakeup: int, others: list[int]) 
                 for ended, status in _reap():
                     if ended == pid:
                         return status
+                if os.getppid() != zygote:
+                    return None
             elif event is lease:
                 message, _ = lease.receive()
                 if message is None:

@@ -24,7 +24,8 @@ def warm(packages: list[str], folder: str) -> None:
     for name in (*_LAZY, *packages):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    from . import worker
+    sys.modules["debugpy"] = None  # type: ignore[assignment]  # ipykernel would start it
+    from . import kernel, worker  # noqa: F401
 
     # The folder of this package is none of the session's business; '' stands for its working folder.
     sys.path.remove(os.environ["PYTHONPATH"].split(os.pathsep)[0])

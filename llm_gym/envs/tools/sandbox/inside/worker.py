@@ -64,11 +64,12 @@ def make_shell() -> Shell:
     config.InteractiveShell.separate_out = ""
     shell = Shell.instance(config=config)
     shell.set_hook(  # type: ignore[no-untyped-call]
-        "show_in_pager", lambda self, data, start=0, screen_lines=0: print(_plain(data)), 99)
+        "show_in_pager", lambda self, data, start=0, screen_lines=0: print(plain(data)), 99)
     return shell
 
 
-def _plain(data: Any) -> str:
+def plain(data: Any) -> str:
+    """The text of what the pager was to show."""
     return str(data.get("text/plain", "")) if isinstance(data, dict) else str(data)
 
 

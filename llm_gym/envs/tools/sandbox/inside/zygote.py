@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +38,10 @@ class House:
     """What Landlock lets a session read."""
     hidden: list[str]
     """Exceptions to `readable`."""
+    base: str
+    """Where scratch folders are made when there is no tmpfs for each; the zygote removes it when it ends."""
     trainer: int | None
     """The trainer's pidfd."""
-    base: str
-    """Where scratch folders are made when there is no tmpfs for each."""
 
 
 def start(house: House, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
@@ -92,7 +91,7 @@ def serve(house: House, control: Channel) -> None:
     while True:
         if not control.pending() and control not in poll(watched, None):
             return
-        request, fds = control.receive(fds=8)
+        request, fds = control.receive(fds=16)
         if request is None:
             return
         try:
@@ -115,14 +114,13 @@ def main() -> None:
     spec, fds = control.receive(fds=1)
     if spec is None:
         return
-    base = tempfile.mkdtemp(prefix="llm-gym-sandbox-", dir=spec["base"])
-    house = House(**spec["house"], trainer=fds[0] if fds else None, base=base)
+    house = House(**spec["house"], trainer=fds[0] if fds else None)
     try:
         failed = check(house, spec["probe"])
         control.send({"checked": not failed, "why": failed})
         if not failed and not spec["only_check"]:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            warm.warm(spec["packages"], base)
+            warm.warm(spec["packages"], house.base)
             sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
             control.send({"ready": True, "threads": len(os.listdir("/proc/self/task"))})
             serve(house, control)
@@ -132,5 +130,5 @@ def main() -> None:
             with contextlib.suppress(ChildProcessError):
                 while True:
                     os.waitpid(-1, 0)
-        shutil.rmtree(base, ignore_errors=True)
+        shutil.rmtree(house.base, ignore_errors=True)
     os._exit(0)
