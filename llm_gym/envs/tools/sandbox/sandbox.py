@@ -273,6 +273,7 @@ def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
         "LANG": "C.UTF-8",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",  # else every thread of a kernel gets memory of its own
     }
     start = "from inside.zygote import main; main()"
     zygote = [tiers.interpreter(), "-s", "-c", start, str(fd)]

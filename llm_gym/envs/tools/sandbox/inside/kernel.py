@@ -8,6 +8,7 @@ the stream is also copied into a file that the trainer owns, so nothing is lost 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -15,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
@@ -23,6 +25,7 @@ from ipykernel.control import ControlThread
 from ipykernel.displayhook import ZMQDisplayHook, ZMQShellDisplayHook
 from ipykernel.heartbeat import Heartbeat
 from ipykernel.iostream import OutStream
+from ipykernel import ipkernel
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.shellchannel import ShellChannelThread
@@ -216,6 +219,17 @@ class Kernel(IPythonKernel):
         return {**ended, "user_expressions": {}, "ename": "", "evalue": "", "traceback": []}
 
 
+@contextlib.contextmanager
+def no_modules() -> Iterator[None]:
+    """A kernel lists the files of all modules for its debugger: megabytes that would no longer be the zygote's."""
+    module: Any = ipkernel
+    module.sys = types.SimpleNamespace(**{**vars(sys), "modules": {}})
+    try:
+        yield
+    finally:
+        module.sys = sys
+
+
 class Beat(Heartbeat):
     """The heartbeat on a socket that is already bound."""
 
@@ -240,7 +254,8 @@ class App(IPKernelApp):
         self.init_heartbeat()
         self.init_io()
         self.init_signal()
-        self.init_kernel()
+        with no_modules():
+            self.init_kernel()
         self.kernel.stream = self.stream
         self.init_path()
         self.init_shell()
