@@ -71,7 +71,7 @@ class Handle:
         message, fds = self.lease.receive(fds=1)
         if message is None or "error" in message or "exit" in message:
             raise SandboxError(f"a session of the sandbox could not start: {(message or {}).get('error', 'it died')}")
-        if "pid" in message and fds:
+        if fds:  # the zygote sends one, the reaper none; the kernel may hand it over with the reaper's message
             self.pidfd = fds[0]
         self.ready = self.ready or "ready" in message
 

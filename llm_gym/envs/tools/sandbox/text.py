@@ -44,7 +44,8 @@ def read(fd: int, start: int, most: int) -> str:
     if end - start <= 2 * room:
         return clip(clean(_decode(fd, start, end)), most)
     head, tail = clean(_decode(fd, start, start + room)), clean(_decode(fd, end - room, end))
-    return clip(head[:most] + tail[-most:], most, end - start - 2 * room)
+    kept = head[:most] + tail[-most:]
+    return clip(kept, most, len(head) + len(tail) - len(kept) + end - start - 2 * room)
 
 
 def _decode(fd: int, start: int, end: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import random
@@ -54,12 +55,7 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-        if int(name) > 2 and int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass
+    close_others(keep)
     work = os.path.join(scratch, "work")
     os.chdir(work)
     os.umask(0o077)
@@ -88,6 +84,14 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+
+
+def close_others(keep: set[int]) -> None:
+    """Closes every descriptor above 2 but those in `keep`."""
+    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
+        if int(name) > 2 and int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 def give_up(house: House, request: dict[str, Any], scratch: str, spare: list[int]) -> None:

@@ -59,10 +59,10 @@ def _lonely() -> list[Instruction]:
 
 
 def _spare(pids: Iterable[int]) -> list[Instruction]:
-    """Without a pid namespace: no signal to everybody, nor to the processes in `pids`."""
-    found: list[Instruction] = []
+    """Without a pid namespace: no signal to a group or to everybody, nor to the processes in `pids`."""
+    found = _case("kill", _argument(0), (_ABOVE, 0, 1, 1 << 31), (_RETURN, 0, 0, _EPERM))
     for name in SIGNALS:
-        for pid in (0xFFFFFFFF, *pids):
+        for pid in pids:
             found += _case(name, _argument(0), (_EQUAL, 0, 1, pid), (_RETURN, 0, 0, _EPERM))
     return found
 

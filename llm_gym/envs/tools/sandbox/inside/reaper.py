@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def main(house: House, request: dict[str, Any], fds: list[int]) -> None:
     """Runs one session to its end; does not return."""
     gc.disable()
+    child.close_others({*fds, *([] if house.namespaces or house.trainer is None else [house.trainer])})
     lease = Channel(socket.socket(fileno=fds[0]))
     scratch = isolate(request["disk"], request["uid"]) if house.namespaces else share(house.base, request["uid"])
     zygote = os.getppid()

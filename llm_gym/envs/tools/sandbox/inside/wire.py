@@ -43,7 +43,11 @@ class Channel:
         return True
 
     def receive(self, fds: int = 0) -> tuple[dict[str, Any] | None, list[int]]:
-        """The next message and the descriptors that came with it; (None, []) at the end. Blocks."""
+        """The next message and the descriptors that came with it; (None, []) at the end. Blocks.
+
+        A stream joins what was sent without descriptors to what follows: where only some messages
+        carry descriptors, these may be returned with an earlier one.
+        """
         while True:
             line, found, rest = self._buffer.partition(b"\n")
             if found:
