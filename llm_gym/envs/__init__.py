@@ -21,6 +21,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
     "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),
     "MCPTool-v0": ("llm_gym.envs.tools.mcp:MCPTool", "tools of MCP servers; by default a calculator for large sums"),
+    "PythonTool-v0": ("llm_gym.envs.tools.python_tool:PythonTool", "questions to compute with a sandboxed interpreter"),
 }
 
 

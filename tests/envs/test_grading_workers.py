@@ -204,7 +204,12 @@ def test_no_worker_outlives_its_process(tmp_path, state, end):
     here = str(Path(workers.__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": here, "LLM_GYM_GRADERS": "1"}
     run = subprocess.run(
-        [sys.executable, str(path), state, end], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+        [sys.executable, str(path), state, end],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert run.stdout.startswith("1.0\n"), run.stderr
     (pid,) = map(int, run.stdout.split()[1:])

@@ -74,7 +74,10 @@ def test_episodes_have_sessions_of_their_own() -> None:
 
 
 def test_a_shared_session_is_asked_for() -> None:
-    with closing(MCPTool(servers=build, session="shared")) as one, closing(MCPTool(servers=build, session="shared")) as two:
+    with (
+        closing(MCPTool(servers=build, session="shared")) as one,
+        closing(MCPTool(servers=build, session="shared")) as two,
+    ):
         one.reset(seed=0)
         two.reset(seed=0)
         call(one, "write_note", title="a", text="b")

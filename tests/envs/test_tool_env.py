@@ -208,7 +208,9 @@ def test_a_function_that_hangs_is_left_behind() -> None:
         assert not thread.is_alive(), "a call that comes back late ends its thread"
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("bad \ud800"), TimeoutError("the network"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [SystemExit(1), RuntimeError("bad \ud800"), TimeoutError("the network"), KeyError("x")]
+)
 def test_whatever_a_tool_raises_is_answered(error: BaseException) -> None:
     def fail() -> str:
         raise error

@@ -33,7 +33,13 @@ SCHEMA = {
 }
 SCHEMAS = {"look.up-1": SCHEMA, "f": SCHEMA}
 texts = st.text(st.sampled_from("aZ 09\n\t.,:;<>/|[]{}()=\"'\\`é🙂#_") | st.characters(codec="utf-8"), max_size=30)
-scalars = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | texts
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
 )
@@ -95,7 +101,9 @@ def test_fenced_blocks_hold_any_code_but_a_fence(codes: list[str]) -> None:
     notation = FORMATS["python_block"].notation
     codes = [code for code in codes if not re.search(r"^[^\S\n]*```", code, re.M)] or ["1"]
     text = notation.write([ToolCall("f", {"text": code}) for code in codes])
-    assert as_data(notation.read(f"Some words\n{text}\nmore", {"f": SCHEMA})) == [("f", {"text": code}) for code in codes]
+    assert as_data(notation.read(f"Some words\n{text}\nmore", {"f": SCHEMA})) == [
+        ("f", {"text": code}) for code in codes
+    ]
 
 
 def test_values_that_hold_their_own_closing_tag() -> None:
@@ -193,7 +201,9 @@ def test_plain_answers_are_no_calls(name: str) -> None:
 @given(data=st.data())
 def test_no_text_breaks_a_reader(name: str, data: Any) -> None:
     """Pieces of markup in any order: reading raises nothing, and places lie within the text, in order."""
-    written = FORMATS[name].notation.write([ToolCall("f", {"text": "a", **({"count": 1} if name != "python_block" else {})})])
+    written = FORMATS[name].notation.write(
+        [ToolCall("f", {"text": "a", **({"count": 1} if name != "python_block" else {})})]
+    )
     cuts = [written[i:j] for i in range(0, len(written), 3) for j in (i + 4, i + 9, len(written))]
     pieces = st.sampled_from([written, *cuts, "<think>", "</think>", "{", "}", '"', "\\", "[", "]", "(", ")", "\n"])
     text = "".join(data.draw(st.lists(pieces | texts, max_size=12)))

@@ -101,7 +101,9 @@ class _Comparison:
             return False
         if [len(r) for r in gold.rows] != [len(r) for r in got.rows]:
             return False
-        return all(self.nodes(a, b) for x, y in zip(gold.rows, got.rows, strict=True) for a, b in zip(x, y, strict=True))
+        return all(
+            self.nodes(a, b) for x, y in zip(gold.rows, got.rows, strict=True) for a, b in zip(x, y, strict=True)
+        )
 
     def values(self, gold: str, got: str) -> bool:
         """Whether two single values are equal."""
@@ -153,9 +155,7 @@ class _Comparison:
         if gold is None or got is None:
             return False
         one, two = ([_difference(b) for b in bounds] for bounds in (gold, got))
-        return len(one) == len(two) and all(
-            any(a[0] == b[0] and _multiple(a[1], b[1], a[0]) for b in two) for a in one
-        )
+        return len(one) == len(two) and all(any(a[0] == b[0] and _multiple(a[1], b[1], a[0]) for b in two) for a in one)
 
 
 Bound = tuple[str, str, str]

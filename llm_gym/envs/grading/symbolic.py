@@ -37,7 +37,14 @@ _CONFIG = (
         ),
     ),
 )
-_UNFINISHED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.core.function.AppliedUndef)
+_UNFINISHED = (
+    sympy.Sum,
+    sympy.Product,
+    sympy.Integral,
+    sympy.Limit,
+    sympy.Derivative,
+    sympy.core.function.AppliedUndef,
+)
 """What has no value at a point: unknown functions, and sums of symbolic length."""
 _LETTERS = re.compile(r"\\[a-zA-Z]+|([a-zA-Z])")
 

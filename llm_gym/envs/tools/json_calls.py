@@ -144,7 +144,8 @@ HARMONY = JsonCalls(
 )
 DEEPSEEK = JsonCalls(
     re.compile(
-        r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?" + NAME
+        r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?"
+        + NAME
         + r"(?:<｜tool▁sep｜>|\s{0,9}```json\n?)"
     ),
     re.compile(r"(?:```\s*)?<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?"),

@@ -81,9 +81,7 @@ class Gemma:
             except LiteralError as error:
                 closing = text.find(self.closes, opened.end())
                 stop = closing + len(self.closes) if closing >= 0 else len(text)
-                found.append(
-                    ToolCall(opened["name"], {}, opened.start(), stop, f"The call cannot be read: {error}.")
-                )
+                found.append(ToolCall(opened["name"], {}, opened.start(), stop, f"The call cannot be read: {error}."))
             at = max(found[-1].stop, opened.end())
         return found
 

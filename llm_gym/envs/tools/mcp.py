@@ -8,16 +8,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llm_gym.core import Ids, Messages
 from llm_gym.env import Reply
-from llm_gym.envs.grading import verify
-from llm_gym.envs.rows import check_columns, load_rows
 from llm_gym.envs.tools.mcp_results import tool_schema
 from llm_gym.envs.tools.mcp_server import build
 from llm_gym.envs.tools.mcp_session import Pool, Session
-from llm_gym.envs.tools.problems import Problems
+from llm_gym.envs.tools.questions import questions
 from llm_gym.envs.tools.schema import Tool
 from llm_gym.envs.tools.tool_env import ToolEnv
 from llm_gym.errors import ConfigError, ToolFailure, unknown
@@ -39,10 +35,10 @@ class MCPTool(ToolEnv):
         start_timeout: seconds in which the servers must start.
         allow: names of the tools shown; None: all.
         deny: names of tools not shown.
-        dataset: questions and answers, as for `GSM8K-v0`; None: arithmetic too large to do by heart.
+        dataset: a hub id or a local file with questions and answers; None: arithmetic too large to do by heart.
         split: of the data set; or `train`, `test` or `all` of the arithmetic problems.
         question: name of the question column.
-        answer: name of the answer column.
+        answer: name of the answer column: an answer, or a solution that ends in one.
         operations: which of `+`, `-`, `*` to draw from, as one string.
         digits_min: fewest digits of an operand.
         digits_max: most digits of an operand.
@@ -79,12 +75,8 @@ class MCPTool(ToolEnv):
     ) -> None:
         if session not in SESSIONS:
             raise ConfigError(unknown("session", session, SESSIONS))
-        self._problems = Problems(operations, digits_min, digits_max, split) if dataset is None else None
-        self._rows = load_rows(dataset, split) if dataset is not None else ()
-        self._columns = (question, answer)
-        if dataset is not None:
-            check_columns(self._rows, {"question": question, "answer": answer})
-            self.num_tasks = len(self._rows)
+        self._questions = questions(dataset, split, (question, answer), operations, (digits_min, digits_max))
+        self.num_tasks = self._questions.size
         if servers is None and allow is None:
             servers, allow = _calculator(), ("calculator",)
         self._session: Session | None = None
@@ -100,17 +92,12 @@ class MCPTool(ToolEnv):
     def open(self) -> Messages:
         """A question, of the data set or in arithmetic."""
         self._release()
-        if self._problems is None:
-            row = self._rows[self.draw_task(len(self._rows))]
-            asked, self._gold = (str(row[column]) for column in self._columns)
-        else:
-            problem = self._problems.draw(self.np_random if self.task is None else np.random.default_rng(self.task))
-            asked, self._gold = problem.question, str(problem.answer)
+        asked, self._gold = self._questions.draw(self)
         return [{"role": "user", "content": asked}]
 
     def final(self, text: str) -> Reply:
         """Grades the answer; the episode is over."""
-        return Reply(reward={"correct": verify(self._gold, text).score}, done=True)
+        return Reply(reward={"correct": self._questions.score(self._gold, text)}, done=True)
 
     def step(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
         """As `TextEnv.step`; with the episode its session ends."""

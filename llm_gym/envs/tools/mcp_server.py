@@ -1,6 +1,6 @@
 """A small MCP server, for the default task of `MCPTool-v0` and for tests: a calculator and notes.
 
-    python -m llm_gym.envs.tools.mcp_server
+python -m llm_gym.envs.tools.mcp_server
 """
 
 from __future__ import annotations

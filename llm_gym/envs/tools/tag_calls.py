@@ -129,7 +129,9 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _compiled(argument: str, closes: str, ends: str, space: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+def _compiled(
+    argument: str, closes: str, ends: str, space: str
+) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     """Patterns for one namespace. A value ends where its tag closes AND another argument or the call's end follows:
     values may hold the tag themselves."""
     argument, closes, ends = (part.replace("{ns}", re.escape(space)) for part in (argument, closes, ends))

@@ -144,9 +144,13 @@ class KernelCell:
         self.replied: bool | None = None
         self.last_words: str | None = None
         if seed is not None:
-            self._send(handle, f"import random as _r, sys as _s; _r.seed({seed})\n"
-                       f"if 'numpy' in _s.modules: _s.modules['numpy'].random.seed({seed % 2**32})\n"
-                       "del _r, _s", silent=True)
+            self._send(
+                handle,
+                f"import random as _r, sys as _s; _r.seed({seed})\n"
+                f"if 'numpy' in _s.modules: _s.modules['numpy'].random.seed({seed % 2**32})\n"
+                "del _r, _s",
+                silent=True,
+            )
             self.finish(handle, START_SECONDS)
             self.replied = None
         self._send(handle, code.encode("utf-8", "replace").decode(), silent=False)

@@ -1,8 +1,8 @@
 """jupyter_client's own seam for starting kernels another way: any KernelManager can use the sandbox.
 
-    manager = kernel_manager()
-    manager.start_kernel()
-    client = manager.client()
+manager = kernel_manager()
+manager.start_kernel()
+client = manager.client()
 """
 
 from __future__ import annotations

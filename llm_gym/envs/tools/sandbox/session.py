@@ -17,6 +17,7 @@ from llm_gym.envs.tools.sandbox.sandbox import Handle
 from llm_gym.envs.tools.sandbox.tiers import Tier
 from llm_gym.errors import SettingError, unknown
 
+
 @dataclass(frozen=True)
 class CellResult:
     """What came of one cell."""

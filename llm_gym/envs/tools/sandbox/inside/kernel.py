@@ -175,7 +175,11 @@ class Shell(ZMQInteractiveShell):
 
     def _showtraceback(self, etype: Any, evalue: Any, stb: list[str]) -> None:
         _flush()
-        words = {"ename": safely(etype.__name__), "evalue": safely(evalue), "traceback": [clip(self.InteractiveTB.stb2text(stb))]}
+        words = {
+            "ename": safely(etype.__name__),
+            "evalue": safely(evalue),
+            "traceback": [clip(self.InteractiveTB.stb2text(stb))],
+        }
         hook: Any = self.displayhook
         hook.session.send(hook.pub_socket, "error", words, hook.parent_header, ident=b"error")
         self._last_traceback = stb

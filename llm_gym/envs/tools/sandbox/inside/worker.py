@@ -64,7 +64,8 @@ def make_shell() -> Shell:
     config.InteractiveShell.separate_out = ""
     shell = Shell.instance(config=config)
     shell.set_hook(  # type: ignore[no-untyped-call]
-        "show_in_pager", lambda self, data, start=0, screen_lines=0: print(plain(data)), 99)
+        "show_in_pager", lambda self, data, start=0, screen_lines=0: print(plain(data)), 99
+    )
     return shell
 
 

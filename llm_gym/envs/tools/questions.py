@@ -1,0 +1,109 @@
+"""Questions with one right answer, for tool environments: of a data set, or arithmetic too large to do by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from llm_gym.env import TextEnv
+from llm_gym.envs.arithmetic import OPERATIONS, SPLITS, Problem, split_of
+from llm_gym.envs.dataset import check_references
+from llm_gym.envs.grading import verify
+from llm_gym.envs.rows import Row, check_columns, load_rows
+from llm_gym.errors import ConfigError, unknown
+
+
+class Questions(Protocol):
+    """Where an environment's questions come from."""
+
+    @property
+    def size(self) -> int | None:
+        """Rows of the data set; None: questions are drawn."""
+        ...
+
+    def draw(self, env: TextEnv) -> tuple[str, str]:
+        """The question and the reference answer of a new episode of `env`."""
+        ...
+
+    def score(self, gold: str, text: str) -> float:
+        """1 if the reply states the reference answer, else 0."""
+        ...
+
+
+class Rows:
+    """The questions of a data set; an answer is anything equal to the reference."""
+
+    def __init__(self, rows: Sequence[Row], question: str, answer: str) -> None:
+        check_columns(rows, {"question": question, "answer": answer})
+        self.rows, self.question, self.answer, self.size = rows, question, answer, len(rows)
+
+    def draw(self, env: TextEnv) -> tuple[str, str]:
+        """The row asked for, or any."""
+        row = self.rows[env.draw_task(self.size)]
+        return str(row[self.question]), str(row[self.answer])
+
+    def score(self, gold: str, text: str) -> float:
+        """By `envs.grading.verify`."""
+        return verify(gold, text).score
+
+
+class Arithmetic:
+    """Procedural problems; an answer must be written as a number.
+
+    Args:
+        operations: which of `+`, `-`, `*` to draw from, as one string.
+        digits: fewest and most digits of an operand.
+        split: `train`, `test` (the tenth of all problems that `arithmetic.split_of` holds back) or `all`.
+
+    Raises:
+        ConfigError: an unknown operation or split, or a range of digits that is none.
+    """
+
+    size = None
+
+    def __init__(self, operations: str, digits: tuple[int, int], split: str) -> None:
+        for op in operations or " ":
+            if op not in OPERATIONS:
+                raise ConfigError(unknown("operations", op, OPERATIONS))
+        if split not in SPLITS:
+            raise ConfigError(unknown("split", split, SPLITS))
+        least, most = digits
+        if not 1 < least <= most <= 15:
+            raise ConfigError(f"digits_min, digits_max: got {least} and {most}, want 2 <= min <= max <= 15.")
+        self.operations, self.digits, self.split = operations, digits, split
+
+    def draw(self, env: TextEnv) -> tuple[str, str]:
+        """A problem of the split; row i is the one drawn by a generator seeded i. Differences are not negative."""
+        rng = env.np_random if env.task is None else np.random.default_rng(env.task)
+        while True:
+            op = self.operations[int(rng.integers(len(self.operations)))]
+            a, b = (self._operand(rng) for _ in range(2))
+            problem = Problem(max(a, b), op, min(a, b)) if op == "-" else Problem(a, op, b)
+            if self.split in ("all", split_of(problem)):
+                return problem.question, str(problem.answer)
+
+    def score(self, gold: str, text: str) -> float:
+        """By `envs.grading.verify`: an expression with the right value is no answer."""
+        return verify(gold, text, kind="number").score
+
+    def _operand(self, rng: np.random.Generator) -> int:
+        digits = int(rng.integers(self.digits[0], self.digits[1] + 1))
+        return int(rng.integers(10 ** (digits - 1), 10**digits))
+
+
+def questions(
+    dataset: str | None, split: str, columns: tuple[str, str], operations: str, digits: tuple[int, int]
+) -> Questions:
+    """The questions of `dataset` (columns of question and answer), or arithmetic if there is none.
+
+    Raises:
+        ConfigError: arithmetic that cannot be drawn.
+        DataError: no such data, a missing column, or no answer in any row.
+    """
+    if dataset is None:
+        return Arithmetic(operations, digits, split)
+    rows = Rows(load_rows(dataset, split), *columns)
+    check_references(dataset, split, None, columns[1], numeric=False)
+    return rows
