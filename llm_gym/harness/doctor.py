@@ -146,6 +146,19 @@ def engines(setting: Setting) -> Iterator[Finding]:
             yield Finding("engines", engine, f"sync of {words}: {', '.join(modes)}", data=data)
 
 
+def sandbox(setting: Setting) -> Iterator[Finding]:
+    """What isolates Python that a model wrote."""
+    from llm_gym.envs.tools.sandbox import missing, tier
+    from llm_gym.envs.tools.sandbox.pool import ORDER
+
+    found = tier()
+    full = found.isolation == "full"
+    better = "; ".join(f"{name}: {missing(name)}" for name in ORDER[: ORDER.index(found.name)])
+    data = {"tier": found.name, "isolation": found.isolation}
+    advice = "" if full else f"{found.why} Better ones do not work here ({better})."
+    yield Finding("sandbox", "python", f"{found.name}, {found.isolation} isolation", "ok" if full else "note", advice, data)
+
+
 def parity(setting: Setting) -> Iterator[Finding]:
     """Engine against learner, for every engine that was asked for."""
     config = setting.config
@@ -229,6 +242,7 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "packages": packages,
     "machine": machine,
     "engines": engines,
+    "sandbox": sandbox,
     "parity": parity,
 }
 """Name -> what it finds, in the order of the report."""
