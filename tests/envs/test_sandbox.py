@@ -133,7 +133,7 @@ def test_the_scratch_folder_has_a_size(tier: str, backend: str) -> None:
 
 def test_everything_the_episode_started_is_gone_after_close(tier: str, backend: str) -> None:
     session = PythonSession(backend, tier)
-    session.run("import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '1000'], start_new_session=True)")
+    session.run("import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '1234'], start_new_session=True)")
     assert _sleepers()
     session.close()
     session.close()
@@ -145,7 +145,7 @@ def test_everything_the_episode_started_is_gone_after_close(tier: str, backend: 
 def _sleepers() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] == ["sleep", "1000"]:
+        if process.info["cmdline"] == ["sleep", "1234"]:
             found.append(process)
     return found
 

@@ -44,6 +44,9 @@ def _run(client: object, code: str) -> str:
     def listen(message: dict[str, dict[str, str]]) -> None:
         heard.append(message["content"].get("text", ""))
 
-    reply = client.execute_interactive(code, output_hook=listen, timeout=60, allow_stdin=False)  # type: ignore[attr-defined]
-    assert reply["content"]["status"] == "ok"
+    status = "aborted"
+    while status == "aborted":  # what follows a failed cell too soon is not run
+        reply = client.execute_interactive(code, output_hook=listen, timeout=60, allow_stdin=False)  # type: ignore[attr-defined]
+        status = reply["content"]["status"]
+    assert status == "ok"
     return "".join(heard)

@@ -88,9 +88,12 @@ class KernelHandle(Handle):
         deadline = time.monotonic() + seconds
         super().wait_ready(seconds)
         self.connect()
-        while (message := self.read(deadline - time.monotonic())) is not None:
-            if message["header"]["msg_type"] == "iopub_welcome":
+        while time.monotonic() < deadline:
+            # Anything heard shows that the subscription holds. ipykernel's welcome can get lost (its thread
+            # misses the event while it publishes something else), so make the kernel say something.
+            if self.read(0.2) is not None:
                 return
+            self.session.send(self.shell, "kernel_info_request")
         raise SandboxError("a kernel of the sandbox published nothing.")
 
     def read(self, seconds: float, which: str = "iopub") -> dict[str, Any] | None:

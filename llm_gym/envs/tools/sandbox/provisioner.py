@@ -16,6 +16,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import KernelManager
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
+from traitlets import Unicode
 
 from llm_gym.envs.tools.sandbox import pool
 from llm_gym.envs.tools.sandbox.kernels import KernelHandle
@@ -25,8 +26,9 @@ NAME = "llm-gym-sandbox"
 
 
 class SandboxProvisioner(KernelProvisionerBase):
-    """Takes a kernel from the pool. The kernelspec's metadata may name the tier (`sandbox`, default `auto`)."""
+    """Takes a kernel from the pool. The kernelspec may configure the tier: `sandbox`, `auto` by default."""
 
+    sandbox = Unicode("auto").tag(config=True)
     handle: KernelHandle | None = None
     _key: tuple[Any, ...] = ()
 
@@ -71,8 +73,7 @@ class SandboxProvisioner(KernelProvisionerBase):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """A kernel from the pool; its connection information."""
-        config = self.kernel_spec.metadata["kernel_provisioner"].get("config", {})
-        self._key = (KernelHandle, pool.tier(config.get("sandbox", "auto")), Limits())
+        self._key = (KernelHandle, pool.tier(self.sandbox), Limits())
         handle: Any = pool.take(*self._key)
         connection: Any = handle.connection()
         connection["key"] = handle.key.encode()

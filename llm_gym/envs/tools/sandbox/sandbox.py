@@ -24,6 +24,8 @@ WARMED = ("numpy", "sympy")
 """Packages that the zygote imports, where they are installed, so that no session has to."""
 FULL_TIERS = ("bubblewrap", "namespaces")
 START_SECONDS = 120.0
+OTHERS = 1024
+"""Processes and threads that the other sessions may yet start, where the kernel counts those of a user together."""
 END_SECONDS = 10.0
 
 
@@ -176,8 +178,7 @@ def session(tier: tiers.Tier, limits: Limits, own_uid: int) -> dict[str, Any]:
         uid, keep_read = None, False  # an identity of its own could not even import
     resources = limits.resources()
     if reduced and uid is None:
-        # The kernel counts every process of this user, not just the session's.
-        resources["NPROC"] += _threads_of_user()
+        resources["NPROC"] += _threads_of_user() + OTHERS
     return {
         "limits": resources,
         "disk": limits.disk,

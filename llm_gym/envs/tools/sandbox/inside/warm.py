@@ -14,17 +14,18 @@ _LAZY = (
     "inspect itertools json linecache math multiprocessing multiprocessing.context multiprocessing.popen_fork pdb "
     "queue random re sqlite3 statistics string subprocess tempfile timeit tokenize traceback typing uuid "
     "IPython.core.completerlib IPython.core.debugger IPython.core.displayhook IPython.core.magics "
-    "IPython.core.profiledir IPython.core.ultratb IPython.utils.io"
+    "IPython.core.profiledir IPython.core.ultratb IPython.utils.io ipykernel.debugger "
+    "tornado.gen tornado.locks tornado.platform.asyncio tornado.queues"
 ).split()
 
 
 def warm(packages: list[str], folder: str) -> None:
     """Imports, makes the worker's shell and lets it run a few cells; then freezes what is there."""
     os.environ["IPYTHONDIR"] = os.path.join(folder, ".ipython")
+    sys.modules["debugpy"] = None  # type: ignore[assignment]  # ipykernel would start it
     for name in (*_LAZY, *packages):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    sys.modules["debugpy"] = None  # type: ignore[assignment]  # ipykernel would start it
     from . import kernel, worker  # noqa: F401
 
     # The folder of this package is none of the session's business; '' stands for its working folder.

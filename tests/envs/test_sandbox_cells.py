@@ -1,0 +1,31 @@
+"""1,318 real cells, written by a model, give the output that was recorded with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sandbox_tiers import BACKENDS
+
+from llm_gym.envs.tools.sandbox import PythonSession
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_recorded_cell_gives_its_recorded_output(backend: str, shared: Callable[[str], Path]) -> None:
+    rows = [json.loads(line) for line in shared("data/pytool/llm_cells.jsonl").open()]
+
+    def differs(row: dict[str, Any]) -> str:
+        with PythonSession(backend) as session:
+            result = session.run(row["code"], timeout=60)
+        shown = result.output.strip() if row["status"] == "ok" else result.output.strip().splitlines()[-1]
+        same = shown == row["recorded_output"].strip() and result.status == row["status"]
+        return "" if same else f"{row['trace']}: {row['recorded_output']!r}, not {result}"
+
+    with ThreadPoolExecutor(8) as threads:
+        wrong = list(filter(None, threads.map(differs, rows)))
+    assert len(rows) == 1318
+    assert not wrong, wrong[:5]
