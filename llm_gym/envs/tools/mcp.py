@@ -8,20 +8,17 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from llm_gym.core import Ids, Messages
-from llm_gym.env import Reply
 from llm_gym.envs.tools.mcp_results import tool_schema
 from llm_gym.envs.tools.mcp_server import build
 from llm_gym.envs.tools.mcp_session import Pool, Session
-from llm_gym.envs.tools.questions import questions
+from llm_gym.envs.tools.questions import QuestionEnv
 from llm_gym.envs.tools.schema import Tool
-from llm_gym.envs.tools.tool_env import ToolEnv
 from llm_gym.errors import ConfigError, ToolFailure, unknown
 
 SESSIONS = ("episode", "shared")
 
 
-class MCPTool(ToolEnv):
+class MCPTool(QuestionEnv):
     """One question, the tools of MCP servers; the reply that calls none must hold the exact answer.
 
     Args:
@@ -35,14 +32,7 @@ class MCPTool(ToolEnv):
         start_timeout: seconds in which the servers must start.
         allow: names of the tools shown; None: all.
         deny: names of tools not shown.
-        dataset: a hub id or a local file with questions and answers; None: arithmetic too large to do by heart.
-        split: of the data set; or `train`, `test` or `all` of the arithmetic problems.
-        question: name of the question column.
-        answer: name of the answer column: an answer, or a solution that ends in one.
-        operations: which of `+`, `-`, `*` to draw from, as one string.
-        digits_min: fewest digits of an operand.
-        digits_max: most digits of an operand.
-        kwargs: the arguments of `ToolEnv` and the common ones of `TextEnv`.
+        kwargs: the arguments of `QuestionEnv`: which questions, and how tools are called.
 
     Reward components: `correct`, 1 or 0, and `format` and `tool_calls` of `ToolEnv`. A server that dies or does not
     start ends the episode with `tool_failure`; a call that takes too long is answered with an error.
@@ -51,9 +41,6 @@ class MCPTool(ToolEnv):
         ConfigError: the servers do not start, have no such tool, or the file cannot be read.
         DataError: no such data, or a missing column.
     """
-
-    reward_names = ("correct",)
-    eval_args = {"split": "test"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -64,19 +51,10 @@ class MCPTool(ToolEnv):
         start_timeout: float = 30.0,
         allow: Sequence[str] | None = None,
         deny: Sequence[str] = (),
-        dataset: str | None = None,
-        split: str = "train",
-        question: str = "question",
-        answer: str = "answer",
-        operations: str = "+-*",
-        digits_min: int = 3,
-        digits_max: int = 4,
         **kwargs: Any,
     ) -> None:
         if session not in SESSIONS:
             raise ConfigError(unknown("session", session, SESSIONS))
-        self._questions = questions(dataset, split, (question, answer), operations, (digits_min, digits_max))
-        self.num_tasks = self._questions.size
         if servers is None and allow is None:
             servers, allow = _calculator(), ("calculator",)
         self._session: Session | None = None
@@ -88,23 +66,6 @@ class MCPTool(ToolEnv):
         except BaseException:
             self._leave()
             raise
-
-    def open(self) -> Messages:
-        """A question, of the data set or in arithmetic."""
-        self._release()
-        asked, self._gold = self._questions.draw(self)
-        return [{"role": "user", "content": asked}]
-
-    def final(self, text: str) -> Reply:
-        """Grades the answer; the episode is over."""
-        return Reply(reward={"correct": self._questions.score(self._gold, text)}, done=True)
-
-    def step(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
-        """As `TextEnv.step`; with the episode its session ends."""
-        result = super().step(action)
-        if result[2] or result[3]:
-            self._release()
-        return result
 
     def close(self) -> None:
         """Ends the session, and with the last environment of its kind the pool."""
@@ -138,14 +99,14 @@ class MCPTool(ToolEnv):
             self._session = self._pool.take()
         return self._pool.call(self._session, tool, arguments, self.call_timeout)
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Gives the session back, if there is one."""
         session, self._session = self._session, None
         if session is not None and self._pool is not None:
             self._pool.give_back(session)
 
     def _leave(self) -> None:
-        self._release()
+        self.release()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.leave()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from llm_gym.env import TextEnv
+from llm_gym.core import Ids, Messages
+from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.arithmetic import OPERATIONS, SPLITS, Problem, split_of
 from llm_gym.envs.dataset import check_references
 from llm_gym.envs.grading import verify
 from llm_gym.envs.rows import Row, check_columns, load_rows
+from llm_gym.envs.tools.schema import Tool
+from llm_gym.envs.tools.tool_env import ToolEnv
 from llm_gym.errors import ConfigError, unknown
 
 
@@ -107,3 +110,71 @@ def questions(
     rows = Rows(load_rows(dataset, split), *columns)
     check_references(dataset, split, None, columns[1], numeric=False)
     return rows
+
+
+class QuestionEnv(ToolEnv):
+    """One question; the reply that calls no tool must hold the right answer.
+
+    Args:
+        tools: as for `ToolEnv`.
+        dataset: a hub id or a local file with questions and answers; None: arithmetic too large to do by heart.
+        split: of the data set; or `train`, `test` or `all` of the arithmetic problems.
+        question: name of the question column.
+        answer: name of the answer column: an answer, or a solution that ends in one.
+        operations: which of `+`, `-`, `*` to draw from, as one string.
+        digits_min: fewest digits of an operand.
+        digits_max: most digits of an operand.
+        kwargs: the arguments of `ToolEnv` and the common ones of `TextEnv`.
+
+    Reward components: `correct`, 1 or 0, and `format` and `tool_calls` of `ToolEnv`.
+
+    Raises:
+        ConfigError: arithmetic that cannot be drawn.
+        DataError: no such data, a missing column, or no answer in any row.
+    """
+
+    reward_names = ("correct",)
+    eval_args = {"split": "test"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        tools: Sequence[Tool | Callable[..., Any]],
+        /,
+        *,
+        dataset: str | None = None,
+        split: str = "train",
+        question: str = "question",
+        answer: str = "answer",
+        operations: str = "+-*",
+        digits_min: int = 3,
+        digits_max: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        self._questions = questions(dataset, split, (question, answer), operations, (digits_min, digits_max))
+        self.num_tasks = self._questions.size
+        super().__init__(tools, **kwargs)
+
+    def release(self) -> None:
+        """Ends what the tools hold for the episode; called when it is over, before the next, and at the end."""
+
+    def open(self) -> Messages:
+        """The question."""
+        self.release()
+        asked, self._gold = self._questions.draw(self)
+        return [{"role": "user", "content": asked}]
+
+    def final(self, text: str) -> Reply:
+        """Grades the answer; the episode is over."""
+        return Reply(reward={"correct": self._questions.score(self._gold, text)}, done=True)
+
+    def step(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+        """As `TextEnv.step`."""
+        result = super().step(action)
+        if result[2] or result[3]:
+            self.release()
+        return result
+
+    def close(self) -> None:
+        """Ends what the tools hold, and their thread."""
+        self.release()
+        super().close()
