@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from sandbox_tiers import BACKENDS, TIERS, descriptors, nothing_left, processes, within
 
 from llm_gym.envs.tools import sandbox
-from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool
+from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
 from llm_gym.errors import SettingError
 
 
@@ -41,6 +42,23 @@ def test_state_persists_within_a_session_and_not_between_two(tier: str, backend:
         assert "NameError" in two.run("x").output
         assert one.run("open('note', 'w').write('mine'); 1").status == "ok"
         assert "FileNotFoundError" in two.run("open('note')").output
+
+
+def test_packages_may_lie_where_the_scratch_folder_is(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment below /tmp: the session's own /tmp must not cover it."""
+    (tmp_path / "odd_package.py").write_text("VALUE = 7\n")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    known = tiers.packages()
+    monkeypatch.setattr(tiers, "packages", lambda: [*known, str(tmp_path)])
+    sandbox.shutdown()
+    try:
+        with PythonSession("worker", tier) as session:
+            assert session.run("import odd_package; print(odd_package.VALUE)").output == "7\n"
+    finally:
+        sandbox.shutdown()
 
 
 def test_an_error_is_shown_as_a_short_traceback(tier: str, backend: str) -> None:

@@ -252,7 +252,7 @@ def _spec(tier: tiers.Tier, base: str, only_check: bool) -> dict[str, Any]:
             "user_namespaces": mounted and os.geteuid() != 0,
             "landlock": tier.name == "landlock",
             "seccomp": tier.name != "none",
-            "path": tiers.packages(),
+            "path": [tiers.seen(path) if mounted else path for path in tiers.packages()],
             "readable": tiers.visible(),
             "hidden": tiers.hidden(),
             "base": base,
@@ -266,8 +266,9 @@ def _spec(tier: tiers.Tier, base: str, only_check: bool) -> dict[str, Any]:
 def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
     mounted, user = tier.name in FULL_TIERS, os.geteuid() != 0
     code = tiers.MOUNTED if mounted else str(tiers.INSIDE.parent)
+    python, *paths = (tiers.seen(p) if mounted else p for p in (tiers.interpreter(), *tiers.packages()))
     environment = {
-        "PYTHONPATH": os.pathsep.join([code, *tiers.packages()]),
+        "PYTHONPATH": os.pathsep.join([code, *paths]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
         "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -277,7 +278,7 @@ def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
         "MALLOC_ARENA_MAX": "1",  # else every thread of a kernel gets memory of its own
     }
     start = "from inside.zygote import main; main()"
-    zygote = [tiers.interpreter(), "-s", "-c", start, str(fd)]
+    zygote = [python, "-s", "-c", start, str(fd)]
     if tier.name == "bubblewrap":
         settings = [word for name, value in environment.items() for word in ("--setenv", name, value)]
         return [*tiers.bubblewrap_arguments(user), *settings, "--", *zygote], {}

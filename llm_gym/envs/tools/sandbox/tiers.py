@@ -81,12 +81,18 @@ def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+def seen(path: str) -> str:
+    """Where a path is seen in a sandbox with its own file tree: elsewhere if the scratch folder would cover it."""
+    covered = any(_within(path, folder) for folder in ("/tmp", "/dev"))
+    return f"{MOUNTED}/covered{path}" if covered else path
+
+
 def mounts() -> list[list[str]]:
     """The file tree of a sandbox, as [kind, source, target]; see `inside.outer.build`."""
     links = [p for p in ("/bin", "/sbin", "/lib", "/lib64") if os.path.islink(p)]
     rows = [["link", os.readlink(p), p] for p in links]
-    rows += [["bind", p, p] for p in visible()]
-    rows += [["tmpfs", "0755", p] for p in hidden()]
+    rows += [["bind", p, seen(p)] for p in visible()]
+    rows += [["tmpfs", "0755", seen(p)] for p in hidden()]
     rows += [["bind", str(INSIDE), f"{MOUNTED}/inside"], ["proc", "", "/proc"]]
     rows += [["device", f"/dev/{name}", f"/dev/{name}"] for name in DEVICES]
     rows += [["link", source, target] for source, target in (*LINKS, ("/tmp", "/dev/shm"))]
@@ -101,9 +107,10 @@ def bubblewrap_arguments(user: bool) -> list[str]:
     for capability in ("SYS_ADMIN", "NET_ADMIN", "SETUID", "SETGID", "SETPCAP", "SETFCAP", "CHOWN", "KILL"):
         arguments += ["--cap-add", f"CAP_{capability}"]
     made: set[str] = set()
+    bound = {seen(path) for path in visible()}
     for kind, source, target in mounts():
         for parent in reversed(Path(target).parents[:-1]):  # bwrap would make them with mode 0700
-            if str(parent) not in made and not any(_within(str(parent), m) for m in made if m in visible()):
+            if str(parent) not in made and not any(_within(str(parent), m) for m in made & bound):
                 arguments += ["--perms", "0755", "--dir", str(parent)]
         made |= {target, *(str(p) for p in Path(target).parents)}
         arguments += _BWRAP[kind](source, target)
