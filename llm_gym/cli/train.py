@@ -15,6 +15,7 @@ from llm_gym.errors import SettingError
 if TYPE_CHECKING:
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness import TrainConfig
+    from llm_gym.report.transcripts import Transcript
 
 
 LINE = 160
@@ -148,10 +149,13 @@ def _example(run: Path) -> list[str]:
     pairs = comparison.pairs
     pair = next((p for p in pairs if p.after.good > p.before.good), pairs[0])
     question = _line(m.text for m in pair.before.opening if m.role != "system")
-    sides = (
-        (word, _line(m.text for m in t.rest), t.reward) for word, t in (("before", pair.before), ("after", pair.after))
-    )
+    sides = ((word, _said(t), t.reward) for word, t in (("before", pair.before), ("after", pair.after)))
     return ["\n".join([f"For example: {question}", *(f"  {w:<7} {text}  (reward {r})" for w, text, r in sides)])]
+
+
+def _said(told: Transcript) -> str:
+    """What followed the question: texts, and calls of tools."""
+    return _line(part for m in told.rest for part in (m.text, *m.calls) if part)
 
 
 def _line(texts: Iterable[str]) -> str:
