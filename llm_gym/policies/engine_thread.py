@@ -68,7 +68,6 @@ class EngineThread:
         self._finish = finish
         self._calls: queue.SimpleQueue[Request | tuple[Callable[[Any], Any] | None, Future[Any]]] = queue.SimpleQueue()
         self._ended = False
-        self._version = 0
         ready: Future[Any] = Future()
         self._thread = threading.Thread(target=self._serve, args=(make, ready), name="vllm-engine", daemon=True)
         self._thread.start()

@@ -144,7 +144,6 @@ class KernelCell:
     def start(self, handle: KernelHandle, code: str, seed: int | None) -> None:
         """Sends the request."""
         self.parts, self.length = list[str](), 0
-        self.replied: bool | None = None
         self.last_words: str | None = None
         if seed is not None:
             self._send(
@@ -155,7 +154,6 @@ class KernelCell:
                 silent=True,
             )
             self.finish(handle, START_SECONDS)
-            self.replied = None
         self._send(handle, code.encode("utf-8", "replace").decode(), silent=False)
 
     def _send(self, handle: KernelHandle, code: str, silent: bool) -> None:
