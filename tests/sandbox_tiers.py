@@ -68,7 +68,7 @@ def nothing_left(*, descriptors_too: bool = True) -> Iterator[None]:
     yield
     processes()
     sandbox.shutdown()
-    assert within(5, lambda: processes() <= before), [psutil.Process(p) for p in processes() - before]
+    assert within(60, lambda: processes() <= before), [psutil.Process(p) for p in processes() - before]
     assert threading.active_count() <= threads, threading.enumerate()
     assert not descriptors_too or descriptors() <= open_files, [
         os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.exists()

@@ -47,7 +47,7 @@ def test_hundreds_of_episodes_grow_nothing(backend: str) -> None:
         assert after[0] - before[0] < 8 << 20
         assert after[1] - before[1] < 8 << 20
         assert after[2:] <= before[2:]
-        assert within(10, lambda: len(processes()) <= settled)
+        assert within(60, lambda: len(processes()) <= settled)
 
 
 def _memory(process: psutil.Process) -> int:
