@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import pytest
 # No deadline: how long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("llm_gym", deadline=None)
 hypothesis.settings.load_profile("llm_gym")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts its background jobs so, and every child inherits it; Ctrl-C is tested here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(os.environ.get("LLM_GYM_SHARED", Path(__file__).parents[1].resolve().parent / "shared"))
 """Data that lies beside the checkout, not in it."""
