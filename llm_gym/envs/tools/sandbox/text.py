@@ -13,8 +13,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 def clean(text: str) -> str:
     r"""`text` without terminal escapes; other control characters and lone surrogates are shown as escapes.
 
-    >>> clean("\x1b[31mred\x1b[0m a\x00b 10%\r20%\r\n")
-    'red a\\x00b 20%\n'
+    >>> clean("\x1b[31mred\x1b[0m a\x00b\n10%\r20%\r\n")
+    'red a\\x00b\n20%\n'
     """
     text = _ANSI.sub("", text).replace("\r\n", "\n")
     if "\r" in text:  # a terminal would write over the line
