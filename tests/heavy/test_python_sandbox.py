@@ -61,7 +61,7 @@ def test_all_of_it_as_an_ordinary_user() -> None:
     names = ("", "_cases", "_provisioner", "_secrets")
     tests = [f"tests/envs/test_sandbox{name}.py" for name in names]
     result = ordinary_user.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
         **{name: os.environ[name] for name in ("PATH", "LLM_GYM_SHARED") if name in os.environ},
     )
     print(result.stdout[-5000:])
