@@ -24,8 +24,8 @@ from evaluate import evaluate
 from tokenizer import VOCABULARY, save_tokenizer, train_tokenizer
 
 from llm_gym import embedded
-from llm_gym.harness.learner import OptimizerConfig
 from llm_gym.harness.model import export
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.sft import SFTConfig, sft
 
 TEMPLATE = (embedded.PATH / "chat_template.jinja").read_text()

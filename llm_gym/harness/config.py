@@ -19,7 +19,7 @@ import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
-from llm_gym.harness.learner import OptimizerConfig
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.presets import PRESETS

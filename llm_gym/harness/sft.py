@@ -28,7 +28,8 @@ from llm_gym.errors import ConfigError, DataError
 from llm_gym.harness.batching import Batch, Sample, pack
 from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.config import dump
-from llm_gym.harness.learner import Learner, OptimizerConfig
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig, export, load_model, new_model
 

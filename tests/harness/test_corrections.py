@@ -13,7 +13,8 @@ from small_models import gradients, qwen3, samples
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import Batch, pack
 from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig, importance_weights, mask, truncate
-from llm_gym.harness.learner import Learner, OptimizerConfig
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LOSSES, LossConfig
 
 DOUBLE = torch.float64

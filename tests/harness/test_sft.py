@@ -14,7 +14,7 @@ from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import ConfigError, DataError
 from llm_gym.harness.config import load
-from llm_gym.harness.learner import OptimizerConfig
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.model import LoraConfig, load_model
 from llm_gym.harness.sft import SFTConfig, encode, read_examples, sft
 

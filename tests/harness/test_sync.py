@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from llm_gym.errors import SyncError
 from llm_gym.harness import TrainConfig, Trainer, load, proof
-from llm_gym.harness.learner import Learner, OptimizerConfig
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.model import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
 from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.harness.sync import MODES, engine_of, engine_options, modes_of
