@@ -47,7 +47,8 @@ def descriptors() -> int:
 
 
 def scratch() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("llm-gym-*")}
+    """This process's folders; other runs on the machine have their own."""
+    return {path.name for path in Path(tempfile.gettempdir()).glob(f"llm-gym-*-{os.getpid()}-*")}
 
 
 def within(seconds: float, condition: Callable[[], object]) -> bool:

@@ -100,11 +100,21 @@ def playing(server: Any, **kwargs: Any) -> Iterator[Player]:
     assert not below(), "servers are gone once the environment is closed"
 
 
-def below() -> list[str]:
-    """Living processes started by this one."""
+OTHERS: set[psutil.Process] = set()
+"""What earlier tests share and keep, such as Python's sandbox."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(below())
+
+
+def below() -> set[psutil.Process]:
+    """Living processes that the test started."""
     time.sleep(0.01)
-    found = psutil.Process().children(recursive=True)
-    return [" ".join(p.cmdline()) for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    found = set(psutil.Process().children(recursive=True)) - OTHERS
+    return {p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
 
 
 # Real servers

@@ -215,7 +215,7 @@ def _threads_of_user() -> int:
 
 def scratch(tier: tiers.Tier) -> str:
     """A new folder for the scratch folders of a tier whose sessions have no tmpfs of their own."""
-    return "/tmp/zygote" if tier.name in FULL_TIERS else tempfile.mkdtemp(prefix="llm-gym-sandbox-")
+    return "/tmp/zygote" if tier.name in FULL_TIERS else tempfile.mkdtemp(prefix=f"llm-gym-sandbox-{os.getpid()}-")
 
 
 def launch(tier: tiers.Tier, base: str, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
