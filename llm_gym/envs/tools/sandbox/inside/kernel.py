@@ -72,11 +72,15 @@ class Stream(OutStream):
         self.room, self.tail, self.flushes, self.last = PART, "", 0, 0.0
         os.ftruncate(self.box, 0)
 
-    def finish(self) -> None:
-        """A cell ends: what its children wrote, and the tail of what was cut, go out."""
+    def catch_up(self) -> None:
+        """What children and C code have written to the descriptor is in the stream after this."""
         self.marked.clear()
         os.write(1, self.mark)
         self.marked.wait(1.0)
+
+    def finish(self) -> None:
+        """A cell ends: what its children wrote, and the tail of what was cut, go out."""
+        self.catch_up()
         tail, self.tail, self.room = self.tail, "", PART
         if tail:
             tail = clip(tail)
@@ -136,6 +140,8 @@ class Stream(OutStream):
 
 def _flush() -> None:
     if isinstance(sys.stdout, Stream):
+        with contextlib.suppress(OSError):  # a cell may close descriptor 1
+            sys.stdout.catch_up()
         sys.stdout.flush(force=True)
 
 
