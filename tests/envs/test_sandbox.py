@@ -127,6 +127,15 @@ def test_a_seed_makes_random_numbers_repeat(tier: str, backend: str) -> None:
     assert len(set(outputs)) == 4
 
 
+def test_cycles_are_collected_and_nothing_is_imported_again(backend: str) -> None:
+    """Pages that a session writes to are no longer the zygote's."""
+    with PythonSession(backend) as session:
+        session.run("import weakref\nclass Ring: pass\nring = Ring(); ring.ring = ring; seen = weakref.ref(ring); del ring")
+        assert session.run("x = [[] for _ in range(10_000)]\nseen() is None").output == "True\n"
+        private = "next(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if 'Private_Dirty' in line)"
+        assert int(session.run(private).output) < 24_000
+
+
 def test_limits_bound_memory_disk_processes_and_descriptors(tier: str, backend: str) -> None:
     limits = Limits(memory=2 << 30, disk=8 << 20, processes=20, descriptors=64)
     with PythonSession(backend, tier, limits) as session:

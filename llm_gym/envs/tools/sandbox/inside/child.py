@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import random
@@ -80,6 +81,7 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
         TERM="dumb",
     )
     tempfile.tempdir = None
+    gc.enable()  # the reaper, whose fork this is, had switched it off
     sys.argv = [""]
     random.seed()
     if "numpy" in sys.modules:
