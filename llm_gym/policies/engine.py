@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from llm_gym.core import Completion, FinishReason, Ids, Sampling
 from llm_gym.errors import PolicyError
-from llm_gym.policies.forward import feed
-from llm_gym.policies.kv_cache import Layout, SlotCache
+from llm_gym.policies.forward import Served, feed
+from llm_gym.policies.kv_cache import SlotCache
 from llm_gym.policies.sampling import Knobs, draw, uniforms
 from llm_gym.policies.slots import Slots
 
@@ -45,25 +44,22 @@ class Request:
 class Engine:
     """Continuous batching over a key-value cache whose rows outlive their requests.
 
-    The arguments are those of `TransformersPolicy`; `layout` is what one cached token consists of.
+    The arguments are those of `TransformersPolicy`; `served` is its model, proven.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        layout: Layout,
+        served: Served,
         *,
         max_context: int,
         max_rows: int,
         cache_bytes: int,
         prefill_tokens: int,
-        autocast_dtype: torch.dtype | None,
     ) -> None:
-        self.model, self.layout = model, layout
+        self.served, self.layout = served, served.layout
         self.max_context, self.max_rows = max_context, max_rows
         self.cache_bytes, self.prefill_tokens = cache_bytes, prefill_tokens
-        self.autocast_dtype = autocast_dtype
-        self.slots = Slots(SlotCache(layout))
+        self.slots = Slots(SlotCache(self.layout))
         self._finite = True
         self.clear()
 
@@ -225,7 +221,7 @@ class Engine:
         self._draw(index, self._feed(slice(0, self.slots.active), ids[:, None], positions[:, None]))
 
     def _feed(self, rows: slice | Index, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        return feed(self.model, self.slots.cache, rows, ids, positions, self.autocast_dtype)
+        return feed(self.served, self.slots.cache, rows, ids, positions)
 
     def _draw(self, index: Index, logits: torch.Tensor) -> None:
         """Draws the next token of the rows `index` from `logits` [n, vocabulary]."""

@@ -73,15 +73,13 @@ class TransformersPolicy:
         self.max_context = max_context_of(self.model, max_context)
         self.stop_ids = stop_ids_of(self.model, tokenizer)
         self._vocabulary = vocabulary_of(self.model)
-        layout = probe(self.model, autocast_dtype)
+        served = probe(self.model, autocast_dtype)
         self._engine = Engine(
-            self.model,
-            layout,
+            served,
             max_context=self.max_context,
             max_rows=max_rows,
             cache_bytes=cache_bytes,
-            prefill_tokens=prefill_tokens or (2048 if layout.device.type == "cpu" else 16384),
-            autocast_dtype=autocast_dtype,
+            prefill_tokens=prefill_tokens or (2048 if served.layout.device.type == "cpu" else 16384),
         )
         self._futures: dict[Request, asyncio.Future[Completion]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -75,7 +75,7 @@ class TestLogProbabilities:
             pairs += zip(turn, done, strict=True)
             turn = next_contexts(turn, done, seed)
         assert len({len(c.tokens) for _, c in pairs}) > 5
-        assert worst_gap(served, pairs) < 2e-5
+        assert worst_gap(served, pairs) < 3e-5
 
     @pytest.mark.parametrize("temperature", [0.6, 1.7])
     def test_the_temperature_is_in_them(self, model, temperature):
