@@ -27,8 +27,8 @@ MUTANTS = (
     Mutant(
         "the loss depends on how the batch is split: each micro-batch is averaged on its own",
         "harness/learner.py",
-        "loss = (batch.weight * per_token).sum()",
-        "loss = per_token.mean()",
+        "return part.weight * losses",
+        "return losses / len(batch.target)",
         (
             "harness/test_learner.py::test_the_gradient_does_not_depend_on_the_layout",
             "harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[dapo-]",
@@ -333,8 +333,8 @@ MUTANTS = (
     Mutant(
         "metrics are means of micro-batch means",
         "harness/learner.py",
-        "name: float(stream.sum()) for name, stream in streams.items()",
-        "name: float(stream.mean()) for name, stream in streams.items()",
+        "sums.get(name, 0.0) + stream.sum()",
+        "sums.get(name, 0.0) + stream.mean()",
         ("harness/test_learner.py::test_metrics_do_not_depend_on_the_split",),
     ),
     Mutant(

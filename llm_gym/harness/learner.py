@@ -15,7 +15,7 @@ from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.corrections import importance_weights
 from llm_gym.harness.kl import k3, kl_loss, kl_to_go
-from llm_gym.harness.logprobs import token_logprobs
+from llm_gym.harness.logprobs import token_logprobs, token_loss
 from llm_gym.harness.losses import LossConfig, loss_function
 from llm_gym.harness.model import Body
 from llm_gym.harness.optimizers import DTYPES, OptimizerConfig, clip_gradients, lr_factor, make_optimizers
@@ -52,7 +52,7 @@ class Learner:
         self.model = model.eval()
         self.settings, self.loss = optimizer or OptimizerConfig(), loss or LossConfig()
         self.total_steps, self.dtype = total_steps, DTYPES[self.settings.dtype]
-        self.loss_fn = loss_function(self.loss.name)
+        self.loss_fn, self.one_pass = loss_function(self.loss.name), self.loss.token_level
         self.step_count = 0
         self.optimizers = make_optimizers(model, self.settings)
         self.body = Body(model)
@@ -69,7 +69,7 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of each trained token at `temperature`, float32 [M] each."""
         with torch.set_grad_enabled(grad):
-            return self._logprobs(self.body, batch.to(self.device), temperature, entropy)
+            return token_logprobs(**self._head(self.body, batch.to(self.device), temperature), entropy=entropy)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
@@ -118,25 +118,45 @@ class Learner:
 
     # Inside
 
-    def _logprobs(self, body: Body, batch: MicroBatch, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    def _head(self, body: Body, batch: MicroBatch, temperature: float) -> dict[str, Any]:
+        """What the head's functions (see `logprobs`) take."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden = body.hidden(batch).index_select(0, batch.source)
             weight, bias = body.head()
-        return token_logprobs(
-            hidden, weight, batch.target, bias=bias, temperature=temperature / body.scale, entropy=entropy
-        )
+        scaled = {"bias": bias, "temperature": temperature / body.scale}
+        return {"hidden": hidden, "weight": weight, "targets": batch.target, **scaled}
 
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
         """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
+        reference = self._reference_logprobs(batch, temperature)
+        sums: dict[str, Tensor] = {}
+
+        def per_token(rows: slice, new: Tensor, entropy: Tensor) -> Tensor:
+            part = _tokens(batch, rows)
+            losses, streams = self._losses(part, new, entropy, None if reference is None else reference[rows])
+            gap = streams["sampler/logprob_gap_mean"].max()
+            sums["sampler/logprob_gap_max"] = torch.maximum(sums.get("sampler/logprob_gap_max", gap), gap)
+            sums.update({name: sums.get(name, 0.0) + stream.sum() for name, stream in streams.items()})
+            return part.weight * losses
+
+        head = self._head(self.body, batch, temperature)
+        if self.one_pass:
+            loss = token_loss(**head, per_token=per_token, entropy_gradient=self.loss.entropy_weight != 0)
+        else:
+            loss = per_token(slice(None), *token_logprobs(**head)).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"policy/loss": float(loss.detach()), **{name: float(total) for name, total in sums.items()}}
+
+    def _losses(
+        self, batch: MicroBatch, new: Tensor, entropy: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each token, [M], and streams [M] to average; `batch` may be some of a micro-batch's tokens."""
         config = self.loss
-        new, entropy = self._logprobs(self.body, batch, temperature, True)
         sampler, credit = batch.old_logprobs.to(new.dtype), batch.advantages.to(new.dtype)
         old, correction, streams = self._anchor(batch, new, sampler)
-        gap = (new.detach() - sampler).abs()
-        streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": gap}
+        streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": (new.detach() - sampler).abs()}
         pull = torch.zeros_like(new)
-        if self.reference is not None:
-            reference = self._reference_logprobs(batch, temperature)
+        if reference is not None:
             streams["policy/kl"] = k3(new.detach(), reference)  # reported so whatever is trained: never negative
             if config.kl_in == "reward":
                 credit = credit - config.kl_weight * kl_to_go(new, reference, batch.sequence)
@@ -147,10 +167,7 @@ class Learner:
         per_token = correction * (per_token + pull)
         if config.entropy_weight:
             per_token = per_token - config.entropy_weight * entropy
-        loss = (batch.weight * per_token).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums = {name: float(stream.sum()) for name, stream in streams.items()}
-        return {"policy/loss": float(loss.detach()), "sampler/logprob_gap_max": float(gap.max()), **sums}
+        return per_token, streams
 
     def _anchor(self, batch: MicroBatch, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the ratio is taken against, each token's importance weight, and their metrics (see `corrections`)."""
@@ -166,10 +183,11 @@ class Learner:
         return Body(copy.deepcopy(self.model).requires_grad_(False))
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
-        assert self.reference is not None
+    def _reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor | None:
+        if self.reference is None:
+            return None
         with self.reference.without_adapters():
-            return self._logprobs(self.reference, batch, temperature, False)[0]
+            return token_logprobs(**self._head(self.reference, batch, temperature), entropy=False)[0]
 
     def _rate(self) -> float:
         return lr_factor(self.step_count, self.total_steps, self.settings)
@@ -183,3 +201,10 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _tokens(batch: MicroBatch, rows: slice) -> MicroBatch:
+    """The same with the streams that losses read cut to some of the trained tokens."""
+    names = ("old_logprobs", "advantages", "weight", "sequence", "proximal")
+    cut: dict[str, Any] = {n: stream[rows] for n in names if (stream := getattr(batch, n)) is not None}
+    return replace(batch, **cut)

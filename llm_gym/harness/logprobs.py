@@ -1,23 +1,45 @@
-"""Log-probabilities and entropies of given tokens, without the full [tokens x vocabulary] logits.
+"""Log-probabilities and entropies of given tokens, and losses of them, without the full [tokens x vocabulary] logits.
 
-The product of hidden states and head weights is made in tiles of `TOKENS` x `VOCABULARY` in two
-reused buffers. Forward keeps a running log-sum-exp (online softmax, https://arxiv.org/abs/1805.02867);
-backward makes each tile again from it (as FlashAttention does, https://arxiv.org/abs/2205.14135).
-Memory is O(tokens + vocabulary) instead of O(tokens * vocabulary); the work is 4 matrix products instead of 3.
+The logits of one chunk of tokens at a time are made in one reused buffer, and turned there into probabilities and
+then into the gradient of the logits. Memory is that of a chunk, however many tokens there are. Two forms:
+
+- `token_logprobs` for anything: backward makes each chunk's logits again. 4 matrix products.
+- `token_loss` for a loss that takes each token on its own: with a chunk's logits everything is known, so the
+  gradients are formed in the forward pass, from the same logits. 3 matrix products, as with full logits. The idea
+  is that of fused linear cross-entropy (Liger, https://arxiv.org/abs/2410.10989); here the loss may be any.
+
+With p = softmax, l = log p, H = entropy: d logprob / d x_j = [j = target] - p_j, and d H / d x_j = -p_j (l_j + H).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-TOKENS = 512
-"""Rows of a tile."""
-VOCABULARY = 2048
-"""Columns of a tile; 512 x 2048 float32 is 4 MB, small beside a model and large enough for full speed."""
+
+class Sizes(NamedTuple):
+    """How much is worked on at once."""
+
+    tokens: int
+    """Most tokens of a chunk; matrix products gain nothing above."""
+    logits: int
+    """Most logits of a chunk: the memory."""
+    piece: int
+    """Logits that are normalised at once; on a CPU they should stay in its cache."""
+    columns: int
+    """Vocabulary entries of the weights that are converted at once, where they are not in the working precision."""
+
+
+SIZES = {"cpu": Sizes(512, 2**24, 2**17, 8192)}
+"""By device type. 2**24 float32 logits are 64 MB: 512 tokens at a vocabulary of 32k, 110 at 152k."""
+ACCELERATOR = Sizes(8192, 2**28, 2**26, 2**15)
+"""Of every other device, where a chunk must be large to keep it busy: 1 GB."""
+
+PerToken = Callable[[slice, Tensor, Tensor], Tensor]
+"""(which tokens, their log-probabilities [n], their entropies [n]) -> their losses [n]."""
 
 
 def token_logprobs(
@@ -32,7 +54,7 @@ def token_logprobs(
     """Log-softmax of `(hidden @ weight.T + bias) / temperature` at `targets`, and the entropy.
 
     Products and sums are float32 whatever the inputs (float64 for float64 inputs), also under autocast;
-    half-precision products on CUDA run on half-precision inputs with float32 results.
+    bfloat16 products on CUDA run on bfloat16 inputs with float32 results.
 
     Args:
         hidden: [M, H], differentiable.
@@ -48,76 +70,64 @@ def token_logprobs(
     Raises:
         ValueError: shapes that do not fit, an id outside the vocabulary, or a temperature that is not positive.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"token_logprobs: want hidden [M, H], weight [V, H], targets [M], got "
-            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"token_logprobs: temperature: got {temperature!r}, want a value > 0.")
-    if len(targets) and not (targets.min() >= 0 and targets.max() < len(weight)):
-        worst = int(targets.max() if targets.min() >= 0 else targets.min())
-        raise ValueError(f"token_logprobs: targets: got {worst}, want ids in [0, {len(weight)}).")
-    logprobs, entropies = _Head.apply(  # type: ignore[no-untyped-call]
+    _check("token_logprobs", hidden, weight, targets, temperature)
+    logprobs, entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, float(temperature), entropy
     )
     return logprobs, entropies
 
 
-class _Tiles:
-    """Tiles of the scaled logits, [rows, columns] at a time, in one reused buffer."""
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    per_token: PerToken,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> Tensor:
+    """The sum of `per_token` losses of what `token_logprobs` would return, at three quarters of its price.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
-        self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
-        self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.half = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
-        self.work = hidden.dtype if self.half else self.exact
-        self.rows, self.columns = min(TOKENS, len(hidden)), min(VOCABULARY, len(weight))
-        self.buffer = self.empty()
+    `per_token` is called in the forward pass for consecutive chunks of tokens. It is differentiated there, so it
+    must take each token on its own: what it returns for one may not depend on another that it is given.
 
-    def empty(self) -> Tensor:
-        return torch.empty(self.rows * self.columns, dtype=self.exact, device=self.hidden.device)
+    Args:
+        hidden: [M, H], differentiable.
+        weight: [V, H], differentiable or frozen.
+        targets: [M] int64, in [0, V).
+        per_token: (slice of the M tokens, logprobs [n], entropy [n]) -> losses [n], weighted as they shall be summed.
+        bias: [V] or None, differentiable or frozen.
+        temperature: divides the logits; > 0.
+        entropy_gradient: whether the entropy is differentiable; a constant otherwise, at a lower price.
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Vocabulary blocks: (columns, their weights in the working precision)."""
-        for start in range(0, len(self.weight), self.columns):
-            columns = slice(start, min(start + self.columns, len(self.weight)))
-            yield columns, self.weight[columns].to(self.work)
+    Returns:
+        The loss, a scalar. Its gradients are formed already: it can be gone back through once.
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Token chunks: (rows, their hidden states in the working precision)."""
-        for start in range(0, len(self.hidden), self.rows):
-            rows = slice(start, min(start + self.rows, len(self.hidden)))
-            yield rows, self.hidden[rows].to(self.work)
-
-    def logits(self, hidden: Tensor, block: Tensor, columns: slice) -> Tensor:
-        """(hidden @ block.T + bias) / temperature, [rows, columns]; overwrites the buffer."""
-        out = self.view(self.buffer, len(hidden), len(block))
-        self.product(hidden, block.t(), out)
-        if self.bias is not None:
-            out.add_(self.bias[columns])
-        return out if self.temperature == 1.0 else out.div_(self.temperature)
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out = a @ b, accumulated in `exact`."""
-        if self.half:
-            out.copy_(torch.mm(a, b, out_dtype=torch.float32))
-        else:
-            torch.mm(a, b, out=out)
-
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out += a @ b, accumulated in `exact`."""
-        if self.half:
-            out.add_(torch.mm(a.to(self.work), b, out_dtype=torch.float32))
-        else:
-            out.addmm_(a, b)
-
-    @staticmethod
-    def view(buffer: Tensor, rows: int, columns: int) -> Tensor:
-        return buffer[: rows * columns].view(rows, columns)
+    Raises:
+        ValueError: as `token_logprobs`, or losses that are not one per token.
+    """
+    _check("token_loss", hidden, weight, targets, temperature)
+    loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, float(temperature), entropy_gradient, per_token, torch.is_grad_enabled()
+    )
+    return loss
 
 
-class _Head(torch.autograd.Function):
+def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{name}: want hidden [M, H], weight [V, H], targets [M], got "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature: got {temperature!r}, want a value > 0.")
+    if len(targets) and not (targets.min() >= 0 and targets.max() < len(weight)):
+        worst = int(targets.max() if targets.min() >= 0 else targets.min())
+        raise ValueError(f"{name}: targets: got {worst}, want ids in [0, {len(weight)}).")
+
+
+class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -129,8 +139,12 @@ class _Head(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            log_z, logprobs, entropies = _statistics(_Tiles(hidden, weight, bias, temperature), targets, entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropies)
+            head = _Head(hidden, weight, bias, targets, temperature)
+            logprobs, entropies = head.none.new_empty(len(targets)), head.none.new_empty(len(targets))
+            for rows in head:
+                x = head.logits(rows)
+                logprobs[rows], entropies[rows] = head.normalise(rows, x, entropy=entropy, keep=not entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -140,91 +154,189 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_z, entropies = ctx.saved_tensors
-        grad = torch.zeros_like(log_z) if grad is None else grad
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
+        grad = torch.zeros_like(entropies) if grad is None else grad
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, ctx.temperature)
-            grads = _gradients(tiles, targets, log_z, entropies, grad, entropy_grad, ctx.needs_input_grad[:3])
-        return *grads, None, None, None
+            head = _Head(hidden, weight, bias, targets, ctx.temperature)
+            into = _Gradients(head, ctx.needs_input_grad)
+            for rows in head:
+                pull = None if entropy_grad is None else entropy_grad[rows]
+                into.add(rows, *head.gradient(rows, head.logits(rows), grad[rows], pull, entropies[rows]))
+        return *into.found(), None, None, None
 
 
-def _statistics(tiles: _Tiles, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """One sweep: log-normaliser, log-probability of the target and entropy, each [M]."""
-    count, device, exact = len(targets), targets.device, tiles.exact
-    peak = torch.full((count,), -torch.inf, dtype=exact, device=device)
-    total = torch.zeros(count, dtype=exact, device=device)  # sum of exp(x - peak)
-    moment = torch.zeros(count, dtype=exact, device=device)  # sum of (x - peak) * exp(x - peak)
-    chosen = torch.zeros(count, dtype=exact, device=device)
-    spare = tiles.empty() if entropy else tiles.buffer
-    chunks = list(tiles.chunks()) if tiles.work == tiles.hidden.dtype else None
-    for columns, block in tiles.blocks():
-        for rows, hidden in chunks or tiles.chunks():
-            x = tiles.logits(hidden, block, columns)
-            at, here = _local(targets[rows], columns)
-            chosen[rows] = torch.where(here, x.gather(1, at[:, None])[:, 0], chosen[rows])
-            top = torch.maximum(peak[rows], x.amax(1))
-            fade = torch.exp(peak[rows] - top)
-            weights = torch.exp(x.sub_(top[:, None]), out=tiles.view(spare, *x.shape))
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+        per_token: PerToken,
+        grad: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(hidden, weight, bias, targets, temperature)
+            into = _Gradients(head, ctx.needs_input_grad) if grad else None
+            total = head.none.sum()
+            for rows in head:
+                x = head.logits(rows)
+                logprobs, entropies = head.normalise(rows, x, entropy=True, keep=entropy_gradient)
+                loss, by_logprob, by_entropy = _differentiate(per_token, rows, logprobs, entropies, entropy_gradient)
+                total = total + loss
+                if into is not None and entropy_gradient:
+                    into.add(rows, *head.gradient(rows, x, by_logprob, by_entropy, entropies))
+                elif into is not None:
+                    into.add(rows, *head.from_probabilities(rows, x, by_logprob))
+        # An attribute, not saved tensors: they are no activations, and are gone once they are handed over.
+        ctx.found = None if into is None else into.found()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.found = ctx.found, None
+        if found is None:
+            raise RuntimeError(
+                "token_loss: its gradients were handed over already; it cannot be gone back through twice."
+            )
+        scale = float(grad)
+        if scale != 1.0:
+            found = tuple(None if each is None else each.mul_(scale) for each in found)
+        return *found, None, None, None, None, None
+
+
+def _differentiate(
+    per_token: PerToken, rows: slice, logprobs: Tensor, entropies: Tensor, entropy_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a chunk, and its gradient by each log-probability and each entropy."""
+    logprobs, entropies = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_(entropy_gradient)
+    with torch.enable_grad():
+        losses = per_token(rows, logprobs, entropies)
+        if losses.shape != logprobs.shape:
+            raise ValueError(f"token_loss: per_token: want losses {tuple(logprobs.shape)}, got {tuple(losses.shape)}.")
+        loss = losses.sum()
+    given = [logprobs, entropies] if entropy_gradient else [logprobs]
+    if not loss.requires_grad:
+        return loss, torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+    return loss.detach(), found[0], found[-1]
+
+
+class _Head:
+    """Chunks of tokens, and what is done with the logits of one; they stand in one reused buffer."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.targets, self.scale = hidden, weight, bias, targets, 1 / temperature
+        self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.half = hidden.is_cuda and hidden.dtype == torch.bfloat16
+        self.work = hidden.dtype if self.half else self.exact
+        self.sizes, width = SIZES.get(hidden.device.type, ACCELERATOR), len(weight)
+        self.rows = max(1, min(self.sizes.tokens, self.sizes.logits // width, len(hidden)))
+        self.piece = max(1, min(self.rows, self.sizes.piece // width))
+        self.none = torch.empty(0, dtype=self.exact, device=hidden.device)
+        self.buffer = self.none.new_empty(self.rows, width)
+        self.spare = self.none.new_empty(2, self.piece, width)
+
+    def __iter__(self) -> Iterator[slice]:
+        return _slices(len(self.hidden), self.rows)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary entries, their weights in the working precision); all at once if they are in it."""
+        width = len(self.weight)
+        for columns in _slices(width, width if self.weight.dtype == self.work else self.sizes.columns):
+            yield columns, self.weight[columns].to(self.work)
+
+    def logits(self, rows: slice) -> Tensor:
+        """(hidden @ weight.T + bias) / temperature, [n, V]; overwrites the buffer."""
+        hidden = self.hidden[rows].to(self.work)
+        x = self.buffer[: len(hidden)]
+        for columns, block in self.blocks():
+            self.product(hidden, block.t(), x[:, columns])
+        return x if self.bias is None else x.add_(self.bias, alpha=self.scale)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """out = a @ b / temperature, or added to it; accumulated in `exact`."""
+        if self.half:
+            result = torch.mm(a.to(self.work), b, out_dtype=torch.float32).mul_(self.scale)
+            out.copy_(result.add_(out) if add else result)
+        else:
+            torch.addmm(out, a, b, beta=float(add), alpha=self.scale, out=out)
+
+    def normalise(self, rows: slice, x: Tensor, *, entropy: bool, keep: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets and entropies (or zeros), [n] each; leaves p in `x`, or `x` as it is."""
+        logprobs, entropies = x.new_empty(len(x)), x.new_zeros(len(x))
+        targets = self.targets[rows, None]
+        for part in _slices(len(x), self.piece):
+            logp, p = self.spare[0, : len(x[part])], self.spare[1, : len(x[part])] if keep else x[part]
+            torch.log_softmax(x[part], -1, out=logp)
+            logprobs[part] = logp.gather(1, targets[part])[:, 0]
+            if entropy or not keep:
+                torch.exp(logp, out=p)
             if entropy:
-                shift = torch.where(total[rows] > 0, peak[rows] - top, 0.0)  # peak starts at -inf
-                dots = torch.bmm(weights[:, None], x[:, :, None])[:, 0, 0]
-                moment[rows] = fade * (moment[rows] + shift * total[rows]) + dots
-            total[rows] = fade * total[rows] + weights.sum(1)
-            peak[rows] = top
-    log_total = total.log()
-    entropies = log_total - moment / total if entropy else torch.zeros_like(total)
-    return peak + log_total, (chosen - peak) - log_total, entropies
+                entropies[part] = -logp.mul_(p).sum(1)
+        return logprobs, entropies
+
+    def from_probabilities(self, rows: slice, p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient by the logits as (factor [n], matrix [n, V]): -grad * (p - [target])."""
+        p.scatter_add_(1, self.targets[rows, None], -torch.ones_like(grad)[:, None])
+        return -grad, p
+
+    def gradient(
+        self, rows: slice, x: Tensor, grad: Tensor, pull: Tensor | None, entropies: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same from logits, which it overwrites; with a gradient `pull` [n] by the entropies too, if given."""
+        for part in _slices(len(x), self.piece):
+            logp = torch.log_softmax(x[part], -1, out=self.spare[0, : len(x[part])])
+            p = torch.exp(logp, out=x[part])
+            if pull is not None:
+                p.mul_(logp.mul_(pull[part, None]).add_((grad + pull * entropies)[part, None]))
+        if pull is None:
+            return self.from_probabilities(rows, x, grad)
+        return -torch.ones_like(grad), x.scatter_add_(1, self.targets[rows, None], -grad[:, None])
 
 
-def _gradients(
-    tiles: _Tiles,
-    targets: Tensor,
-    log_z: Tensor,
-    entropies: Tensor,
-    grad: Tensor,
-    entropy_grad: Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias; p = softmax, l = log p, H = entropy:
+class _Gradients:
+    """Sums of the gradients of hidden states, weights and bias over the chunks."""
 
-    d logprob / d x_j = [j = target] - p_j, and d H / d x_j = -p_j (l_j + H).
-    """
-    hidden, weight, bias, exact = tiles.hidden, tiles.weight, tiles.bias, tiles.exact
-    d_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device) if needs[0] else None
-    d_weight = torch.empty_like(weight) if needs[1] else None
-    d_bias = torch.empty_like(bias) if bias is not None and needs[2] else None
-    spare = tiles.buffer if entropy_grad is None else tiles.empty()
-    chunks = list(tiles.chunks()) if tiles.work == hidden.dtype else None
-    for columns, block in tiles.blocks():
-        into = None if d_weight is None else torch.zeros(block.shape, dtype=exact, device=block.device)
-        into_bias = None if d_bias is None else torch.zeros(len(block), dtype=exact, device=block.device)
-        for rows, h in chunks or tiles.chunks():
-            logp = tiles.logits(h, block, columns).sub_(log_z[rows, None])
-            g = torch.exp(logp, out=tiles.view(spare, *logp.shape))
-            if entropy_grad is None:
-                g.mul_(-grad[rows, None])
-            else:
-                e = entropy_grad[rows]
-                g.mul_(logp.mul_(-e[:, None]).sub_((grad[rows] + e * entropies[rows])[:, None]))
-            at, here = _local(targets[rows], columns)
-            g.scatter_add_(1, at[:, None], (grad[rows] * here)[:, None])
-            if tiles.temperature != 1.0:
-                g.div_(tiles.temperature)
-            if d_hidden is not None:
-                tiles.accumulate(g, block, d_hidden[rows])
-            if into is not None:
-                tiles.accumulate(g.t(), h, into)
-            if into_bias is not None:
-                into_bias.add_(g.sum(0))
-        if d_weight is not None and into is not None:
-            d_weight[columns] = into
-        if d_bias is not None and into_bias is not None:
-            d_bias[columns] = into_bias
-    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+    def __init__(self, head: _Head, needs: tuple[bool, ...]) -> None:
+        self.head, self.first = head, True
+        new = head.none.new_empty if len(head.hidden) else head.none.new_zeros
+        self.hidden = torch.empty_like(head.hidden) if needs[0] else None
+        self.weight = new(head.weight.shape) if needs[1] else None
+        self.bias = None if head.bias is None or not needs[2] else head.none.new_zeros(len(head.bias))
+
+    def add(self, rows: slice, factor: Tensor, matrix: Tensor) -> None:
+        """Adds a chunk whose gradient by the logits is factor[:, None] * matrix, [n, V].
+
+        The factor is applied to the hidden states' side of the products, which is narrower.
+        """
+        head, states = self.head, self.head.hidden[rows].to(self.head.exact)
+        scaled = (states * factor[:, None]).to(head.work)
+        back = torch.zeros_like(states)
+        for columns, block in head.blocks():
+            if self.hidden is not None:
+                head.product(matrix[:, columns], block, back, add=True)
+            if self.weight is not None:
+                head.product(matrix[:, columns].t(), scaled, self.weight[columns], add=not self.first)
+        if self.hidden is not None:
+            self.hidden[rows] = back.mul_(factor[:, None]).to(self.hidden.dtype)
+        if self.bias is not None:
+            self.bias.addmv_(matrix.t(), factor, alpha=head.scale)
+        self.first = False
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weights and bias in their types; None where none is needed."""
+        kinds = (self.head.weight.dtype, self.head.weight.dtype if self.head.bias is None else self.head.bias.dtype)
+        weight, bias = (None if g is None else g.to(k) for g, k in zip((self.weight, self.bias), kinds, strict=True))
+        return self.hidden, weight, bias
 
 
-def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Targets as columns of this block (clamped), and whether they are in it."""
-    at = targets - columns.start
-    width = columns.stop - columns.start
-    return at.clamp(0, width - 1), (at >= 0) & (at < width)
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

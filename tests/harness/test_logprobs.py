@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_gym.harness import logprobs as head
-from llm_gym.harness.logprobs import token_logprobs
+from llm_gym.harness.logprobs import Sizes, token_logprobs, token_loss
 
 DOUBLE = torch.float64
 
@@ -16,8 +19,7 @@ DOUBLE = torch.float64
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles even for tiny inputs, the last ones ragged."""
-    monkeypatch.setattr(head, "TOKENS", 3)
-    monkeypatch.setattr(head, "VOCABULARY", 4)
+    monkeypatch.setitem(head.SIZES, "cpu", Sizes(tokens=3, logits=1000, piece=24, columns=4))
 
 
 def inputs(count: int, hidden: int, vocabulary: int, dtype: torch.dtype = DOUBLE, scale: float = 1.0):
@@ -46,23 +48,122 @@ def test_gradcheck(with_bias: bool, temperature: float) -> None:
     assert torch.autograd.gradcheck(fn, (h, w, b))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 13), st.sampled_from([0.5, 1.0, 1.7]))
-def test_equal_to_plain_logits(count: int, hidden: int, vocabulary: int, temperature: float) -> None:
+SHAPES = (st.integers(1, 9), st.integers(1, 6), st.integers(1, 13), st.sampled_from([0.5, 1.0, 1.7]))
+CHUNKS = st.builds(Sizes, st.integers(1, 10), st.integers(1, 99), st.integers(1, 60), st.integers(1, 14))
+
+
+@contextmanager
+def sized(sizes: Sizes) -> Iterator[None]:
+    """Chunks of these sizes while it lasts."""
+    before, head.SIZES["cpu"] = head.SIZES["cpu"], sizes
+    try:
+        yield
+    finally:
+        head.SIZES["cpu"] = before
+
+
+@settings(max_examples=50, deadline=None)
+@given(*SHAPES, CHUNKS)
+def test_equal_to_plain_logits(count: int, hidden: int, vocabulary: int, temperature: float, sizes: Sizes) -> None:
     h, w, b, t = inputs(count, hidden, vocabulary)
     weights = torch.randn(2, count, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     results = []
-    tokens, columns = head.TOKENS, head.VOCABULARY
-    try:
-        head.TOKENS, head.VOCABULARY = 4, 5
+    with sized(sizes):
         got = token_logprobs(h, w, t, bias=b, temperature=temperature)
         results.append((*got, *torch.autograd.grad((weights * torch.stack(got)).sum(), (h, w, b))))
-    finally:
-        head.TOKENS, head.VOCABULARY = tokens, columns
     want = plain(h, w, t, b, temperature)
     results.append((*want, *torch.autograd.grad((weights * torch.stack(want)).sum(), (h, w, b))))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(*SHAPES, CHUNKS, st.booleans(), st.booleans(), st.sampled_from([1.0, -0.7]))
+def test_one_pass_is_two_passes_and_plain_logits(
+    count: int,
+    hidden: int,
+    vocabulary: int,
+    temperature: float,
+    sizes: Sizes,
+    biased: bool,
+    bonus: bool,
+    scale: float,
+) -> None:
+    """Any loss of a token's log-probability and entropy: value and gradients, to 1e-12, whatever the chunks."""
+    h, w, b, t = inputs(count, hidden, vocabulary)
+    given_bias, inputs_ = (b, (h, w, b)) if biased else (None, (h, w))
+    credit = torch.randn(count, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+
+    def per_token(rows: slice, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        return credit[rows] * logprobs.exp() + (credit[rows] ** 2 * entropy * logprobs if bonus else 0)
+
+    values = []
+    with sized(sizes):
+        values.append(token_loss(h, w, t, per_token, bias=given_bias, temperature=temperature, entropy_gradient=bonus))
+        values.append(per_token(slice(None), *token_logprobs(h, w, t, bias=given_bias, temperature=temperature)).sum())
+        values.append(per_token(slice(None), *plain(h, w, t, given_bias, temperature)).sum())
+        grads = [(v, *torch.autograd.grad(scale * v, inputs_)) for v in values]
+    for ours, two, naive in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, two, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_one_pass_gives_the_loss_the_same_bits_as_the_log_probabilities() -> None:
+    """So that a ratio against log-probabilities computed before, of the same micro-batch, is exactly 1."""
+    h, w, _, t = inputs(7, 5, 11, torch.float32)
+    seen = []
+
+    def per_token(rows: slice, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        seen.append((rows, logprobs.detach(), entropy.detach()))
+        return logprobs
+
+    want = token_logprobs(h, w, t)
+    for bonus in (False, True):
+        seen.clear()
+        token_loss(h, w, t, per_token, entropy_gradient=bonus)
+        assert len(seen) == 3
+        for rows, logprobs, entropy in seen:
+            assert torch.equal(logprobs, want[0][rows])
+            assert torch.equal(entropy, want[1][rows])
+    assert torch.equal(token_logprobs(h, w, t, entropy=False)[0], want[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_one_pass_leaves_out_what_is_frozen_and_runs_without_gradients() -> None:
+    h, w, _, t = inputs(7, 5, 11)
+    want = torch.autograd.grad(token_logprobs(h, w, t)[0].sum(), (h, w))
+    for frozen, (ours, theirs) in enumerate([((h.detach(), w), w), ((h, w.detach()), h)]):
+        loss = token_loss(*ours, t, lambda rows, logprobs, _: logprobs)
+        torch.testing.assert_close(torch.autograd.grad(loss, theirs)[0], want[1 - frozen], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        loss = token_loss(h, w, t, lambda rows, logprobs, _: logprobs)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(h, w, t)[0].sum())
+    nothing = token_loss(h[:0], w, t[:0], lambda rows, logprobs, _: logprobs)
+    assert (torch.autograd.grad(nothing, w)[0] == 0).all()
+
+
+def test_one_pass_adds_up_over_micro_batches_and_hands_its_gradients_over_once() -> None:
+    h, w, _, t = inputs(7, 5, 11)
+    for part in (slice(0, 4), slice(4, 7)):
+        token_loss(h[part], w, t[part], lambda rows, logprobs, _: logprobs).backward()
+    want = torch.autograd.grad(plain(h, w, t)[0].sum(), (h, w))
+    torch.testing.assert_close((h.grad, w.grad), want, rtol=1e-12, atol=1e-12)
+    loss = token_loss(h, w, t, lambda rows, logprobs, _: logprobs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone back through twice"):
+        loss.backward()
+    with pytest.raises(ValueError, match=r"want losses \(7,\), got \(\)"):
+        token_loss(h, w, t, lambda rows, logprobs, _: logprobs.sum())
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_a_loss_without_a_gradient_gives_none(entropy_gradient: bool) -> None:
+    """Every token clipped: zeros, no error."""
+    h, w, _, t = inputs(7, 5, 11)
+    loss = token_loss(h, w, t, lambda rows, logprobs, _: logprobs.detach(), entropy_gradient=entropy_gradient)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (h, w)))
 
 
 @pytest.mark.usefixtures("small_tiles")
