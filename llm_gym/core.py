@@ -37,6 +37,8 @@ class StopReason(StrEnum):
     """A tool broke in a way that is not the policy's doing (a dead server, a lost sandbox)."""
     ENV_ERROR = "env_error"
     """The environment raised."""
+    REWARD_ERROR = "reward_error"
+    """A reward function raised, or gave something that is no reward."""
     POLICY_ERROR = "policy_error"
     """The engine failed for this episode."""
     CANCELLED = "cancelled"
@@ -53,7 +55,15 @@ class StopReason(StrEnum):
         return self in _FAILED
 
 
-_FAILED = frozenset({StopReason.TOOL_FAILURE, StopReason.ENV_ERROR, StopReason.POLICY_ERROR, StopReason.CANCELLED})
+_FAILED = frozenset(
+    {
+        StopReason.TOOL_FAILURE,
+        StopReason.ENV_ERROR,
+        StopReason.REWARD_ERROR,
+        StopReason.POLICY_ERROR,
+        StopReason.CANCELLED,
+    }
+)
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -148,6 +158,7 @@ class Episode:
     """One finished episode, however it finished."""
 
     env_id: str
+    """The environment's id, or the name it was given in a mixture."""
     seed: int
     """The reset seed; episodes of one group share it."""
     turns: tuple[Turn, ...]
@@ -162,6 +173,8 @@ class Episode:
     """What was raised, if anything was."""
     seconds: float = 0.0
     """Wall time from reset to end."""
+    task: int | None = None
+    """The row of the environment's data that was asked for; None: the seed decided."""
 
     @property
     def reward(self) -> float:
@@ -190,6 +203,7 @@ class Episode:
             "env_id": self.env_id,
             "seed": self.seed,
             "member": self.member,
+            "task": self.task,
             "reward": self.reward,
             "rewards": dict(self.rewards),
             "stop_reason": str(self.stop_reason),
@@ -237,6 +251,7 @@ class Episode:
             data["member"],
             data["error"],
             data["seconds"],
+            data.get("task"),
         )
 
 

@@ -252,15 +252,22 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             total += self.reward_weights.get(name, 1.0) * number
         return total
 
-    def _number(self, name: object, value: object) -> float:
-        """A reward component as a float.
+    def _number(self, name: object, value: object, giver: str = "") -> float:
+        """A reward component as a float; `giver` is where it came from, for the text of the error.
 
         Raises:
             RewardError: it is no finite number.
         """
-        if isinstance(name, str) and isinstance(value, NUMBERS) and math.isfinite(value):
-            return float(value)
-        raise RewardError(f"{self._name()}: reward component {name!r} is {value!r}, want a finite number.")
+        number = finite(value) if isinstance(name, str) else None
+        if number is not None:
+            return number
+        place = f"{name!r}{giver} is {value!r:.80} at {self._place()}"
+        raise RewardError(f"{self._name()}: reward component {place}, want a finite number.")
+
+    def _place(self) -> str:
+        """Which episode this is, for the text of an error."""
+        known = {"seed": self._np_random_seed, "task": self.task}
+        return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
     def _copy_messages(self) -> Messages:
         """The chat as data of the caller's own."""
@@ -280,6 +287,17 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
     def _name(self) -> str:
         return self.spec.id if self.spec is not None else type(self).__name__
+
+
+def finite(value: object) -> float | None:
+    """A number of any kind as a float; None if it is none, or not finite."""
+    if not isinstance(value, NUMBERS):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond every float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _copy(message: Message) -> Message:

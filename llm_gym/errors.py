@@ -4,8 +4,8 @@
     ├── SettingError        a bad setting: raised at start, before any model loads
     │   ├── ConfigError     a configuration key or value
     │   ├── DataError       a data set, its path, split or columns
-    │   ├── TemplateError   a chat template that cannot be extended exactly
-    │   └── RewardError     a reward function that returns something that is no reward
+    │   └── TemplateError   a chat template that cannot be extended exactly
+    ├── RewardError         a reward function failed; the episode ends with `reward_error`
     ├── ToolError           a tool call failed; the model is told, the episode goes on
     ├── ToolFailure         a tool broke; the episode ends with `tool_failure`
     ├── PolicyError         the engine failed for one request
@@ -44,16 +44,16 @@ class TemplateError(SettingError):
     """A chat template that is missing, or that cannot be extended without re-encoding history."""
 
 
-class RewardError(SettingError):
-    """A reward that is neither a finite number nor a mapping of names to finite numbers."""
-
-
 class ToolError(LLMGymError):
     """A tool call that failed; its text is what the model is told."""
 
 
 class ToolFailure(LLMGymError):
     """A tool that broke in a way that is not the policy's doing: a dead server, a lost sandbox."""
+
+
+class RewardError(LLMGymError, ValueError):
+    """A reward function that raised, or gave neither a finite number nor a mapping of names to finite numbers."""
 
 
 class PolicyError(LLMGymError):
@@ -83,7 +83,8 @@ def boundary(error: BaseException, *, policy: bool) -> StopReason:
         raise error
     if policy:
         return StopReason.POLICY_ERROR
-    return StopReason.TOOL_FAILURE if isinstance(error, ToolFailure) else StopReason.ENV_ERROR
+    ends = {ToolFailure: StopReason.TOOL_FAILURE, RewardError: StopReason.REWARD_ERROR}
+    return next((end for kind, end in ends.items() if isinstance(error, kind)), StopReason.ENV_ERROR)
 
 
 def unknown(argument: str, value: object, valid: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import logging
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 
 from llm_gym import envs
 from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, Turn
-from llm_gym.errors import SettingError, boundary
+from llm_gym.env import finite
+from llm_gym.errors import RewardError, SettingError, boundary
 from llm_gym.policies import Completer
 from llm_gym.policies.running import Worker, run_here
 
@@ -94,7 +95,10 @@ async def rollout_async(
 
 
 class Driver:
-    """Environments kept between rollouts, reused by `reset`; the arguments are those of `rollout`."""
+    """Environments kept between rollouts, reused by `reset`; the arguments are those of `rollout`.
+
+    `name` is what episodes call the environment; None: its id.
+    """
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class Driver:
         env_args: Mapping[str, Any] | None = None,
         max_concurrent: int | None = None,
         time_limit: float | None = None,
+        name: str | None = None,
     ) -> None:
         if max_concurrent is not None and max_concurrent < 1:
             raise SettingError(f"max_concurrent: got {max_concurrent}, want at least 1.")
@@ -114,6 +119,7 @@ class Driver:
         self._args = dict(env_args or {})
         self._make = env
         self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        self._name = name
         self._blocking: bool | None = None  # not known before the first environment was made
         self._free: list[_Seat] = []
         self._seats: set[_Seat] = set()
@@ -126,11 +132,15 @@ class Driver:
         group_size: int = 1,
         seed: int = 0,
         sampling: Sampling | None = None,
+        rows: Sequence[int | None] | None = None,
         on_episode: OnEpisode | None = None,
     ) -> list[Episode]:
-        """Plays `group_size` episodes of each seed; see `rollout`. `sampling` replaces the driver's own."""
+        """Plays `group_size` episodes of each seed; see `rollout`.
+
+        `sampling` replaces the driver's own; `rows` names the row of the environment's data for each seed.
+        """
         return run_here(
-            self.run_async(seeds, group_size=group_size, seed=seed, sampling=sampling, on_episode=on_episode)
+            self.run_async(seeds, group_size=group_size, seed=seed, sampling=sampling, rows=rows, on_episode=on_episode)
         )
 
     async def run_async(
@@ -140,17 +150,21 @@ class Driver:
         group_size: int = 1,
         seed: int = 0,
         sampling: Sampling | None = None,
+        rows: Sequence[int | None] | None = None,
         on_episode: OnEpisode | None = None,
     ) -> list[Episode]:
         """`run` inside an event loop; cancelling it closes every environment."""
-        jobs = [_Job(int(s), member, seed, sampling or self.sampling) for s in seeds for member in range(group_size)]
+        every = list(seeds)
+        tasks = zip(every, [None] * len(every) if rows is None else rows, strict=True)
+        how = sampling or self.sampling
+        jobs = [_Job(int(s), member, seed, how, row) for s, row in tasks for member in range(group_size)]
         episodes: list[Episode | None] = [None] * len(jobs)
         queue = iter(enumerate(jobs))
         self._forget()
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as players:
                 for _ in range(min(self.max_concurrent, len(jobs))):
-                    tasks.create_task(self._work(queue, episodes, on_episode))
+                    players.create_task(self._work(queue, episodes, on_episode))
         except BaseExceptionGroup as failures:
             self.close()
             raise failures.exceptions[0] from None
@@ -216,13 +230,15 @@ class Driver:
             job.member,
             tale.error,
             time.perf_counter() - began,
+            job.task,
         )
 
     async def _turns(self, job: _Job, tale: _Tale) -> None:
         """Reset, then complete and step until the environment says stop."""
         seat = tale.seat
         assert seat is not None
-        context, info = await seat.call(seat.env.reset, seed=job.seed)
+        options = {} if job.task is None else {"options": {"task": job.task}}
+        context, info = await seat.call(seat.env.reset, seed=job.seed, **options)
         done = False
         while not done:
             tale.messages = info.get("messages", ())
@@ -236,12 +252,24 @@ class Driver:
                 completion = await self.policy.complete(prompt, sampling, seed=request_seed)
             tale.asking = False
             context, reward, terminated, truncated, info = await seat.call(seat.env.step, completion.tokens)
-            tale.turns.append(Turn(prompt, completion, float(reward)))
+            tale.turns.append(Turn(prompt, completion, self._reward("reward", reward, job)))
             cut = completion.finish_reason == "length"
             done = terminated or truncated or cut
         tale.messages = info.get("messages", ())
-        tale.rewards = info.get("rewards", {"reward": sum(turn.reward for turn in tale.turns)})
+        parts = info.get("rewards", {"reward": sum(turn.reward for turn in tale.turns)})
+        tale.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
         tale.stop_reason = _stop_reason(info, terminated, cut)
+
+    def _reward(self, name: str, value: Any, job: _Job) -> float:
+        """What `step` gave as a reward, or as the component `name` of it.
+
+        Raises:
+            RewardError: it is no finite number.
+        """
+        number = finite(value)
+        if number is None:
+            raise RewardError(f"{self.env_id}: {name!r} is {value!r:.80} at seed {job.seed}, want a finite number.")
+        return number
 
     async def _reply(self, env: Env, messages: Iterable[Message], sampling: Sampling, seed: int) -> Completion:
         chat = getattr(env.unwrapped, "chat", None)
@@ -297,6 +325,7 @@ class Driver:
             ) from error
         if env.spec is not None:
             self.env_id = env.spec.id
+        self.env_id = self._name or self.env_id
         return env
 
     def _new(self) -> Env:
@@ -332,6 +361,7 @@ class _Job:
     member: int
     run_seed: int
     sampling: Sampling
+    task: int | None = None
 
     def request_seed(self, turn: int) -> int:
         """The random stream of a completion: a 64-bit hash, the same on every machine and in every process."""

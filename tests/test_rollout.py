@@ -1,6 +1,7 @@
 """The episode driver: whole groups whatever breaks, nobody waiting for anybody, nothing left behind."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import teacher_forced
 
 import llm_gym
-from llm_gym.core import Completion, Sampling, StopReason, group
-from llm_gym.errors import SettingError
+from llm_gym.core import Completion, Episode, Sampling, StopReason, group
+from llm_gym.errors import RewardError, SettingError
 from llm_gym.policies import make_policy
 from llm_gym.policies.scripted import ScriptedPolicy
 from llm_gym.rollout import Driver, rollout, rollout_async
@@ -216,6 +217,48 @@ class TestFailures:
             assert episode.stop_reason == want[trouble[0] if trouble else None]
             assert episode.error == (f"RuntimeError: {trouble[0]} broke" if trouble else None)
             assert episode.stop_reason.failed == bool(trouble)
+
+    @pytest.mark.parametrize(
+        "nonsense",
+        [None, "1", float("nan"), float("-inf"), [1.0], np.ones(2), 10**400, RewardError("no verdict")],
+        ids=str,
+    )
+    @pytest.mark.parametrize("where", ["reward", "component"])
+    def test_a_reward_that_is_none_ends_its_episode_alone(self, nonsense, where):
+        class Judge(Counting):
+            def step(self, action):
+                if self.seed == 3 and isinstance(nonsense, Exception):
+                    raise nonsense
+                value = nonsense if self.seed == 3 else 0.5
+                context, _, done, truncated, info = super().step(action)
+                reward, part = (value, 0.5) if where == "reward" else (0.5, value)
+                return context, reward, done, truncated, {**info, "rewards": {"taste": part}}
+
+        book = []
+        episodes = play(Judge, seeds=range(5), group_size=2, book=book)
+        for episode in episodes:
+            broken = episode.seed == 3
+            assert episode.stop_reason is (StopReason.REWARD_ERROR if broken else StopReason.ANSWERED)
+            assert episode.stop_reason.failed == broken
+            name = repr("reward" if where == "reward" else "taste")
+            said = (
+                "RewardError: no verdict" if isinstance(nonsense, Exception) else f"Judge: {name} is .* at seed 3, want"
+            )
+            assert re.search(said, episode.error) if broken else episode.error is None
+        groups = group(episodes, 2)
+        assert np.isnan(groups[3].rewards).all()
+        assert all(np.isfinite(g.rewards).all() for g in groups if g.seed != 3)
+
+    def test_a_row_asked_for_is_played_and_recorded(self, tmp_path):
+        data = tmp_path / "qa.jsonl"
+        data.write_text("".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(9)))
+        args = {"dataset": str(data), "max_tokens": 4}
+        with Driver("Dataset-v0", ScriptedPolicy([[4, 5]]), env_args=args, name="mine") as driver:
+            episodes = driver.run([11, 12, 13], rows=[4, None, 8], group_size=2)
+        assert [e.task for e in episodes] == [4, 4, None, None, 8, 8]
+        assert [e.messages[0]["content"] for e in episodes[::2]][::2] == ["q4", "q8"]
+        assert {e.env_id for e in episodes} == {"mine"}
+        assert [Episode.from_dict(e.to_dict()).task for e in episodes] == [e.task for e in episodes]
 
     def test_settings_that_every_episode_would_run_into_are_raised(self):
         policy = said(1, 1)

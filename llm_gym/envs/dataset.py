@@ -14,7 +14,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
-from llm_gym.errors import ConfigError, DataError, RewardError, unknown
+from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, unknown
 
 RewardFunction = Callable[[str, Row], float | Mapping[str, float]]
 """`score(text, row)`: the reply's text and the whole row -> a number, or named components."""
@@ -40,7 +40,7 @@ class Dataset(TextEnv):
     Raises:
         DataError: no such data, no such column, or no reference in it.
         ConfigError: a reward function that cannot be imported or called.
-        RewardError: two functions give a component of the same name.
+        RewardError: a reward function raised, or gave no finite number, or two give a component of one name.
     """
 
     def __init__(
@@ -80,12 +80,29 @@ class Dataset(TextEnv):
         """Scores the reply; the episode is over."""
         parts: dict[str, float] = {}
         for name, function in self._functions.items():
-            value = function(text, self._row)
-            named = value if isinstance(value, Mapping) else {name: value}
+            named = self._score(name, function, text)
             if twice := parts.keys() & named.keys():
-                raise RewardError(f"reward: two functions give the component {min(twice)!r}.")
+                raise RewardError(f"{self._name()}: two reward functions give the component {min(twice)!r}.")
             parts.update(named)
         return Reply(reward=parts, done=True)
+
+    def _score(self, name: str, function: RewardFunction, text: str) -> dict[str, float]:
+        """What a reward function gives for a reply, by component.
+
+        Raises:
+            RewardError: it raised, or gave what is no reward; an error of this package (a grader that cannot
+                start) passes as it is.
+        """
+        called = getattr(function, "__name__", name)
+        try:
+            value = function(text, self._row)
+        except LLMGymError:
+            raise
+        except Exception as error:
+            what = f"raised {type(error).__name__}: {error} at {self._place()}"
+            raise RewardError(f"{self._name()}: reward function {called!r} {what}.") from error
+        named = value if isinstance(value, Mapping) else {name: value}
+        return {part: self._number(part, number, f" of function {called!r}") for part, number in named.items()}
 
 
 GRADED: tuple[Kind, ...] = ("math", "number")

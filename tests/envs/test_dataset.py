@@ -93,14 +93,37 @@ def test_a_missing_column_names_the_nearest(data):
 
 def test_a_component_given_twice_is_refused(data):
     env = Dataset(dataset=data, reward={"right": short, "all": both})
-    with pytest.raises(RewardError, match="two functions give the component 'right'"):
+    with pytest.raises(RewardError, match="two reward functions give the component 'right'"):
         answer(env, "one")
 
 
-def test_a_reward_that_is_no_number_is_refused(data):
-    env = Dataset(dataset=data, reward=lambda text, row: None)
-    with pytest.raises(RewardError, match="Dataset: reward component 'reward' is None"):
+def forgetful(text, row):
+    return None
+
+
+def fragile(text, row):
+    return row["no such column"]
+
+
+def test_a_reward_that_is_no_number_names_the_function_the_environment_and_the_episode(data):
+    env = Dataset(dataset=data, reward=forgetful)
+    with pytest.raises(
+        RewardError, match="Dataset: reward component 'reward' of function 'forgetful' is None at task 0"
+    ):
         answer(env, "one")
+    env.reset(seed=7)
+    with pytest.raises(RewardError, match="at seed 7, want a finite number"):
+        env.step(env.chat.encode_reply("one"))
+
+
+def test_a_reward_function_that_raises_is_named_too(data):
+    env = Dataset(dataset=data, reward=[right, fragile])
+    env.reset(seed=7)
+    said = "Dataset: reward function 'fragile' raised KeyError: 'no such column' at seed 7."
+    with pytest.raises(RewardError, match=said) as caught:
+        env.step(env.chat.encode_reply("one"))
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert env.reset(seed=8)[0].size  # and the environment goes on
 
 
 def test_a_column_of_answers_is_graded_without_a_reward_function(tmp_path):
