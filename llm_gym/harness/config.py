@@ -21,6 +21,7 @@ from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.presets import PRESETS
 
@@ -112,6 +113,8 @@ class TrainConfig:
     """How the weights move."""
     lora: LoraConfig | None = None
     """Low-rank adapters; None trains every weight."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What memory is spent on."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The engine that samples."""
     token_budget: int = 16384

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from llm_gym import embedded
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
+from llm_gym.harness.memory import MemoryConfig, economise
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Layout
 
@@ -45,6 +46,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     lora: LoraConfig | None = None,
+    memory: MemoryConfig | None = None,
 ) -> Any:
     """A causal language model, ready to train.
 
@@ -54,6 +56,7 @@ def load_model(
             1e-6 vanishes when added to a bfloat16 weight.
         device: where the weights live.
         lora: adapters to add; they are float32 whatever `dtype` is.
+        memory: what is trained, and what is kept for backward.
 
     Returns:
         A transformers model, or a peft model around it, in eval mode (no dropout, ever).
@@ -65,7 +68,7 @@ def load_model(
     hf_logging.disable_progress_bar()
     source = str(embedded.PATH if path is None else path)
     model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-    return prepare(model, device=device, lora=lora)
+    return prepare(model, device=device, lora=lora, memory=memory)
 
 
 def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | str = "cpu") -> Any:
@@ -85,8 +88,14 @@ def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | st
     return prepare(model, device=device)
 
 
-def prepare(model: Any, *, device: torch.device | str = "cpu", lora: LoraConfig | None = None) -> Any:
-    """Faster norms, adapters if wanted, eval mode, on the device."""
+def prepare(
+    model: Any,
+    *,
+    device: torch.device | str = "cpu",
+    lora: LoraConfig | None = None,
+    memory: MemoryConfig | None = None,
+) -> Any:
+    """Faster norms, adapters if wanted, thrift with memory, eval mode, on the device."""
     fuse_norms(model)
     if lora is not None:
         import peft
@@ -96,6 +105,7 @@ def prepare(model: Any, *, device: torch.device | str = "cpu", lora: LoraConfig 
             model,
             peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"),
         )
+    economise(model, memory or MemoryConfig(), device)
     return model.to(device).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ class OptimizerConfig:
     """How the weights move."""
 
     name: str = "adamw"
-    """`adamw`, or `muon` (hidden matrices by Muon, everything else by AdamW)."""
+    """A row of `OPTIMIZERS`: `adamw`, `adamw8bit`, `adafactor` or `muon` (docs/memory.md)."""
     lr: float | None = None
-    """Peak learning rate of AdamW; None: the caller's choice for the model (1e-6 where there is none)."""
+    """Peak learning rate; None: the caller's choice for the model (1e-6 where there is none)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates, in 8 bits as well."""
     eps: float = 1e-8
     """AdamW's."""
     weight_decay: float = 0.0
@@ -41,7 +42,7 @@ class OptimizerConfig:
     """Computation: `float32`, or `bfloat16` (autocast; the weights that are trained stay as they are)."""
 
     def __post_init__(self) -> None:
-        for name, valid in (("name", ("adamw", "muon")), ("schedule", SCHEDULES), ("dtype", DTYPES)):
+        for name, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"optimizer.{name}", getattr(self, name), valid))
         for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "warmup_steps", "floor"):
@@ -90,15 +91,21 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> float:
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerConfig) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters as `muon`, `decay` and `plain` (no decay: one-dimensional, bias, adapters)."""
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "plain": []}
+    """Trainable parameters as `hidden` (matrices with an optimizer of their own), `decay` and `plain` (no decay:
+    one-dimensional, bias, adapters)."""
+    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "decay": [], "plain": []}
+    apart = OPTIMIZERS[settings.name].hidden is not None
     ends = {id(p) for module in _ends(model) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        hidden_matrix = parameter.ndim == 2 and id(parameter) not in ends and "lora_" not in name
-        if hidden_matrix and settings.name == "muon":
-            groups["muon"].append(parameter)
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"optimizer: {name!r} would be trained in {str(parameter.dtype).removeprefix('torch.')}, where an "
+                "update of 1e-6 is lost; load the model in float32, and compute with optimizer.dtype=bfloat16."
+            )
+        if apart and parameter.ndim == 2 and id(parameter) not in ends and "lora_" not in name:
+            groups["hidden"].append(parameter)
         elif parameter.ndim >= 2 and "lora_" not in name:
             groups["decay"].append(parameter)
         else:
@@ -112,19 +119,99 @@ def _ends(model: Any) -> list[nn.Module]:
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW on what Muon does not take; `peak` in each group is the rate that the schedule scales."""
-    groups, lr = parameter_groups(model, settings), settings.peak
-    adamw = [
-        {"params": groups[name], "weight_decay": decay, "peak": lr}
+    """The settings' row of `OPTIMIZERS`, made; `peak` in each group is the rate that the schedule scales.
+
+    Raises:
+        ConfigError: the model has nothing to train, or its weights are too coarse for small updates.
+    """
+    groups, row = parameter_groups(model, settings), OPTIMIZERS[settings.name]
+    rest = [
+        {"params": groups[name], "weight_decay": decay, "peak": settings.peak}
         for name, decay in (("decay", settings.weight_decay), ("plain", 0.0))
         if groups[name]
     ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if adamw:
-        optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=settings.betas, eps=settings.eps))
-    if groups["muon"]:
-        muon = [{"params": groups["muon"], "weight_decay": settings.weight_decay, "peak": settings.muon_lr}]
-        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr))
+    optimizers = [row.make(rest, settings)] if rest else []
+    if groups["hidden"] and row.hidden is not None:
+        hidden = {"params": groups["hidden"], "weight_decay": settings.weight_decay, "peak": settings.muon_lr}
+        optimizers.append(row.hidden([hidden], settings))
     if not optimizers:
         raise ConfigError("optimizer: the model has no trainable parameter.")
     return optimizers
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """One way from gradients to weights."""
+
+    make: Make
+    """For all parameters, or those that `hidden` leaves."""
+    state: float
+    """Bytes that it keeps for each element of a large matrix."""
+    hidden: Make | None = None
+    """For the matrices between embedding and head, if they are treated apart."""
+    package: str | None = None
+    """What must be installed besides torch."""
+
+
+def _adamw(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """https://arxiv.org/abs/1711.05101."""
+    return torch.optim.AdamW(groups, lr=settings.peak, betas=settings.betas, eps=settings.eps)
+
+
+def _adamw8bit(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with both moments in 8 bits, in blocks of 256 (https://arxiv.org/abs/2110.02861).
+
+    Tensors below 4096 elements keep float32 moments.
+    """
+    from bitsandbytes.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit(groups, lr=settings.peak, betas=settings.betas, eps=settings.eps)
+    return made
+
+
+def _adafactor(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Second moments as a row and a column (https://arxiv.org/abs/1804.04235), no first moment.
+
+    torch scales the rate by max(eps2, RMS of the weights). With eps2 = 1 it is the root mean square of an update,
+    as AdamW's rate is roughly, so that one rate suits both (only weights of an RMS above 1, some norms, move by more).
+    """
+    return torch.optim.Adafactor(groups, lr=settings.peak, eps=(None, 1.0))
+
+
+def _muon(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """https://kellerjordan.github.io/posts/muon/."""
+    return torch.optim.Muon(groups, lr=settings.muon_lr)
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(_adamw, state=8),
+    "adamw8bit": Optimizer(_adamw8bit, state=2.04, package="bitsandbytes"),
+    "adafactor": Optimizer(_adafactor, state=0.02),
+    "muon": Optimizer(_adamw, state=4, hidden=_muon),
+}
+"""Name -> how it is made, and what it keeps."""
+
+
+def check_optimizer(settings: OptimizerConfig) -> None:
+    """Looks for the package that the optimizer needs, before a model is loaded.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    require(OPTIMIZERS[settings.name].package, f"optimizer.name: {settings.name!r}")
+
+
+def require(package: str | None, what: str) -> None:
+    """One sentence if `what` needs an optional package that is not installed.
+
+    Raises:
+        ConfigError: that sentence.
+    """
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}, which is not installed: pip install {package}")

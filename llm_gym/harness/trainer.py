@@ -109,7 +109,7 @@ class Trainer:
         self.observer.on_start(config, self.run.path, self.step)
         self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
-        self.model = load_model(config.model, device=device_of(config), lora=config.lora)
+        self.model = load_model(config.model, device=device_of(config), lora=config.lora, memory=config.memory)
         set_threads(self.model, config.threads)
         self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.updates)
         if checkpoint is not None:

@@ -233,23 +233,6 @@ def test_pad_equal_to_eos_still_trains_the_final_eos() -> None:
 # The step
 
 
-def test_weights_move_at_a_learning_rate_of_1e_6() -> None:
-    """100 steps in float32 move > 95% of the weights; bfloat16 master weights would swallow every update."""
-    moved = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = qwen3(initializer_range=0.05).to(dtype)
-        before = copy.deepcopy(model.state_dict())
-        learner = Learner(model, OptimizerConfig(lr=1e-6), total_steps=100)
-        for step in range(100):
-            learner.step(pack(samples([12, 9, 14, 8], seed=step), max_tokens=100))
-        after = model.state_dict()
-        used = {n for n in after if "embed" not in n and "lm_head" not in n and "norm" not in n}
-        changed = sum(int((after[n] != before[n]).sum()) for n in used)
-        moved[dtype] = changed / sum(after[n].numel() for n in used)
-    assert moved[torch.float32] > 0.95
-    assert moved[torch.bfloat16] < 0.5
-
-
 def test_parameter_groups_read_back() -> None:
     model = prepare(qwen3(attention_bias=True))
     learner = Learner(model, OptimizerConfig(lr=1e-3, weight_decay=0.1))
@@ -274,7 +257,7 @@ def test_muon_takes_the_hidden_matrices_only() -> None:
     for model in (qwen3(), llama()):
         groups = parameter_groups(model, OptimizerConfig(name="muon"))
         names = {id(p): n for n, p in model.named_parameters()}
-        assert {names[id(p)].rsplit(".", 2)[1] for p in groups["muon"]} == {
+        assert {names[id(p)].rsplit(".", 2)[1] for p in groups["hidden"]} == {
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         }
         assert sum(len(g) for g in groups.values()) == len(names)
