@@ -17,30 +17,35 @@ from llm_gym.cli.options import env_args_option, env_option, parse_args
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
-    import gymnasium
-
     from llm_gym.core import Episode, Sampling
+    from llm_gym.harness.evaluation import Exam
 
 EPISODES = 512
-"""Episodes on an environment that has no rows to go through."""
+"""Problems of an environment that has no rows to go through."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to play."""
 
-    env: str
-    """Full environment id."""
-    env_args: dict[str, Any]
-    """Its arguments; the tokenizer is the model's."""
+    exam: Exam
+    """The environment; its tokenizer is the model's."""
     model: str | None
     """Folder or hub id; None: the embedded model."""
-    rows: int | None
-    """Rows of the environment's data; None: it has none, tasks are drawn by seed."""
-    episodes: int
-    """How many episodes: the first rows, or as many unseen seeds."""
+    problems: int
+    """How many: the first rows, or as many unseen seeds."""
+    k: int
+    """Completions of each."""
     sampling: Sampling
-    """How completions are drawn."""
+    """How they are drawn."""
+    pass_reward: float
+    """Return from which an episode passes, for pass@k."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan, ready for JSON."""
+        own = {"model": self.model, "k": self.k, "pass_reward": self.pass_reward}
+        exam = {"env": self.exam.env, "env_args": dict(self.exam.env_args), "rows": self.exam.rows}
+        return exam | own | {"problems": self.problems, "sampling": dataclasses.asdict(self.sampling)}
 
 
 @click.command("eval", short_help="Measure a policy: mean reward, with its uncertainty.")
@@ -55,7 +60,8 @@ class Plan:
     multiple=True,
     help="Option of the engine: servers=http://127.0.0.1:8000, base_url=https://api.openai.com/v1; may be repeated.",
 )
-@click.option("--episodes", type=click.IntRange(1), help=f"Default: every row of the data, or {EPISODES}.")
+@click.option("--episodes", type=click.IntRange(1), help=f"Problems; default: every row of the data, or {EPISODES}.")
+@click.option("-k", "--k", type=click.IntRange(1), help="Sampled completions of each problem: mean@k and pass@k.")
 @click.option("--greedy/--sampled", "greedy", default=None, help="Likeliest token always (the default), or sampled.")
 @click.option("--temperature", type=float, help="Of --sampled; default 1.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Most tokens in a completion; default: the environment's.")
@@ -68,6 +74,7 @@ def command(
     engine: str,
     options: tuple[str, ...],
     episodes: int | None,
+    k: int | None,
     greedy: bool | None,
     temperature: float | None,
     max_tokens: int | None,
@@ -77,21 +84,23 @@ def command(
     """Plays episodes on unseen problems and reports the mean reward with its 95% confidence interval.
 
     With a run folder as --model, the environment is the run's unless --env says otherwise. An
-    environment with data is played once on every row, in order.
+    environment with data is played on every row, in order. With -k 8, each problem is played 8 times.
     """
-    if greedy and temperature:
-        raise SettingError(f"--temperature: got {temperature} with --greedy, which has none; pass --sampled.")
+    for option, value in (("--temperature", temperature), ("-k", None if k == 1 else k)):
+        if greedy and value:
+            raise SettingError(f"{option}: got {value} with --greedy, which says the same each time; pass --sampled.")
     with settings():
         heat = 1.0 if temperature is None else temperature
-        greedy = temperature is None if greedy is None else greedy
-        plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, text=engine == "openai")
+        greedy = temperature is None and k in (None, 1) if greedy is None else greedy
+        text = engine == "openai"
+        plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, k=k or 1, text=text)
         engine_options = parse_args(options, "--option")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(plan, engine, seed, engine_options)
     click.echo("\n".join(shown(plan, found)))
     if out is not None:
-        out.write_text(json.dumps(dataclasses.asdict(plan) | {"seed": seed, **found}, indent=2) + "\n", "utf-8")
+        out.write_text(json.dumps(plan.to_dict() | {"seed": seed, **found}, indent=2) + "\n", "utf-8")
 
 
 def make_plan(
@@ -102,6 +111,7 @@ def make_plan(
     temperature: float,
     max_tokens: int | None,
     *,
+    k: int = 1,
     text: bool = False,
 ) -> Plan:
     """What to play; the environment is made once, so that a bad setting is found before the model loads.
@@ -113,9 +123,10 @@ def make_plan(
     """
     from llm_gym.cli.runs import model_path, run_of
     from llm_gym.core import Sampling
-    from llm_gym.envs import make, resolve
+    from llm_gym.envs import resolve
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
+    from llm_gym.harness.evaluation import exam
 
     run, path = run_of(model), model_path(model)
     config = load(TrainConfig, None if run is None else run / "config.yaml")
@@ -124,15 +135,12 @@ def make_plan(
     args |= getattr(environment_class(env_id), "eval_args", {})
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)
-    args = {"tokenizer": None if text else path, **args}
-    made = make(env_id, **args)
-    rows = getattr(made.unwrapped, "num_tasks", None)
-    made.close()
-    if rows is not None and episodes is not None and episodes > rows:
-        raise SettingError(f"--episodes: got {episodes}, but the data has {rows} rows.")
+    paper = exam(env_id, {"tokenizer": None if text else path, **args})
+    if paper.rows is not None and episodes is not None and episodes > paper.rows:
+        raise SettingError(f"--episodes: got {episodes}, but the data has {paper.rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)
-    sampling = Sampling(temperature=temperature, max_tokens=most)
-    return Plan(env_id, args, path, rows, episodes or rows or EPISODES, sampling)
+    problems = episodes or paper.rows or EPISODES
+    return Plan(paper, path, problems, k, Sampling(temperature, max_tokens=most), config.eval.pass_reward)
 
 
 def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,66 +148,40 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
     from transformers.utils import logging
 
     from llm_gym.cli.progress import counter
-    from llm_gym.cli.statistics import summary
-    from llm_gym.harness.trainer import EVAL_SEED
+    from llm_gym.harness.statistics import summary
     from llm_gym.policies import make_policy
     from llm_gym.policies.model import set_threads
     from llm_gym.policies.transformers import TransformersPolicy
-    from llm_gym.rollout import rollout
 
     logging.disable_progress_bar()
-    first = 0 if plan.rows else EVAL_SEED
     with settings():
         policy = make_policy(plan.model, engine=engine, **options)
     if isinstance(policy, TransformersPolicy):
         set_threads(policy.model)
     try:
-        with counter("eval", plan.episodes) as count:
+        with counter("eval", plan.problems * plan.k) as count, plan.exam.driver(policy) as driver:
 
             def seen(episode: Episode) -> None:
                 count()
 
             began = time.perf_counter()
-            episodes = rollout(
-                lambda: environment(plan),
-                policy,
-                seeds=range(first, first + plan.episodes),
-                sampling=plan.sampling,
-                seed=seed,
-                on_episode=seen,
-            )
-            return summary(episodes, time.perf_counter() - began)
+            seeds = plan.exam.seeds(plan.problems)
+            episodes = driver.run(seeds, group_size=plan.k, seed=seed, sampling=plan.sampling, on_episode=seen)
+            return summary(episodes, time.perf_counter() - began, mark=plan.pass_reward)
     finally:
         policy.close()
-
-
-def environment(plan: Plan) -> gymnasium.Env[Any, Any]:
-    """One environment; if it has rows, reset seed i plays row i."""
-    import gymnasium
-
-    from llm_gym.envs import make
-
-    env = make(plan.env, **plan.env_args)
-    if plan.rows is None:
-        return env
-
-    class RowBySeed(gymnasium.Wrapper[Any, Any, Any, Any]):
-        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-            return self.env.reset(seed=seed, options={"task": seed})
-
-    return RowBySeed(env)
 
 
 def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     how = f"sampled at temperature {plan.sampling.temperature:g}" if plan.sampling.temperature else "greedy"
-    what = f"of {plan.rows:,} rows" if plan.rows else "unseen problems"
-    lines = [f"{plan.env}, {plan.model or 'the embedded model'}, {how}, {found['episodes']:,} {what}"]
+    what = f"of {plan.exam.rows:,} rows" if plan.exam.rows else "unseen problems"
+    what += f", {plan.k} times each" if plan.k > 1 else ""
+    lines = [f"{plan.exam.env}, {plan.model or 'the embedded model'}, {how}, {plan.problems:,} {what}"]
     if reward := found.get("reward"):
-        lines.append(f"reward   {reward['mean']:.4f}")
-        if reward["low"] is not None:
-            lines[-1] += f"  95% confidence {reward['low']:.4f} to {reward['high']:.4f} ({reward['kind']})"
+        lines.append(f"reward   {_with_interval(reward)}")
         lines += [f"  {name:<12} {value:.4f}" for name, value in found["rewards"].items()]
+    lines += [f"pass@{k:<4}{_with_interval(value)}" for k, value in found.get("pass", {}).items()]
     lines.append("ended    " + ", ".join(f"{name} {count:,}" for name, count in found["stop_reasons"].items()))
     tokens = found["tokens"]
     lines.append(
@@ -208,3 +190,10 @@ def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     )
     lines += [f"failed   {count} times: {text}" for text, count in found["errors"].items()]
     return lines
+
+
+def _with_interval(value: Mapping[str, Any]) -> str:
+    """A mean and, if it has one, its interval."""
+    low, high = value["low"], value["high"]
+    interval = "" if low is None else f"  95% confidence {low:.4f} to {high:.4f} ({value['kind']})"
+    return f"{value['mean']:.4f}{interval}"

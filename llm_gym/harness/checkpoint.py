@@ -4,6 +4,7 @@ config.yaml                    complete, re-runnable
 metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
 episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
 checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
+checkpoints/best               a link to the one with the best evaluation, if the run keeps it
 report.html
 """
 
@@ -52,8 +53,10 @@ class RunFolder:
         for file in (self.path / "episodes").glob("*.jsonl*"):
             if file.suffix != ".jsonl" or int(file.stem.split("_")[1]) > step:
                 file.unlink()
-        for folder in (self.path / "checkpoints").glob(".partial-*"):
+        for folder in (self.path / "checkpoints").glob(".partial-step_*"):
             shutil.rmtree(folder)
+        if not self._best.exists():
+            self._best.unlink(missing_ok=True)  # it was to point at a checkpoint that never appeared
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows written so far; a last line cut by a kill is ignored."""
@@ -72,8 +75,19 @@ class RunFolder:
         text = "".join(json.dumps(episode.to_dict()) + "\n" for episode in episodes)
         write_atomically(self.path / "episodes" / f"{name}.jsonl", text)
 
-    def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-        """Writes the checkpoint of `step` through `write(folder)`: it appears whole or not at all."""
+    def best(self, metric: str) -> int | None:
+        """The step whose row has the largest value of a metric, the first of several; None if no row has one.
+
+        Row 0 does not count: nothing is saved before the first step.
+        """
+        found = [(row[metric], -row["step"]) for row in self.metrics() if row["step"] and row.get(metric) is not None]
+        return -max(found)[1] if found else None
+
+    def save(self, step: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
+        """Writes the checkpoint of `step` through `write(folder)`: it appears whole or not at all.
+
+        The newest `keep` stay, and the one that was last saved with `best`, which `checkpoints/best` points at.
+        """
         final = self.path / "checkpoints" / f"step_{step:06d}"
         partial = final.with_name(f".partial-{final.name}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,15 +96,25 @@ class RunFolder:
         for file in partial.iterdir():
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
+        if best:
+            link = partial.with_name(".partial-best")
+            link.unlink(missing_ok=True)
+            link.symlink_to(final.name)
+            os.replace(link, self._best)
         os.replace(partial, final)
         _sync(final.parent)
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            if old.name != self._best.resolve().name:
+                shutil.rmtree(old)
         return final
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
+
+    @property
+    def _best(self) -> Path:
+        return self.path / "checkpoints" / "best"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -19,6 +19,7 @@ import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
@@ -29,18 +30,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on unseen seeds, always before the first and after the last step."""
-
-    every: int = 0
-    """Also after every so many steps; 0: only first and last."""
-    episodes: int = 512
-    """Episodes of one evaluation, played once greedily and once sampled; 0 switches it off."""
-    env_args: Mapping[str, Any] = field(default_factory=dict)
-    """Over `env_args` for evaluation (the environment's own `eval_args` come first)."""
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved."""
 
@@ -48,6 +37,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Whether to save, and keep as `checkpoints/best`, the step with the best evaluation (`eval/sampled_reward`)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +117,7 @@ class TrainConfig:
     time_limit: float | None = None
     """Seconds an episode may take."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation on unseen seeds."""
+    """Evaluation on unseen problems."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
 

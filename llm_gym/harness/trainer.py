@@ -17,6 +17,7 @@ from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, pack, samples
 from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness.config import TrainConfig, dump
+from llm_gym.harness.evaluation import Evaluation, exams
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.model import load_model
@@ -25,11 +26,6 @@ from llm_gym.harness.sync import Sync, check
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
 from llm_gym.rollout import Driver
-
-EVAL_SEED = 2**32
-"""Evaluation seeds start here; training seeds are below, so that no seed is ever both."""
-TRANSCRIPTS = 64
-"""Evaluation episodes kept in the run folder."""
 
 
 class Observer(Protocol):
@@ -102,7 +98,8 @@ class Trainer:
         self.observer = observer or Silent()
         self.weigh = advantage(config.advantage)
         check(config)
-        self.env_id, self.env_args, self.eval_args, self.scoring = environments(config)
+        self.env_id, self.env_args, eval_args, self.scoring = environments(config)
+        papers = exams(config.eval, self.env_id, eval_args)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
         self.step = 0 if checkpoint is None else step_of(checkpoint)
@@ -119,7 +116,8 @@ class Trainer:
         self.sync = Sync(config, self.learner, folder=folder, version=self.step, tell=tell)
         self.policy = self.sync.policy
         self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
-        self.eval_driver = Driver(self.env_id, self.policy, env_args=self.eval_args, time_limit=config.time_limit)
+        most = config.sampling.max_tokens
+        self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=config.time_limit)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs the remaining steps; returns every row of metrics."""
@@ -152,7 +150,7 @@ class Trainer:
             row |= self.evaluate()
         self.run.write_episodes(f"step_{self.step:06d}", episodes)
         self._write(row)
-        if self._due(self.config.checkpoint.every):
+        if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row
 
@@ -198,29 +196,27 @@ class Trainer:
         return combine(rows)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean rewards on unseen seeds, greedy and sampled; greedy transcripts go to the run folder."""
-        count, most = self.config.eval.episodes, self.config.sampling.max_tokens
-        if not count:
-            return {}
-        seeds = range(EVAL_SEED, EVAL_SEED + count)
-        greedy = self._play(self.eval_driver, "eval", seeds, 1, Sampling(temperature=0.0, max_tokens=most))
-        sampled = self._play(self.eval_driver, "eval", seeds, 1, Sampling(temperature=1.0, max_tokens=most))
-        self.run.write_episodes(f"eval_{self.step:06d}", greedy[:TRANSCRIPTS])
-        return {
-            "eval/greedy_reward": describe(greedy)["reward/mean"],
-            "eval/sampled_reward": describe(sampled)["reward/mean"],
-        }
+        """Mean rewards on unseen problems, greedy and sampled; greedy transcripts go to the run folder."""
+        times: dict[str, float] = {}
+        with clock(times, "time/eval"):
+            row, transcripts = self.evaluation(self._play)
+        for name, episodes in transcripts.items():
+            self.run.write_episodes("_".join(filter(None, (f"eval_{self.step:06d}", name))), episodes)
+        return {**row, **times} if row else {}
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         self.observer.on_phase("save", 1)
         return self.run.save(
-            self.step, lambda folder: save(self.learner, self.config.model, folder), keep=self.config.checkpoint.keep
+            self.step,
+            lambda folder: save(self.learner, self.config.model, folder),
+            keep=self.config.checkpoint.keep,
+            best=self._is_best(),
         )
 
     def close(self) -> None:
         """Closes environments and the engine."""
-        for part in (self.driver, self.eval_driver, self.sync):
+        for part in (self.driver, self.evaluation, self.sync):
             part.close()
 
     def _open_run(self, resume: bool) -> Path | None:
@@ -249,6 +245,10 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
+    def _is_best(self) -> bool:
+        """Whether the run keeps its best step, and that is the one just written."""
+        return self.config.checkpoint.keep_best and self.run.best("eval/sampled_reward") == self.step
+
     def _write(self, row: Mapping[str, Any]) -> None:
         self.run.log(row)
         self.observer.on_row(row)
@@ -257,7 +257,7 @@ class Trainer:
 def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The environment's full id, its arguments for training and for evaluation, and what `rewards_of` needs of it.
 
-    Both are made once, and closed, so that a bad setting is found before a model is loaded.
+    It is made once, and closed, so that a bad setting is found before a model is loaded.
     """
     env_id = resolve(config.env)
     args = {"tokenizer": config.model, **config.env_args}
@@ -269,7 +269,6 @@ def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, An
         "limit": min(most, getattr(env.unwrapped, "max_tokens", most)),
     }
     env.close()
-    make(env_id, **eval_args).close()
     return env_id, args, eval_args, scoring
 
 

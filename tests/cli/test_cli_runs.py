@@ -89,15 +89,19 @@ def test_eval_plays_every_row_in_order(tmp_path: Path) -> None:
     assert found["failed"] == 0
 
 
-def test_eval_seed_is_the_row() -> None:
-    from llm_gym.cli.eval import environment, make_plan
-
-    plan = make_plan("GSM8K-v0", ["dataset=sample"], None, None, 0.0, None)
-    env = environment(plan)
-    questions = [env.reset(seed=row)[1]["messages"][-1]["content"] for row in (0, 1, 11, 0)]
-    assert len(set(questions)) == 3
-    assert questions[0] == questions[3]
-    env.close()
+def test_eval_plays_each_problem_k_times(trained: tuple[Path, str], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    words = ["eval", "--model", str(trained[0]), "--episodes", "4", "-k", "4", "--max-tokens", "4", "--out", str(file)]
+    done = CliRunner().invoke(llmgym, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert (found["problems"], found["episodes"], found["sampling"]["temperature"]) == (4, 16, 1.0)
+    assert list(found["pass"]) == ["1", "2", "4"]
+    assert "4 unseen problems, 4 times each" in done.stdout
+    assert "pass@4" in done.stdout
+    refused = CliRunner().invoke(llmgym, [*words, "--greedy"])
+    assert refused.exit_code != 0
+    assert "-k: got 4 with --greedy" in refused.output
 
 
 def test_view_makes_the_report_again(trained: tuple[Path, str]) -> None:
