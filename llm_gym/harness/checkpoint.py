@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, written so that a kill at any moment loses at most a step.
 
 config.yaml                    complete, re-runnable
+provenance.yaml                a list of the run's starts: versions, commits, machine
 metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
 episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
 checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
@@ -17,6 +18,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llm_gym.core import Episode
 from llm_gym.errors import CheckpointError
@@ -45,6 +48,11 @@ class RunFolder:
     def write_config(self, config_yaml: str) -> None:
         """Replaces config.yaml; a resumed run may have been given more steps."""
         write_atomically(self.config_file, config_yaml)
+
+    def add_provenance(self, start: Mapping[str, Any]) -> None:
+        """Adds a start to the list in provenance.yaml: a resumed run may go on with other versions."""
+        with (self.path / "provenance.yaml").open("a", encoding="utf-8") as file:
+            file.write(yaml.safe_dump([dict(start)], sort_keys=False, allow_unicode=True))
 
     def rewind(self, step: int) -> None:
         """Forgets every row and episode file after `step`, and what a kill left half-written."""

@@ -20,6 +20,7 @@ import yaml
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.evaluation import EvalConfig
+from llm_gym.harness.loggers import LogConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
@@ -120,6 +121,8 @@ class TrainConfig:
     """Evaluation on unseen problems."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Where rows of metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "group_size", "token_budget", "minibatches", "epochs"):

@@ -16,11 +16,13 @@ from llm_gym.envs import make, resolve
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, pack, samples
 from llm_gym.harness.checkpoint import RunFolder, step_of
-from llm_gym.harness.config import TrainConfig, dump
+from llm_gym.harness import loggers, provenance
+from llm_gym.harness.config import TrainConfig, dump, to_dict
 from llm_gym.harness.evaluation import Evaluation, exams
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.model import load_model
+from llm_gym.harness.randomness import reseed
 from llm_gym.harness.rewards import rewards_of
 from llm_gym.harness.sync import Sync, check
 from llm_gym.harness.weights import restore, save
@@ -98,12 +100,16 @@ class Trainer:
         self.observer = observer or Silent()
         self.weigh = advantage(config.advantage)
         check(config)
+        loggers.check(config.log)
         self.env_id, self.env_args, eval_args, self.scoring = environments(config)
         papers = exams(config.eval, self.env_id, eval_args)
         self.run = RunFolder(out or default_folder(config.env))
         checkpoint = self._open_run(resume)
         self.step = 0 if checkpoint is None else step_of(checkpoint)
         self.observer.on_start(config, self.run.path, self.step)
+        self.run.add_provenance(provenance.describe(self.env_id, self.step))
+        tell = self.observer.on_note
+        self.loggers = loggers.Loggers(config.log, self.run.path, to_dict(config), self.step, tell)
         self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora, memory=config.memory)
@@ -112,8 +118,7 @@ class Trainer:
         if checkpoint is not None:
             restore(self.learner, checkpoint)
         self.observer.on_phase("engine", 1)
-        folder, tell = self.run.path / "sync", self.observer.on_note
-        self.sync = Sync(config, self.learner, folder=folder, version=self.step, tell=tell)
+        self.sync = Sync(config, self.learner, folder=self.run.path / "sync", version=self.step, tell=tell)
         self.policy = self.sync.policy
         self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
         most = config.sampling.max_tokens
@@ -135,6 +140,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step, from seeds to a row of metrics."""
         times: dict[str, float] = {}
+        reseed(self.config.seed, self.step)
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
                 episodes = self.collect(self.draw_seeds())
@@ -198,6 +204,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Mean rewards on unseen problems, greedy and sampled; greedy transcripts go to the run folder."""
         times: dict[str, float] = {}
+        reseed(self.config.seed, self.step)
         with clock(times, "time/eval"):
             row, transcripts = self.evaluation(self._play)
         for name, episodes in transcripts.items():
@@ -215,8 +222,8 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Closes environments and the engine."""
-        for part in (self.driver, self.evaluation, self.sync):
+        """Closes environments, the engine and the loggers."""
+        for part in (self.driver, self.evaluation, self.sync, self.loggers):
             part.close()
 
     def _open_run(self, resume: bool) -> Path | None:
@@ -251,6 +258,7 @@ class Trainer:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.run.log(row)
+        self.loggers.log(row)
         self.observer.on_row(row)
 
 
