@@ -39,6 +39,8 @@ DATE = datetime(2025, 1, 1)
 """What templates get for "today": a context must be a function of the seed, not of the day."""
 TRUSTED = frozenset({"system", "developer", "assistant"})
 """Roles whose text may contain control tokens: the environment's author wrote it."""
+QUESTION: Message = {"role": "user", "content": "q"}
+"""Stands for what a reply answers."""
 CACHED_OPENINGS = 8192
 """Opened contexts kept, since the episodes of a group open the same one (and epochs repeat)."""
 CACHED_CHARACTERS = 8192
@@ -181,9 +183,34 @@ class Chat:
             }
             for i, (name, value) in enumerate(calls)
         ]
-        asked: Message = {"role": "user", "content": "q"}
-        whole = self._render([asked, {"role": "assistant", "content": "", "tool_calls": made}], tools, prompt=False)
-        prompt = _shared_start(self._render([asked], tools), whole)
+        return self._writing({"role": "assistant", "content": "", "tool_calls": made}, tools)
+
+    def encode_message(self, message: Message) -> Ids:
+        """What a policy whose reply is `message` would have sampled: its ids and the stop token, int32 [n].
+
+        Text alone is taken as it is. With `tool_calls` or `reasoning_content` (which may be empty) the reply is
+        written as the template writes it.
+
+        Raises:
+            TemplateError: the template refuses such a reply, or does not go on from its own generation prompt.
+        """
+        if not message.get("tool_calls") and "reasoning_content" not in message:
+            return self.encode_reply(message.get("content") or "")
+        prompt, reply = self._writing({"content": "", **message}, self.tools)
+        if prompt != self._render([QUESTION], self.tools):
+            raise TemplateError("chat template: such a reply does not go on from the generation prompt.")
+        end = max(
+            ((reply.rfind(stop) + len(stop), stop) for stop in self._stops.values() if stop in reply), default=None
+        )
+        if end is not None:
+            return np.array(self._coder.encode(well_formed(reply[: end[0]])), np.int32)
+        stop = self._plan(("tool",), None).terminator if message.get("tool_calls") else self._stops[self.stop_ids[0]]
+        return np.array(self._coder.encode(well_formed(reply) + stop), np.int32)
+
+    def _writing(self, message: Message, tools: Sequence[Tool] | None) -> tuple[str, str]:
+        """How the template writes an assistant message: (the prompt as far as it goes on from it, all that follows)."""
+        whole = self._render([QUESTION, message], tools, prompt=False)
+        prompt = _shared_start(self._render([QUESTION], tools), whole)
         return prompt, whole[len(prompt) :]
 
     def _encode_opening(self, messages: str) -> Ids:

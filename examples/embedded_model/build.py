@@ -104,7 +104,7 @@ def build(out: Path, *, seed: int = 0, scale: float = 1.0) -> None:
 def settings(out: Path, index: int, phase: Phase, *, seed: int, steps: int) -> SFTConfig:
     """A phase as `llmgym sft` would be told it: it begins from random weights, or where the one before ended."""
     return SFTConfig(
-        data=str(out / f"phase{index + 1}.jsonl"),
+        dataset=str(out / f"phase{index + 1}.jsonl"),
         init={} if index else MODEL,
         model=str(out / f"phase{index}" / "model") if index else None,
         tokenizer=str(out),
@@ -119,7 +119,7 @@ def settings(out: Path, index: int, phase: Phase, *, seed: int, steps: int) -> S
 def write_corpus(config: SFTConfig, mix: Mix, *, seed: int) -> None:
     """The chats of a phase, one a line; each is read once."""
     chats = examples(seed, config.steps * config.examples_per_step, mix)
-    Path(str(config.data)).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    Path(str(config.dataset)).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def tokenizer_text() -> Iterator[str]:

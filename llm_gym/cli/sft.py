@@ -12,19 +12,26 @@ from llm_gym.cli.options import config_option, sets_option
 
 
 @click.command("sft", short_help="Fine-tune a model on chats.")
-@click.option("--data", metavar="FILE", help="Chats, one JSON object with `messages` a line.")
+@click.option("--dataset", "--data", metavar="DATA", help="Chats: a .jsonl, .json, .parquet or .csv file, or a hub id.")
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--out", help="Run folder.  [default: runs/sft]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 def command(
-    data: str | None, model: str | None, file: str | None, sets: tuple[str, ...], steps: int | None, out: str | None
+    dataset: str | None,
+    model: str | None,
+    file: str | None,
+    sets: tuple[str, ...],
+    steps: int | None,
+    out: str | None,
+    resume: bool,
 ) -> None:
     """Fine-tunes a model on chats: only what the assistant says is trained.
 
     `llmgym config sft` prints every setting; --set wins over options, options over the --config file.
-    The model is written to OUT/model.
+    A row holds `messages`, or a prompt and a completion (docs/loops.md). The model is written to OUT/model.
     """
     from llm_gym import report
     from llm_gym.cli.runs import model_path
@@ -32,9 +39,11 @@ def command(
     from llm_gym.harness.sft import SFTConfig, sft
 
     with settings():
-        config = load(SFTConfig, file, sets, data=data, model=model_path(model), steps=steps, out=out)
+        if resume and file is None and (Path(out or "runs/sft") / "config.yaml").is_file():
+            file = str(Path(out or "runs/sft") / "config.yaml")
+        config = load(SFTConfig, file, sets, dataset=dataset, model=model_path(model), steps=steps, out=out)
         folder = config.out or "runs/sft"
-    sft(replace(config, out=folder))
+    sft(replace(config, out=folder), resume=resume)
     click.echo(f"Model:  {Path(folder) / 'model'}")
     click.echo(f"Report: {report.write(folder)}")
     click.echo(f"Next:   llmgym eval --model {folder} --env Arithmetic-v0")

@@ -160,7 +160,14 @@ def _no_file(path: Path) -> str:
 
 def _jsonl(path: Path) -> Any:
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [_parsed(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parsed(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from error
 
 
 def _json(path: Path) -> Any:

@@ -1,48 +1,71 @@
 """Supervised fine-tuning on chats: only what the assistant said is trained, rows are packed.
 
     from llm_gym.harness.sft import SFTConfig, sft
-    sft(SFTConfig(data="chats.jsonl", steps=200, out="runs/sft"))
+    sft(SFTConfig(dataset="chats.jsonl", steps=200, out="runs/sft"))
 
-A line of data is `{"messages": [...], "tools": [...]}`, tools optional. Contexts come from
-`llm_gym.chat`, the code that environments use, so the model is trained on exactly the ids that it will
-read later, and every assistant message ends in the stop token that it must learn to draw.
+What a row of the data may hold is in `chats`. The loss of a step is the mean over all its trained tokens, however
+they were split into micro-batches; so is that of an evaluation, over the whole held-out set.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llm_gym.chat import load_chat, load_tokenizer
-from llm_gym.core import Message, Row
-from llm_gym.errors import ConfigError, DataError
+from llm_gym.chat import load_tokenizer
+from llm_gym.core import Row
+from llm_gym.errors import ConfigError
+from llm_gym.harness import weights
 from llm_gym.harness.batching import Batch, Sample, pack
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.config import dump
+from llm_gym.harness.chats import Example, encode, encode_all, load_examples
+from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.config import CheckpointConfig, dump
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig, export, load_model, new_model
+from llm_gym.harness.optimizers import OptimizerConfig
 
-Example = Mapping[str, Any]
-"""`{"messages": [...], "tools": [...] | None}`."""
+MODEL = "model"
+"""Folder of the finished model, in the run folder."""
+
+
+@dataclass(frozen=True)
+class SFTEvalConfig:
+    """Loss on chats that are not trained on; off unless `dataset` or `split` is given."""
+
+    dataset: str | None = None
+    """A hub id or a file; None: the run's own data set, of which `split` names another part."""
+    split: str | None = None
+    """Such as `test`, or `train[95%:]` beside a `split` of `train[:95%]`; None: `train`."""
+    every: int = 0
+    """Also after every so many steps; 0: only before the first and after the last."""
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Everything that decides a fine-tuning run."""
 
-    data: str | None = None
-    """A .jsonl file of chats; None: examples are passed in Python."""
+    dataset: str | None = None
+    """Hub id, or a .jsonl, .json, .parquet or .csv file of chats; None: examples are passed in Python."""
+    split: str = "train"
+    """Split of a hub data set, slices included (`train[:95%]`); for a file only the slice counts."""
+    subset: str | None = None
+    """Configuration of a hub data set that has several."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What a row holds (`messages`, or `prompt` and `completion`; `tools`) -> its column, where the name is unusual."""
+    system_prompt: str | None = None
+    """Put before chats that have no system message."""
     model: str | None = None
     """Folder or hub id of the model; None: the embedded one."""
     init: Mapping[str, Any] = field(default_factory=dict)
@@ -50,13 +73,17 @@ class SFTConfig:
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; None: the model's."""
     out: str | None = None
-    """Run folder: config.yaml, metrics.jsonl and, at the end, the model in model/; None: write nothing."""
+    """Run folder: config.yaml, metrics.jsonl, checkpoints and, at the end, the model in model/; None: write nothing."""
     steps: int = 200
     """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the data, instead of `steps`."""
     examples_per_step: int = 64
     """Chats per optimizer step; the data is shuffled anew in every pass."""
     max_length: int = 4096
-    """Longer chats are left out (and counted in the first row of metrics)."""
+    """Most tokens of a chat."""
+    long: Literal["drop", "cut"] = "drop"
+    """Longer chats are dropped, or cut at the end; both are counted and said."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -65,6 +92,10 @@ class SFTConfig:
     """Low-rank adapters; None trains every weight."""
     token_budget: int = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it."""
+    eval: SFTEvalConfig = field(default_factory=SFTEvalConfig)
+    """Loss on chats that are not trained on."""
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=100, keep=1))
+    """When the run is saved, to go on from."""
     save_dtype: str = "float32"
     """Type of the weights written at the end."""
     device: str = "auto"
@@ -74,6 +105,8 @@ class SFTConfig:
         for name in ("steps", "examples_per_step", "max_length", "token_budget"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"epochs: got {self.epochs}, want a value > 0.")
         if self.init and self.model:
             raise ConfigError(f"init: starts from random weights, but model={self.model!r} was given; set one of them.")
 
@@ -83,158 +116,167 @@ class SFTConfig:
         return replace(self.optimizer, lr=chosen if self.optimizer.lr is None else self.optimizer.lr)
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, as token ids."""
+
+    draw: Callable[[int], Batch]
+    """The batch of a step, a function of the step alone."""
+    steps: int
+    """Optimizer steps of the run."""
+    held_out: Batch | None
+    """What the loss is measured on."""
+    notes: tuple[str, ...]
+    """What a person should know of it."""
+    counts: Mapping[str, int]
+    """The same as metrics."""
+
+
 def sft(
     config: SFTConfig,
     examples: Sequence[Example] | Callable[[int], Sequence[Example]] | None = None,
     *,
     model: Any = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> Any:
     """Fine-tunes a model and returns it.
 
     Args:
         config: every decision of the run.
-        examples: chats instead of `config.data`; a function gives the chats of a step (generated data).
+        examples: chats instead of `config.dataset`; a function gives the chats of a step (generated data).
         model: a model from an earlier call, trained on in place (its tokenizer must be `config`'s).
+        resume: go on from the newest checkpoint in `config.out`, or from the start if there is none yet.
         progress: whether to show a progress bar.
 
     Raises:
         SettingError: settings or data that cannot work, before the model is loaded.
+        CheckpointError: the folder already holds a run, and `resume` is not set.
     """
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    draw, dropped = _source(config, examples, tokenizer)
-    run = _open(config)
+    data = prepare(config, examples, tokenizer)
+    run, saved = _open(config, resume)
     learner = Learner(
         model if model is not None else _model(config),
         config.resolved(),
         LossConfig(name="sft"),
-        total_steps=config.steps,
+        total_steps=data.steps,
     )
-    with _bar(config.steps, progress) as advance:
-        for step in range(config.steps):
-            row = _train_step(learner, draw(step), step) | ({"data/dropped": dropped} if step == 0 else {})
+    if saved is not None:
+        weights.restore(learner, saved)
+    elif run is not None and data.held_out is not None:
+        run.log({"step": 0, **held_out_loss(learner, data.held_out)})
+    write = partial(weights.save, learner, config.tokenizer or config.model)
+    with _bar(data, learner.step_count, progress) as advance:
+        for step in range(learner.step_count, data.steps):
+            row = _train_step(learner, data, step)
+            if data.held_out is not None and _due(config.eval.every, step + 1, data):
+                row |= held_out_loss(learner, data.held_out)
             advance(row)
             if run is not None:
                 run.log(row)
+            if run is not None and _due(config.checkpoint.every, step + 1, data):
+                run.save(step + 1, write, keep=config.checkpoint.keep)
     if config.out is not None:
-        save(learner.model, tokenizer, Path(config.out) / "model", config.save_dtype)
+        save(learner.model, tokenizer, Path(config.out) / MODEL, config.save_dtype)
     return learner.model
 
 
-def encode(example: Example, tokenizer: Any) -> Row:
-    """A chat as a training row: trained where the assistant speaks, stop tokens included.
-
-    Contexts are extended exactly as in an episode, so a chat that an environment could have produced
-    becomes the very ids that the environment would have shown.
+def prepare(config: SFTConfig, examples: Any, tokenizer: Any) -> Data:
+    """Reads and encodes everything that the run will see.
 
     Raises:
-        DataError: the chat does not begin with another's message or has no assistant message.
-        TemplateError: the template refuses it.
+        SettingError: data that cannot be read or trained on; the sentence names the row.
     """
-    messages, tools = list(example["messages"]), example.get("tools")
-    chat = load_chat(tokenizer, tools)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        raise DataError(f"messages: want a prompt and then an assistant message, got roles {_roles(messages)}.")
-    parts = [chat.open(messages[: turns[0]])]
-    for turn, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-        parts.append(chat.encode_reply(reply_text(messages[turn])))
-        if following == len(messages):
-            break  # what is said after the last reply trains nothing
-        parts.append(chat.extend(parts[-1], messages[turn + 1 : following]))
-    tokens = np.concatenate(parts).astype(np.int32)
-    trained = np.repeat([i % 2 == 1 for i in range(len(parts))], [len(p) for p in parts])
-    turn_of = np.repeat([i // 2 if i % 2 else -1 for i in range(len(parts))], [len(p) for p in parts])
-    nothing = np.zeros(len(tokens), np.float32)
-    return Row(tokens, trained, nothing, np.where(trained, 0, -1).astype(np.int32), turn_of.astype(np.int32))
+    if callable(examples):
+        made = examples
+        held_out, _ = _held_out(config, tokenizer)
+        return Data(
+            lambda step: _pack([encode(e, tokenizer) for e in made(step)], config), config.steps, held_out, (), {}
+        )
+    if examples is None and config.dataset is None:
+        raise ConfigError("dataset: got None, want a hub id or a file of chats.")
+    where = repr(config.dataset) if examples is None else "the examples"
+    chats = _load(config, str(config.dataset), config.split) if examples is None else examples
+    rows, counts = encode_all(chats, tokenizer, max_length=config.max_length, cut=config.long == "cut", where=where)
+    held_out, held_rows = _held_out(config, tokenizer)
+    known = {row.tokens.tobytes() for row in rows}
+    counts["also_held_out"] = sum(row.tokens.tobytes() in known for row in held_rows)
+    steps = config.steps if config.epochs is None else math.ceil(config.epochs * len(rows) / config.examples_per_step)
+    said = {
+        "dropped": f"{{}} of {len(chats)} chats are longer than {config.max_length} tokens, and dropped",
+        "cut": f"{{}} of {len(chats)} chats are longer than {config.max_length} tokens, and cut",
+        "also_held_out": f"{{}} of {len(held_rows)} held-out chats are trained on too",
+    }
+    return Data(
+        lambda step: _pack([rows[i] for i in indices(step, len(rows), config)], config),
+        steps,
+        held_out,
+        tuple(text.format(counts[name]) for name, text in said.items() if counts[name]),
+        {f"data/{name}": count for name, count in counts.items()},
+    )
 
 
-def reply_text(message: Message) -> str:
-    """The text of an assistant message, as the model would write it.
+def held_out_loss(learner: Learner, batch: Batch) -> dict[str, float]:
+    """Cross-entropy per trained token over a whole set, in nats, and its exponential, the perplexity.
 
-    Raises:
-        DataError: it has structured tool calls; how a model spells those is its template's affair, so the
-            data must hold the text itself.
+    Every token weighs the same, so the numbers do not depend on how the set was packed.
     """
-    content = message.get("content")
-    if message.get("tool_calls") or not isinstance(content, str):
-        raise DataError("messages: an assistant message must be plain text, tool calls spelled out as the model does.")
-    return content
+    total = 0.0
+    for micro in batch.micro:
+        logprobs, _ = learner.logprobs(micro, entropy=False)
+        total -= float(logprobs.double().sum())
+    loss = total / batch.tokens
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": float(batch.tokens)}
+
+
+def indices(step: int, count: int, config: SFTConfig) -> npt.NDArray[np.int64]:
+    """The rows of a step: passes over the data, each shuffled by (seed, pass), cut across their ends."""
+    places = np.arange(step * config.examples_per_step, (step + 1) * config.examples_per_step)
+    passes = [np.random.default_rng([config.seed, p]).permutation(count) for p in np.unique(places // count)]
+    chosen: npt.NDArray[np.int64] = np.concatenate(passes)[places - places[0] // count * count]
+    return chosen
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
     """Writes model and tokenizer as one Hugging Face folder."""
-    import torch
-
     export(model, folder, dtype=getattr(torch, dtype))
     tokenizer.save_pretrained(str(folder))
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """The chats of a .jsonl file.
-
-    Raises:
-        DataError: the file cannot be read, or a line is no chat; the text names the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"data: cannot read {str(path)!r} ({error.strerror}).") from error
-    examples: list[Example] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"data: line {number} of {str(path)!r} is not JSON ({error}).") from error
-        if not isinstance(example, dict) or not isinstance(example.get("messages"), list):
-            raise DataError(f"data: line {number} of {str(path)!r} has no list of messages.")
-        examples.append(example)
-    if not examples:
-        raise DataError(f"data: {str(path)!r} holds no chat.")
-    return examples
 
 
 # Inside
 
 
-def _train_step(learner: Learner, batch: Batch, step: int) -> dict[str, float]:
-    started = time.perf_counter()
+def _train_step(learner: Learner, data: Data, step: int) -> dict[str, float]:
+    batch, started = data.draw(step), time.perf_counter()
     metrics = learner.step(batch)
     seconds = time.perf_counter() - started
     names = {"policy/loss": "loss", "policy/grad_norm": "grad_norm", "policy/lr": "lr", "policy/entropy": "entropy"}
     row = {short: metrics[name] for name, short in names.items() if name in metrics}
-    return {"step": step + 1, **row, "tokens/trained": metrics["tokens/trained"], "time/step": seconds}
+    row |= {"tokens/trained": metrics["tokens/trained"], "time/step": seconds}
+    return {"step": step + 1, **row, **(data.counts if step == 0 else {})}
 
 
-def _source(config: SFTConfig, examples: Any, tokenizer: Any) -> tuple[Callable[[int], Batch], int]:
-    """(the batch of a step, chats left out as too long)."""
-    if callable(examples):
-        made = examples
-        return lambda step: _pack([encode(e, tokenizer) for e in made(step)], config), 0
-    if examples is None:
-        if config.data is None:
-            raise ConfigError("data: got None, want a .jsonl file of chats.")
-        examples = read_examples(config.data)
-    rows = [encode(example, tokenizer) for example in examples]
-    short = [row for row in rows if len(row.tokens) <= config.max_length]
-    if not short:
-        raise DataError(f"data: every chat is longer than max_length={config.max_length}.")
-    stream = _order(len(short), config)
-    return lambda step: _pack([short[i] for i in next(stream)], config), len(rows) - len(short)
+def _due(every: int, step: int, data: Data) -> bool:
+    return step == data.steps or (every > 0 and step % every == 0)
 
 
-def _order(count: int, config: SFTConfig) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices of each step: passes over the data, each shuffled by (seed, pass), cut across their ends."""
-    waiting = np.empty(0, np.int64)
-    epoch = 0
-    while True:
-        while len(waiting) < config.examples_per_step:
-            shuffled = np.random.default_rng([config.seed, epoch]).permutation(count)
-            waiting, epoch = np.concatenate([waiting, shuffled]), epoch + 1
-        yield waiting[: config.examples_per_step]
-        waiting = waiting[config.examples_per_step :]
+def _load(config: SFTConfig, dataset: str, split: str) -> list[Example]:
+    return load_examples(
+        dataset, split, subset=config.subset, columns=config.columns, system_prompt=config.system_prompt
+    )
+
+
+def _held_out(config: SFTConfig, tokenizer: Any) -> tuple[Batch | None, list[Row]]:
+    """What the loss is measured on: packed, and row by row."""
+    dataset = config.eval.dataset or config.dataset
+    if dataset is None or not (config.eval.dataset or config.eval.split):
+        return None, []
+    chats = _load(config, dataset, config.eval.split or "train")
+    rows, _ = encode_all(
+        chats, tokenizer, max_length=config.max_length, cut=config.long == "cut", where=f"eval.dataset {dataset!r}"
+    )
+    return _pack(rows, config), rows
 
 
 def _pack(rows: Sequence[Row], config: SFTConfig) -> Batch:
@@ -242,35 +284,40 @@ def _pack(rows: Sequence[Row], config: SFTConfig) -> Batch:
 
 
 def _model(config: SFTConfig) -> Any:
-    import torch
-
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if config.init:
         return new_model(config.init, seed=config.seed, device=device)
-    return load_model(config.model, device=device, lora=config.lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # new adapters are drawn
+        return load_model(config.model, device=device, lora=config.lora)
 
 
-def _open(config: SFTConfig) -> RunFolder | None:
+def _open(config: SFTConfig, resume: bool) -> tuple[RunFolder | None, Path | None]:
+    """The run folder, and the checkpoint to go on from."""
     if config.out is None:
-        return None
+        return None, None
     run = RunFolder(config.out)
-    run.start(dump(config))
-    return run
-
-
-def _roles(messages: Sequence[Message]) -> list[str]:
-    return [message["role"] for message in messages]
+    if not resume or not run.config_file.exists():
+        run.start(dump(config))
+        return run, None
+    run.write_config(dump(config))
+    saved = run.checkpoints()
+    run.rewind(step_of(saved[-1]) if saved else -1)
+    return run, saved[-1] if saved else None
 
 
 @contextmanager
-def _bar(steps: int, shown: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A progress bar; what it yields shows a row of metrics."""
+def _bar(data: Data, start: int, shown: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A progress bar under what is to be known of the data; what it yields shows a row of metrics."""
     columns = (TextColumn("sft"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
-        task = progress.add_task("sft", total=steps, what="")
+        for note in data.notes if shown else ():
+            progress.console.print(f"sft: {note}.", highlight=False)
+        task = progress.add_task("sft", total=data.steps, completed=start, what="")
 
         def show(row: Mapping[str, float]) -> None:
             speed = row["tokens/trained"] / row["time/step"]
-            progress.update(task, advance=1, what=f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s")
+            held_out = f"  held-out {row['eval/loss']:.4f}" if "eval/loss" in row else ""
+            progress.update(task, advance=1, what=f"loss {row['loss']:.4f}{held_out}  {speed:,.0f} tokens/s")
 
         yield show

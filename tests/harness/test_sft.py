@@ -12,11 +12,15 @@ import torch
 
 from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
-from llm_gym.errors import ConfigError, DataError
-from llm_gym.harness.config import load
+from llm_gym.errors import CheckpointError, ConfigError, DataError
+from llm_gym.harness.batching import Sample, pack
+from llm_gym.harness.chats import encode
+from llm_gym.harness.config import CheckpointConfig, load
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.model import LoraConfig, load_model, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.model import LoraConfig, load_model
-from llm_gym.harness.sft import SFTConfig, encode, read_examples, sft
+from llm_gym.harness.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
 
 INIT = {
     "model_type": "qwen3",
@@ -28,11 +32,6 @@ INIT = {
     "head_dim": 16,
     "intermediate_size": 64,
     "tie_word_embeddings": True,
-}
-PARAMETERS = {"type": "object", "properties": {"code": {"type": "string"}}}
-TOOL = {
-    "type": "function",
-    "function": {"name": "python", "description": "Runs code.", "parameters": PARAMETERS},
 }
 
 
@@ -50,73 +49,6 @@ def write(path: Path, examples: list[dict]) -> str:
     return str(path)
 
 
-def trained_texts(row, tokenizer) -> list[str]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], row.trained.astype(int), [0]])))
-    return [tokenizer.decode(row.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
-
-
-def test_only_what_the_assistant_said_is_trained_stop_token_included() -> None:
-    tokenizer = load_tokenizer()
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "Let me see."},
-        {"role": "user", "content": "So?"},
-        {"role": "assistant", "content": "4"},
-        {"role": "user", "content": "Thanks; nobody answers this."},
-    ]
-    row = encode({"messages": messages}, tokenizer)
-    stop = tokenizer.decode([load_chat(tokenizer).stop_ids[0]])
-    assert trained_texts(row, tokenizer) == ["Let me see." + stop, "4" + stop]
-    assert set(row.turns[row.trained].tolist()) == {0, 1}
-    assert "nobody" not in tokenizer.decode(row.tokens)
-    for needed in ("Be brief.", "2+2?", "So?"):
-        assert needed in tokenizer.decode(row.tokens[~row.trained])
-
-
-def test_the_ids_are_those_of_an_episode() -> None:
-    """Open, reply, extend: what an environment shows and a policy samples."""
-    tokenizer = load_tokenizer()
-    chat = load_chat(tokenizer, [TOOL])
-    user, tool = {"role": "user", "content": "7*8?"}, {"role": "tool", "content": "56"}
-    call = '<tool_call>{"name": "python", "arguments": {"code": "7*8"}}</tool_call>'
-    messages = [user, {"role": "assistant", "content": call}, tool, {"role": "assistant", "content": "56"}]
-    row = encode({"messages": messages, "tools": [TOOL]}, tokenizer)
-    first, second = chat.encode_reply(call), chat.encode_reply("56")
-    want = np.concatenate([chat.open([user]), first, chat.extend(first, [tool]), second])
-    np.testing.assert_array_equal(row.tokens, want)
-    assert row.trained.sum() == len(first) + len(second)
-    assert not np.array_equal(row.tokens[:8], encode({"messages": messages}, tokenizer).tokens[:8])
-
-
-@pytest.mark.parametrize(
-    ("messages", "match"),
-    [
-        ([{"role": "user", "content": "hi"}], "an assistant message"),
-        ([{"role": "assistant", "content": "hi"}], "a prompt and then"),
-        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": []}], "plain text"),
-    ],
-)
-def test_chats_that_train_nothing_are_refused(messages: list[dict], match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        encode({"messages": messages}, load_tokenizer())
-
-
-def test_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
-    assert read_examples(write(tmp_path / "a.jsonl", chats(3))) == chats(3)
-    with pytest.raises(DataError, match="cannot read"):
-        read_examples(tmp_path / "none.jsonl")
-    (tmp_path / "b.jsonl").write_text('{"messages": []}\n{"mesages": []}\n')
-    with pytest.raises(DataError, match=r"line 2 .* no list of messages"):
-        read_examples(tmp_path / "b.jsonl")
-    (tmp_path / "c.jsonl").write_text("\n{oops\n")
-    with pytest.raises(DataError, match=r"line 2 .* is not JSON"):
-        read_examples(tmp_path / "c.jsonl")
-    (tmp_path / "d.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no chat"):
-        read_examples(tmp_path / "d.jsonl")
-
-
 def config(tmp_path: Path, **fields) -> SFTConfig:
     return SFTConfig(
         **{
@@ -131,7 +63,7 @@ def config(tmp_path: Path, **fields) -> SFTConfig:
 
 
 def test_a_run_from_a_file_learns_and_leaves_a_folder(tmp_path: Path) -> None:
-    settings = config(tmp_path, data=write(tmp_path / "chats.jsonl", chats(30)))
+    settings = config(tmp_path, dataset=write(tmp_path / "chats.jsonl", chats(30)))
     model = sft(settings, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 81))
@@ -169,26 +101,131 @@ def test_generated_chats_are_asked_for_by_step() -> None:
     assert again is model
 
 
-def test_long_chats_are_left_out_and_counted(tmp_path: Path) -> None:
-    long = {"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "y"}]}
-    sft(config(tmp_path, steps=1, max_length=60), [*chats(3), long], progress=False)
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    assert row["data/dropped"] == 1
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_long_chats_are_dropped_or_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = chat("Say red", "red " * 100)
+    sft(config(tmp_path, steps=1, max_length=60), [*chats(3), long])
+    assert rows_of(tmp_path / "run")[0]["data/dropped"] == 1
+    assert "1 of 4 chats are longer than 60 tokens, and dropped" in capsys.readouterr().out
+    sft(config(tmp_path / "b", steps=1, max_length=60, long="cut"), [*chats(3), long])
+    row = rows_of(tmp_path / "b" / "run")[0]
+    assert (row["data/dropped"], row["data/cut"]) == (0, 1)
+    assert "1 of 4 chats are longer than 60 tokens, and cut" in capsys.readouterr().out
     with pytest.raises(DataError, match="longer than max_length=5"):
         sft(SFTConfig(init=INIT, max_length=5), chats(3), progress=False)
 
 
-def test_every_pass_holds_every_chat_once(tmp_path: Path) -> None:
-    from llm_gym.harness.sft import _order
-
-    stream = _order(10, SFTConfig(examples_per_step=4))
-    seen = np.concatenate([next(stream) for _ in range(5)])
+def test_every_pass_holds_every_chat_once() -> None:
+    settings = SFTConfig(examples_per_step=4)
+    seen = np.concatenate([indices(step, 10, settings) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert not np.array_equal(seen[:10], seen[10:])
+    assert sorted(np.bincount(indices(1, 3, SFTConfig(examples_per_step=7)))) == [2, 2, 3]
+
+
+def test_epochs_are_passes() -> None:
+    asked = prepare(SFTConfig(epochs=1.5, examples_per_step=4), chats(10), load_tokenizer())
+    assert asked.steps == 4
+
+
+def naive(model, rows) -> torch.Tensor:
+    """Mean cross-entropy over all trained tokens, a chat at a time, by transformers' own forward."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids = torch.from_numpy(row.tokens).long()
+        logp = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+        picked = logp.gather(1, ids[1:, None])[:, 0][torch.from_numpy(row.trained[1:])]
+        total, count = total - picked.sum(), count + len(picked)
+    return total / count
+
+
+def wild() -> list[dict]:
+    """Chats of very different lengths, two of several turns, one with a turn that is not trained."""
+    turns = [("a", "b c d"), ("e" * 40, "f"), ("g", "h i " * 20)]
+    talk = [
+        {"role": role, "content": text}
+        for pair in turns
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    part = [dict(m, train=False) if m["content"] == "f" else m for m in talk]
+    return [*chats(5), {"messages": talk}, {"messages": part}]
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10_000])
+def test_loss_and_gradient_are_those_of_one_chat_at_a_time(budget: int) -> None:
+    """In float64; 1/tokens is a float32, hence 1e-6."""
+    rows = [encode(chat, load_tokenizer()) for chat in wild()]
+    model = new_model(INIT, seed=3).double()
+    want = naive(model, rows)
+    wanted = torch.autograd.grad(want, list(model.parameters()))
+    want = want.detach()
+    learner = Learner(model, OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
+    batch = pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget)
+    assert len(batch.micro) == {1: 7, 150: 3, 10_000: 1}[budget]
+    losses = [learner._backward(micro, 1.0)["policy/loss"] for micro in batch.micro]
+    assert sum(losses) == pytest.approx(float(want), rel=1e-6)
+    for ours, theirs in zip((p.grad for p in model.parameters()), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+    found = held_out_loss(learner, batch)
+    assert found["eval/loss"] == pytest.approx(float(want), rel=1e-12)
+    assert found["eval/perplexity"] == pytest.approx(np.exp(float(want)), rel=1e-12)
+    assert found["eval/tokens"] == sum(row.trained.sum() for row in rows)
+
+
+def test_held_out_loss_from_a_split_and_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "chats.jsonl", chats(30))
+    other = write(tmp_path / "other.jsonl", [chat("Say grey", "grey")] * 4)
+    settings = config(
+        tmp_path, dataset=file, steps=4, split="train[:20]", eval=SFTEvalConfig(split="train[20:]", every=2)
+    )
+    model = sft(settings)
+    assert "10 of 10 held-out chats are trained on too" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4]
+    held_out = [encode(e, load_tokenizer()) for e in chats(30)[20:]]
+    assert rows[-1]["eval/loss"] == pytest.approx(float(naive(model.double(), held_out).detach()), rel=1e-5)
+    sft(config(tmp_path / "b", dataset=file, steps=2, eval=SFTEvalConfig(dataset=other)), progress=False)
+    rows = rows_of(tmp_path / "b" / "run")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2]
+    tokens = encode(chat("Say grey", "grey"), load_tokenizer()).trained.sum()
+    assert (rows[-1]["eval/tokens"], rows[1]["data/also_held_out"]) == (4 * tokens, 0)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, lora: LoraConfig | None, monkeypatch) -> None:
+    from llm_gym.harness import sft as module
+
+    settings = SFTConfig(
+        init={} if lora else INIT, lora=lora, steps=5, examples_per_step=4, checkpoint=CheckpointConfig(every=2, keep=1)
+    )
+    whole = sft(replace(settings, out=str(tmp_path / "whole")), chats(10), progress=False)
+    step = module._train_step
+
+    def dies(learner, data, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(learner, data, number)
+
+    cut = replace(settings, out=str(tmp_path / "cut"))
+    monkeypatch.setattr(module, "_train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sft(cut, chats(10), progress=False)
+    monkeypatch.setattr(module, "_train_step", step)
+    with pytest.raises(CheckpointError, match="--resume"):
+        sft(cut, chats(10), progress=False)
+    again = sft(cut, chats(10), progress=False, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    stable = [
+        [{k: v for k, v in r.items() if k != "time/step"} for r in rows_of(tmp_path / n)] for n in ("whole", "cut")
+    ]
+    assert stable[0] == stable[1]
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"want a \.jsonl file"):
+    with pytest.raises(ConfigError, match=r"want a hub id or a file"):
         sft(SFTConfig(init=INIT), progress=False)
     with pytest.raises(ConfigError, match="set one of them"):
         SFTConfig(init=INIT, model="x/y")
