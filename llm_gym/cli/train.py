@@ -37,6 +37,7 @@ LINE = 160
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
+@click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")
 def command(
     env: str | None,
     env_args: tuple[str, ...],
@@ -50,6 +51,7 @@ def command(
     eval_every: int | None,
     out: Path | None,
     resume: bool,
+    rollout_only: bool,
 ) -> None:
     """Trains a policy in an environment, and writes a run folder with a report.
 
@@ -61,6 +63,8 @@ def command(
 
     if resume and out is None:
         raise SettingError("--resume: needs --out, the run folder to go on with.")
+    if resume and rollout_only:
+        raise SettingError("--rollout-only: got it with --resume, but such a run leaves no checkpoint to go on from.")
     if resume and file is None and out is not None and (out / "config.yaml").is_file():
         file = str(out / "config.yaml")
     named = {"eval.every": eval_every, "policy.engine": engine}
@@ -72,12 +76,16 @@ def command(
                 file, [*more, *sets], env_args, env=env, model=model, preset=preset, steps=steps, seed=seed
             )
             trainer = Trainer(config, out=out, resume=resume, observer=progress)
-        rows = trainer.train()
+        rows = trainer.rollout() if rollout_only else trainer.train()
     except KeyboardInterrupt:
         progress.stop()
         stopped(progress)
     finally:
         progress.stop()
+    if rollout_only:
+        click.echo(f"Episodes: {trainer.run.path / 'episodes'}")
+        click.echo(f"Next:     llmgym replay {trainer.run.path} --step {config.steps}")
+        return
     click.echo(closing(trainer.run.path, config, rows))
 
 

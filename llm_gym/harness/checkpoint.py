@@ -91,6 +91,20 @@ class RunFolder:
         found = [(row[metric], -row["step"]) for row in self.metrics() if row["step"] and row.get(metric) is not None]
         return -max(found)[1] if found else None
 
+    def read_episodes(self, name: str) -> list[Episode]:
+        """What `write_episodes` wrote, equal to the last bit.
+
+        Raises:
+            CheckpointError: there is no such file, or it does not hold episodes.
+        """
+        file = self.path / "episodes" / f"{name}.jsonl"
+        try:
+            return [Episode.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"episodes: {str(file)!r} cannot be read ({type(error).__name__}: {error})."
+            ) from error
+
     def save(self, step: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
         """Writes the checkpoint of `step` through `write(folder)`: it appears whole or not at all.
 

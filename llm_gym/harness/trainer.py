@@ -82,6 +82,7 @@ class Trainer:
         out: the run folder; None: `runs/<env>-<time>`.
         resume: go on from the folder's newest checkpoint, or from the start if there is none yet.
         observer: is told what happens.
+        play: whether to start the engine and the environments; without them it can only `learn` (see `replay`).
 
     Raises:
         SettingError: something that cannot work, before the model is loaded.
@@ -95,6 +96,7 @@ class Trainer:
         out: str | Path | None = None,
         resume: bool = False,
         observer: Observer | None = None,
+        play: bool = True,
     ) -> None:
         self.config = config = config.resolved()
         self.observer = observer or Silent()
@@ -117,6 +119,8 @@ class Trainer:
         self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.updates)
         if checkpoint is not None:
             restore(self.learner, checkpoint)
+        if not play:
+            return
         self.observer.on_phase("engine", 1)
         self.sync = Sync(config, self.learner, folder=self.run.path / "sync", version=self.step, tell=tell)
         self.policy = self.sync.policy
@@ -131,6 +135,23 @@ class Trainer:
                 self._write({"step": 0, **self.evaluate()})
             while self.step < self.config.steps:
                 self.train_step()
+        finally:
+            self.close()
+        rows = self.run.metrics()
+        self.observer.on_end(rows)
+        return rows
+
+    def rollout(self) -> list[dict[str, Any]]:
+        """Plays and writes the episodes of every remaining step, and trains nothing; returns every row of metrics."""
+        try:
+            while self.step < self.config.steps:
+                times: dict[str, float] = {}
+                reseed(self.config.seed, self.step)
+                with clock(times, "time/rollout"):
+                    episodes = self.collect(self.draw_seeds())
+                self.step += 1
+                self.run.write_episodes(f"step_{self.step:06d}", episodes)
+                self._write({"step": self.step, **describe(episodes), **times})
         finally:
             self.close()
         rows = self.run.metrics()
@@ -191,6 +212,7 @@ class Trainer:
         """The rollout's optimizer steps: `epochs` times over its `minibatches`; old log-probabilities stay."""
         config, temperature = self.config, self.config.sampling.temperature
         updates = config.minibatches * config.epochs
+        reseed(config.seed, self.step)  # whatever the environments drew
         self.observer.on_phase("train", updates)
         batches = self.batches(group(episodes, config.group_size))
         if updates > 1 and config.loss.correction.name != "none":

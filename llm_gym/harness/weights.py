@@ -35,7 +35,7 @@ def restore(learner: Learner, folder: Path) -> None:
         CheckpointError: a file is missing or of another model.
     """
     try:
-        tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        tensors = read_tensors(folder)
         if hasattr(learner.model, "peft_config"):
             import peft
 
@@ -45,3 +45,8 @@ def restore(learner: Learner, folder: Path) -> None:
         learner.load_state_dict(torch.load(folder / STATE, weights_only=True))
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint: {str(folder)!r} cannot be read ({error}).") from error
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights (or the adapter) in a folder, by name."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -1,0 +1,65 @@
+"""`llmgym replay`: train on a run's saved episodes again, and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llm_gym.cli.group import settings
+from llm_gym.cli.options import sets_option
+
+if TYPE_CHECKING:
+    from llm_gym.harness.replay import Replayed
+
+MOST = 12
+"""Differences shown of a step."""
+
+
+@click.command("replay", short_help="Train on a run's saved episodes again, and compare with what it recorded.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(1), required=True, help="The step to train again.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Checkpoint; default: the newest before it.")
+@sets_option
+@click.option("--out", type=click.Path(path_type=Path), help="Write the trained model here.")
+@click.pass_context
+def command(
+    ctx: click.Context, run: Path, step: int, source: Path | None, sets: tuple[str, ...], out: Path | None
+) -> None:
+    """Trains on the saved episodes of RUN alone, up to --step: no engine, no rollout.
+
+    It begins at the newest checkpoint before the step, or at the untrained model, and replays what lies between. Each
+    step's metrics are compared with the run's, and its weights where the run has a checkpoint, to the last bit. The
+    exit code is 1 if anything differs. Episodes of `llmgym train --rollout-only` are trained, with nothing to compare.
+    """
+    from llm_gym.harness.checkpoint import RunFolder
+    from llm_gym.harness.config import TrainConfig, load
+    from llm_gym.harness.replay import replay, starting_point
+
+    with settings():
+        load(TrainConfig, run / "config.yaml", sets)
+        start, checkpoint = starting_point(RunFolder(run), step, source)
+    click.echo(f"{run}, from {checkpoint or 'the untrained model'}: step {start + 1} to {step}")
+    same = True
+    for replayed in replay(run, step, source=source, sets=sets, out=out):
+        click.echo("\n".join(shown(replayed)))
+        same = same and not replayed.differences
+    if out is not None:
+        click.echo(f"Model: {out}")
+    ctx.exit(0 if same else 1)
+
+
+def shown(replayed: Replayed) -> list[str]:
+    """A step's comparison as lines of text."""
+    loss, norm = (replayed.learned[f"policy/{name}"] for name in ("loss", "grad_norm"))
+    what = [
+        f"{count} {name}" for count, name in ((replayed.metrics, "metrics"), (replayed.tensors, "tensors")) if count
+    ]
+    verdict = "nothing recorded to compare with" if not what else f"{' and '.join(what)} are equal to the last bit"
+    if replayed.differences:
+        verdict = f"{len(replayed.differences)} of {' and '.join(what)} differ"
+    lines = [f"step {replayed.step}: {verdict} (loss {loss:.6g}, gradient norm {norm:.6g})"]
+    lines += [f"  {difference.name}: {difference.said}" for difference in replayed.differences[:MOST]]
+    hidden = len(replayed.differences) - MOST
+    return [*lines, f"  and {hidden} more"] if hidden > 0 else lines

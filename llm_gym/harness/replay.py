@@ -1,0 +1,176 @@
+"""Training on saved episodes alone, and how it compares with what the run recorded: bit for bit, or where not.
+
+On the machine and with the versions of the run (provenance.yaml), every metric of the learner and every weight comes out
+the same. Where something differs, that is what to look at: other kernels, other threads, a changed environment's
+reward weights, or a bug.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_gym.errors import CheckpointError
+from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.config import PolicyConfig, TrainConfig, load
+from llm_gym.harness.evaluation import EvalConfig
+from llm_gym.harness.loggers import LogConfig
+from llm_gym.harness.trainer import Observer, Trainer
+from llm_gym.harness.weights import STATE, read_tensors, restore, save
+
+COMPARED = ("policy/", "sampler/", "tokens/trained")
+"""How the names of metrics begin that depend on nothing but episodes and weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A metric or a tensor that did not come out as recorded."""
+
+    name: str
+    said: str
+    """In words: both values, or how many elements differ, and by how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One step, trained again."""
+
+    step: int
+    learned: Mapping[str, float]
+    """The learner's metrics."""
+    metrics: int
+    """How many of them the run recorded; 0 if it never trained on these episodes."""
+    tensors: int
+    """Weights and optimizer tensors compared; 0 if the run has no checkpoint of this step."""
+    differences: tuple[Difference, ...]
+
+
+def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tuple[int, Path | None]:
+    """The steps done before a replay, and the checkpoint that holds them (None: the untrained model).
+
+    It is `source`, or the newest checkpoint before `step`, or the start; every later step is replayed too.
+
+    Raises:
+        CheckpointError: `step` was never played, `source` is no checkpoint before it, or episodes are missing between.
+    """
+    played = sorted(int(f.stem.removeprefix("step_")) for f in (run.path / "episodes").glob("step_*.jsonl"))
+    if step not in played:
+        which = f"steps {played[0]} to {played[-1]}" if played else "no step"
+        raise CheckpointError(f"step: got {step}, but {str(run.path)!r} holds the episodes of {which}.")
+    if source is None:
+        source = next((c for c in reversed(run.checkpoints()) if step_of(c) < step), None)
+    start = 0 if source is None else _step(source, step)
+    if missing := sorted(set(range(start + 1, step)) - set(played)):
+        raise CheckpointError(f"step: {step} builds on step {missing[0]}, whose episodes {str(run.path)!r} lacks.")
+    return start, source
+
+
+def _step(checkpoint: Path, step: int) -> int:
+    """The step of a checkpoint, which must be before `step`; `best` is a link to one with a number."""
+    folder = checkpoint.resolve()
+    number = folder.name.removeprefix("step_")
+    if not number.isdigit() or int(number) >= step or not (folder / STATE).is_file():
+        raise CheckpointError(f"from: got {str(checkpoint)!r}, want a checkpoint step_... before step {step}.")
+    return int(number)
+
+
+def replay(
+    run: str | Path,
+    step: int,
+    *,
+    source: str | Path | None = None,
+    sets: Iterable[str] = (),
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Iterator[Replayed]:
+    """Trains on the saved episodes of every step from the starting point to `step`, and compares each.
+
+    Args:
+        run: a run folder; it is only read.
+        step: the last step to train.
+        source: a checkpoint to start from; None: see `starting_point`.
+        sets: settings over the run's, as `--set` takes them: to see what a change would have done.
+        out: a folder for the trained weights and optimizer; None: they are not kept.
+        observer: is told what happens.
+
+    Raises:
+        SettingError: settings that cannot work.
+        CheckpointError: see `starting_point`.
+    """
+    folder = RunFolder(run)
+    start, checkpoint = starting_point(folder, step, None if source is None else Path(source))
+    config = load(TrainConfig, folder.config_file, sets)
+    config = replace(config, eval=EvalConfig(episodes=0), log=LogConfig(), policy=PolicyConfig())
+    recorded = {row["step"]: row for row in folder.metrics()}
+    with TemporaryDirectory() as scratch:
+        trainer = Trainer(config, out=Path(scratch) / "run", observer=observer, play=False)
+        if checkpoint is not None:
+            restore(trainer.learner, checkpoint)
+        for trainer.step in range(start, step):
+            at = trainer.step + 1
+            learned = trainer.learn(folder.read_episodes(f"step_{at:06d}"))
+            compared, found = compare_metrics(recorded.get(at, {}), learned)
+            saved = folder.path / "checkpoints" / f"step_{at:06d}"
+            tensors = 0
+            if saved.is_dir():
+                save(trainer.learner, config.model, again := Path(scratch) / saved.name)
+                tensors, more = compare_tensors(_state(saved), _state(again))
+                found += more
+            yield Replayed(at, learned, compared, tensors, found)
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            save(trainer.learner, config.model, Path(out))
+
+
+def compare_metrics(recorded: Mapping[str, Any], learned: Mapping[str, Any]) -> tuple[int, tuple[Difference, ...]]:
+    """How many metrics were compared, and those that are not equal; NaN was recorded as null, and equals itself."""
+    names = [name for name in learned if name in recorded and name.startswith(COMPARED)]
+    known = {name: math.nan if recorded[name] is None else recorded[name] for name in names}
+    differ = [
+        n for n in names if known[n] != learned[n] and not (math.isnan(known[n]) and not math.isfinite(learned[n]))
+    ]
+    return len(names), tuple(Difference(n, f"recorded {known[n]!r}, replayed {learned[n]!r}") for n in differ)
+
+
+def compare_tensors(
+    recorded: Mapping[str, Tensor], replayed: Mapping[str, Tensor]
+) -> tuple[int, tuple[Difference, ...]]:
+    """How many tensors were compared, and those that are not equal to the last bit."""
+    found = []
+    for name in [*recorded, *(name for name in replayed if name not in recorded)]:
+        a, b = recorded.get(name), replayed.get(name)
+        if a is None or b is None:
+            found.append(Difference(name, "only replayed" if a is None else "only recorded"))
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            found.append(Difference(name, f"recorded {a.dtype} {[*a.shape]}, replayed {b.dtype} {[*b.shape]}"))
+        elif not torch.equal(a, b):
+            apart = (a.double() - b.double()).abs()
+            count, most = int((a != b).sum()), float(apart.max())
+            found.append(Difference(name, f"{count:,} of {a.numel():,} values differ, at most by {most:.3g}"))
+    return len({*recorded, *replayed}), tuple(found)
+
+
+def _state(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: weights, then the optimizer's state."""
+    weights = {f"weights: {name}": t for name, t in read_tensors(checkpoint).items()}
+    return weights | dict(_flat(torch.load(checkpoint / STATE, weights_only=True), "optimizer: "))
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors and numbers of nested containers, with the path to each as its name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}{key}" if name.endswith(" ") else f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        yield from _flat(dict(enumerate(value)), name)
+    elif isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, int | float):
+        yield name, torch.tensor(value, dtype=torch.float64)
