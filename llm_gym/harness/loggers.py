@@ -45,7 +45,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = step + 1 if step else None
-        self.writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=purge, **options)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=purge, **options)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Writes the row's numbers."""

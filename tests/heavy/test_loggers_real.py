@@ -1,4 +1,4 @@
-"""Weights & Biases (offline) and trackio (local), the real packages: a run's rows are read back from what they wrote."""
+"""Weights & Biases (offline) and trackio (local), the real packages: rows are read back from what they wrote."""
 
 from __future__ import annotations
 
