@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         "position ids start again behind a shared prompt",
         "harness/batching.py",
-        "flat((piece.position + np.arange(len(piece.tokens)) for piece in pieces), np.int64)",
-        "flat((np.arange(len(piece.tokens)) for piece in pieces), np.int64)",
+        "flat((np.arange(p.start, p.end) for p in pieces), np.int64)",
+        "flat((np.arange(p.end - p.start) for p in pieces), np.int64)",
         ("harness/test_sharing.py::test_every_trained_token_keeps_its_context",),
     ),
     Mutant(
@@ -120,16 +120,16 @@ MUTANTS = (
     ),
     Mutant(
         "packed rows leak into each other",
-        "harness/packing.py",
-        "blocks = [_block(part, device) for part in _runs(lengths[:roots])]",
-        "blocks = [_block([sum(lengths[:roots])], device)]",
+        "harness/merge.py",
+        "return [[Part(span, span) for span in spans], *below]",
+        "return [[Part((0, start), (0, start))], *below]",
         ("harness/test_model.py::test_packed_logits_are_transformers_own",),
     ),
     Mutant(
         "completions read the prompt of another group",
-        "harness/packing.py",
-        "prefix = _prefix(lengths, parents[done : done + len(part)], part, device)",
-        "prefix = _prefix(lengths, parents[roots : roots + len(part)], part, device)",
+        "harness/merge.py",
+        "below[depth].append(Part((last, end), (first, last)))",
+        "below[depth].append(Part((last, end), (0, last - first)))",
         ("harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",),
     ),
     Mutant(

@@ -1,7 +1,8 @@
 """Training rows to packed micro-batches, with every denominator fixed beforehand.
 
-A micro-batch is one flat row of tokens: sequences laid end to end, no padding. The layout is
-deterministic (longest first, ties in the order given), so a run can be repeated bit for bit.
+A micro-batch is one flat row of tokens: sequences laid end to end, no padding; what several of them begin with
+may stand there once (see `trees`). The layout is deterministic (sorted by length, or by tokens where beginnings are
+shared; ties in the order given), so a run can be repeated bit for bit.
 
 The loss of a step is `sum(weight * per-token loss)` over all its micro-batches. The weights come from
 a normaliser that sees the WHOLE step before the first micro-batch is made; hence the gradient is the
@@ -11,8 +12,7 @@ zero (advantage 0, no KL or entropy term) is counted there but never computed, w
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from llm_gym.core import Group, Ids, Row, StopReason
 from llm_gym.harness.named import by_name
+from llm_gym.harness.trees import Counts, Forest, common, cut, forest, order
 
 Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class MicroBatch:
     positions: Tensor
     """Position ids, int64 [N], from 0 in every sequence."""
     lengths: tuple[int, ...]
-    """Input tokens of each piece; they sum to N. A piece is a sequence, or a prefix that sequences share, or
-    what follows it."""
+    """Input tokens of each piece; they sum to N. A piece is a sequence, or what several sequences begin with, or
+    what follows that."""
     source: Tensor
     """Index into N of the hidden state that predicts each trained token, int64 [M]."""
     target: Tensor
@@ -63,7 +63,8 @@ class MicroBatch:
     sequence: Tensor
     """Index into S of each trained token's sequence, int64 [M]."""
     parents: tuple[int, ...] = ()
-    """The piece that each piece goes on from, or -1; those with -1 come first. Empty: no piece has a parent."""
+    """The piece that each piece goes on from, or -1. Depth-first: all that goes on from a piece, directly or not,
+    follows it without a gap. Empty: no piece has a parent."""
     proximal: Tensor | None = None
     """The learner's log-probabilities before the first of several updates, [M] (see `corrections`); None: those of
     the model as it is."""
@@ -87,28 +88,15 @@ class Batch:
     """Episodes with at least one trained token."""
 
 
-class Piece(NamedTuple):
-    """Consecutive tokens of the packed row."""
-
-    tokens: Ids
-    position: int
-    """Position of the first token."""
-    parent: int
-    """The piece it goes on from; -1: none."""
-
-
 class Weighted(NamedTuple):
     """A sample that is to be laid out."""
 
     sample: Sample
     weight: float
     """Of each of its trained tokens."""
-    prompt: int
-    """Tokens before the first trained one."""
-    length: int
+    tokens: Ids
     """Input tokens that matter: what follows the last trained token, and that token itself, predict nothing."""
-    key: bytes
-    """The prompt's tokens if it may be shared, else empty."""
+
 
 Normaliser = Callable[[Counts, int], Floats]
 """(trained tokens of each episode [E], constant length) -> weight of each of its tokens [E]."""
@@ -178,8 +166,9 @@ def pack(
         normaliser: a name in `NORMALISERS`, or `package.module:function`.
         constant_length: see `constant`.
         skip_zero: leave out sequences whose advantages are all 0. Exact if no other loss term is on.
-        share: lay out a prompt once for all rows of a micro-batch that begin with it (a group's prompt). The
-            gradient is the same; the model must read `parents` (`Body.packed`).
+        share: lay out once what several rows of a micro-batch begin with (a group's prompt, the turns before a
+            history was rewritten, a system prompt) where that saves enough. The gradient is the same; the model
+            must read `parents` (`Body.packed`).
 
     Raises:
         ValueError: a row whose first token is trained (nothing predicts it).
@@ -195,34 +184,21 @@ def pack(
     fn: Normaliser = by_name("loss.normaliser", normaliser, NORMALISERS)
     weights = fn(counts, constant_length)
     live = [
-        _weighted(s, float(weights[number]), share)
+        Weighted(s, float(weights[number]), s.row.tokens[: np.flatnonzero(s.row.trained)[-1]])
         for s, number in zip(kept, of_row, strict=True)
         if not skip_zero or np.any(_credits(s) != 0)
     ]
-    live.sort(key=lambda row: -row.length)  # stable: neighbours of like length need little attention padding
-    return Batch(tuple(_micro(part) for part in _cut(live, max_tokens)), int(counts.sum()), len(numbers))
+    live.sort(key=lambda row: -len(row.tokens))  # stable: neighbours of like length need little attention padding
+    return Batch(tuple(_micro_batches(live, max_tokens, share)), int(counts.sum()), len(numbers))
 
 
-def _weighted(sample: Sample, weight: float, share: bool) -> Weighted:
-    trained = np.flatnonzero(sample.row.trained)
-    prompt = int(trained[0])
-    return Weighted(sample, weight, prompt, int(trained[-1]), sample.row.tokens[:prompt].tobytes() if share else b"")
-
-
-def _cut(rows: Sequence[Weighted], budget: int) -> list[list[Weighted]]:
-    """Consecutive runs of rows within the budget, each with at least one; rows that share a prompt are neighbours."""
-    place: dict[bytes, int] = {}
-    parts: list[list[Weighted]] = []
-    room, known = 0, set[bytes]()
-    for row in sorted(rows, key=lambda row: place.setdefault(row.key, len(place))):
-        cost = row.length - (row.prompt if row.key in known else 0)
-        if not parts or cost > room:
-            parts.append([])
-            room, known, cost = budget, set(), row.length
-        parts[-1].append(row)
-        room -= cost
-        known |= {row.key} - {b""}
-    return parts
+def _micro_batches(rows: Sequence[Weighted], budget: int, share: bool) -> Iterator[MicroBatch]:
+    if share:
+        rows = [rows[i] for i in order([row.tokens for row in rows])]
+    lengths = [len(row.tokens) for row in rows]
+    alike = common([row.tokens for row in rows]) if share else [0] * len(rows)
+    for first, last in cut(lengths, alike, budget):
+        yield _micro(rows[first:last], forest(lengths[first:last], alike[first:last]))
 
 
 def _credits(sample: Sample) -> Floats:
@@ -231,57 +207,25 @@ def _credits(sample: Sample) -> Floats:
     return credits[sample.row.trained]
 
 
-def _pieces(rows: Sequence[Weighted]) -> tuple[list[Piece], list[tuple[int, int]]]:
-    """The pieces of a micro-batch, and for each row its prompt's piece and its own.
-
-    A prompt that only one row has is no piece of its own: both numbers are then the row's. Pieces without a
-    parent come first; each kind is sorted, longest first.
-    """
-    count = Counter(row.key for row in rows)
-    shared = [row.key != b"" and count[row.key] > 1 for row in rows]
-    roots: dict[bytes | int, Ids] = {}
-    for i, row in enumerate(rows):
-        end = row.prompt if shared[i] else row.length
-        roots.setdefault(row.key if shared[i] else i, row.sample.row.tokens[:end])
-    order = {key: n for n, key in enumerate(sorted(roots, key=lambda key: -len(roots[key])))}
-    pieces = [Piece(roots[key], 0, -1) for key in order]
-    at = [(order[row.key if shared[i] else i],) * 2 for i, row in enumerate(rows)]
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].prompt - rows[i].length):
-        row = rows[i]
-        if shared[i] and row.length > row.prompt:
-            at[i] = (at[i][0], len(pieces))
-            pieces.append(Piece(row.sample.row.tokens[row.prompt : row.length], row.prompt, at[i][0]))
-    return pieces, at
-
-
-def _sources(row: Weighted, starts: Counts, pieces: Sequence[Piece], at: tuple[int, int]) -> Counts:
-    """Where in the packed row each trained token's predecessor stands."""
-    before = np.flatnonzero(row.sample.row.trained) - 1
-    prompt, own = at
-    first = pieces[own].position if own != prompt else 0
-    return np.where(before >= first, starts[own] + before - first, starts[prompt] + before)
-
-
-def _micro(rows: Sequence[Weighted]) -> MicroBatch:
+def _micro(rows: Sequence[Weighted], trees: Forest) -> MicroBatch:
     """Samples and their token weights, end to end."""
-    samples = [row.sample for row in rows]
-    pieces, at = _pieces(rows)
-    lengths = [len(piece.tokens) for piece in pieces]
-    starts = np.cumsum([0, *lengths[:-1]])
+    samples, pieces = [row.sample for row in rows], trees.pieces
     trained = [int(s.row.trained.sum()) for s in samples]
 
     def flat(parts: Iterable[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> Tensor:
         return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype))
 
     return MicroBatch(
-        tokens=flat((piece.tokens for piece in pieces), np.int64),
-        positions=flat((piece.position + np.arange(len(piece.tokens)) for piece in pieces), np.int64),
-        lengths=tuple(lengths),
-        source=flat((_sources(row, starts, pieces, where) for row, where in zip(rows, at, strict=True)), np.int64),
+        tokens=flat((rows[p.row].tokens[p.start : p.end] for p in pieces), np.int64),
+        positions=flat((np.arange(p.start, p.end) for p in pieces), np.int64),
+        lengths=tuple(p.end - p.start for p in pieces),
+        source=flat(
+            (at[np.flatnonzero(s.row.trained) - 1] for s, at in zip(samples, trees.places, strict=True)), np.int64
+        ),
         target=flat((s.row.tokens[s.row.trained] for s in samples), np.int64),
         old_logprobs=flat((s.row.logprobs[s.row.trained] for s in samples), np.float32),
         advantages=flat((_credits(s) for s in samples), np.float32),
         weight=torch.from_numpy(np.repeat([row.weight for row in rows], trained).astype(np.float32)),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples)), trained)),
-        parents=tuple(piece.parent for piece in pieces) if any(p.parent >= 0 for p in pieces) else (),
+        parents=tuple(p.parent for p in pieces) if any(p.parent >= 0 for p in pieces) else (),
     )

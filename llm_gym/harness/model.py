@@ -20,7 +20,7 @@ from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
 from llm_gym.harness.memory import MemoryConfig, economise
 from llm_gym.harness.norms import fuse_norms
-from llm_gym.harness.packing import NAME, Layout
+from llm_gym.harness.packing import NAME, Form, Layout
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,8 @@ class Body:
         self.config = self.causal.config.get_text_config()
         self.scale = 1.0
         """Factor between `hidden @ weight.T + bias` and the model's logits."""
+        self.form: Form = "merge"
+        """How attention over packed rows is computed, where it works (see `packing`)."""
         self.packed = self._packs()
 
     def hidden(self, batch: MicroBatch) -> Tensor:
@@ -170,7 +172,7 @@ class Body:
 
     def _packed(self, batch: MicroBatch) -> Tensor:
         tokens = batch.tokens
-        layout = Layout.of(batch.lengths, tokens.device, batch.parents)
+        layout = Layout.of(batch.lengths, tokens.device, batch.parents, self.form)
         unread = torch.full((1, 1, 1, 1), torch.nan, device=tokens.device)
         out = self.decoder(
             input_ids=tokens[None],
@@ -179,9 +181,9 @@ class Body:
             use_cache=False,
             layout=layout,
         )
-        if layout.seen != self.config.num_hidden_layers:
+        if len(layout.seen) != self.config.num_hidden_layers:
             raise RuntimeError(
-                f"packing: {layout.seen} of {self.config.num_hidden_layers} layers read the layout; "
+                f"packing: {len(layout.seen)} of {self.config.num_hidden_layers} layers read the layout; "
                 f"the attention implementation is {self.causal.config._attn_implementation!r}, want {NAME!r}."
             )
         hidden: Tensor = out.last_hidden_state[0]

@@ -1,12 +1,15 @@
 """Attention over packed rows: many sequences end to end in one row of tokens, none seeing another.
 
-Linear layers and norms read the packed row as it is. Only inside attention are queries, keys and values
-laid out as [sequences, longest], run through causal SDPA (which has kernels everywhere, unlike
-variable-length attention) and laid back. Padding sits on the right, so that no real query sees it.
-A prompt that several sequences share stands in the row once; their keys are its keys and their own.
+Linear layers and norms read the packed row as it is. What several sequences begin with stands in the row once, as a
+piece that they go on from; pieces stand in depth-first order. Attention has two forms, the same to rounding:
+
+- `merge`: flash kernels for each piece and for what goes on from it, merged (see `merge`). Used where it works.
+- `cat`: queries, keys and values laid out as [sequences, longest] and run through SDPA, which has kernels
+  everywhere; a sequence's keys are those of the pieces before it and its own, concatenated. Padding sits on the
+  right, so that no real query sees it.
 
 The layout reaches every layer as the keyword argument `layout` of the model's forward. Transformers
-drops unknown arguments silently, so two things prove that it arrived: each layer adds to `Layout.seen`,
+drops unknown arguments silently, so two things prove that it arrived: each layer leaves its name in `Layout.seen`,
 and the attention mask passed along with it is NaN, which poisons the output of any layer that reads it.
 """
 
@@ -14,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,15 +27,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from llm_gym.harness.merge import SPREAD, Call, calls, merged_attention, works
+
 NAME = "llm_gym"
 """The attention implementation's name in transformers."""
-SPREAD = 0.75
-"""Sequences share a padded block while none is shorter than this fraction of the block's first."""
+Form = Literal["merge", "cat"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The shared pieces that the sequences of a block go on from."""
+    """The pieces before the sequences of a block, from the root on."""
 
     index: Tensor
     """Where in the packed row their tokens stand, int64 [sequences, longest]; 0 where a prefix is shorter."""
@@ -47,7 +52,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive sequences that are padded together."""
+    """Sequences that are padded together."""
 
     tokens: int
     """Real tokens, n."""
@@ -73,31 +78,88 @@ class Block:
         return x
 
 
-@dataclass(slots=True)
+@dataclass
 class Layout:
     """How a packed row is divided."""
 
-    blocks: tuple[Block, ...]
-    seen: int = field(default=0)
-    """Attention layers that have read this layout."""
+    lengths: tuple[int, ...]
+    """Tokens of each piece; depth-first order."""
+    parents: tuple[int, ...]
+    """The piece that each goes on from, or -1."""
+    device: torch.device
+    form: Form = "merge"
+    """How attention is to be computed; `merge` where it works."""
+    seen: set[int] = field(default_factory=set)
+    """Attention layers that have read this layout; reading it again, as checkpointing does, changes nothing."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", parents: Sequence[int] = ()) -> Layout:
-        """The layout of pieces of these lengths, in order; fewest padded tokens if sorted by length.
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        parents: Sequence[int] = (),
+        form: Form = "merge",
+    ) -> Layout:
+        """The layout of pieces of these lengths; `parents` empty: all -1."""
+        return cls(tuple(lengths), tuple(parents) or (-1,) * len(lengths), torch.device(device), form)
 
-        Args:
-            lengths: tokens of each piece.
-            device: where the row is.
-            parents: for each piece the one it goes on from, or -1; those with -1 first. Empty: all -1.
-        """
-        roots = sum(parent < 0 for parent in parents) if parents else len(lengths)
-        blocks = [_block(part, device) for part in _runs(lengths[:roots])]
-        done = roots
-        for part in _runs(lengths[roots:]):
-            prefix = _prefix(lengths, parents[done : done + len(part)], part, device)
-            blocks.append(replace(_block(part, device), prefix=prefix))
-            done += len(part)
-        return cls(tuple(blocks))
+    @cached_property
+    def plan(self) -> tuple[Call, ...]:
+        """The merge's kernel calls."""
+        return calls(self.lengths, self.parents, self.device)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The pieces as `blocks` divides them: those with nothing before them first; each kind longest first."""
+        return sorted(range(len(self.lengths)), key=lambda i: (self.parents[i] >= 0, -self.lengths[i]))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each piece begins in the row."""
+        return [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+
+    @cached_property
+    def moved(self) -> Tensor | None:
+        """Where in the row the tokens of `order` stand, int64 [N]; None if they stand so already."""
+        if self.order == list(range(len(self.lengths))):
+            return None
+        return torch.cat([self._span(piece) for piece in self.order]).to(self.device)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The padded blocks of `cat`, in `order`."""
+        roots = [i for i in self.order if self.parents[i] < 0]
+        blocks, done = [], 0
+        for pieces in (roots, self.order[len(roots) :]):
+            for part in _runs([self.lengths[i] for i in pieces]):
+                block = _block(part, self.device)
+                chosen = self.order[done : done + len(part)]
+                blocks.append(block if pieces is roots else replace(block, prefix=self._prefix(chosen, part)))
+                done += len(part)
+        return tuple(blocks)
+
+    def _span(self, piece: int) -> Tensor:
+        return torch.arange(self.starts[piece], self.starts[piece] + self.lengths[piece])
+
+    def _before(self, piece: int) -> Tensor:
+        """Where the tokens before a piece stand, from the root on."""
+        path, parent = [torch.arange(0)], self.parents[piece]
+        while parent >= 0:
+            path.append(self._span(parent))
+            parent = self.parents[parent]
+        return torch.cat(path[::-1])
+
+    def _prefix(self, pieces: Sequence[int], own: Sequence[int]) -> Prefix:
+        """What stands before these pieces, of lengths `own`."""
+        before = [self._before(piece) for piece in pieces]
+        index = torch.nn.utils.rnn.pad_sequence(before, batch_first=True)
+        real = torch.arange(index.shape[1]) < torch.tensor([len(places) for places in before])[:, None]
+        if real.all():
+            real = real[:1]
+        n, width = len(real), max(own)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        seen = [real[:, None, None].expand(n, 1, width, index.shape[1]), causal.expand(n, 1, width, width)]
+        return Prefix(index.to(self.device), torch.cat(seen, -1).to(self.device))
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -117,20 +179,6 @@ def _block(lengths: Sequence[int], device: torch.device | str) -> Block:
     if min(lengths) != width:
         index = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)]).to(device)
     return Block(sum(lengths), len(lengths), width, index)
-
-
-def _prefix(lengths: Sequence[int], parents: Sequence[int], own: Sequence[int], device: torch.device | str) -> Prefix:
-    """The prefixes of sequences of lengths `own`, which go on from the pieces `parents`."""
-    starts = torch.tensor([sum(lengths[:parent]) for parent in parents])[:, None]
-    sizes = torch.tensor([lengths[parent] for parent in parents])[:, None]
-    place = torch.arange(int(sizes.max()))
-    real, width = place < sizes, max(own)
-    if real.all():
-        real = real[:1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    n = len(real)
-    seen = [real[:, None, None].expand(n, 1, width, len(place)), causal.expand(n, 1, width, width)]
-    return Prefix(torch.where(place < sizes, starts + place, 0).to(device), torch.cat(seen, -1).to(device))
 
 
 class _Spread(torch.autograd.Function):
@@ -180,7 +228,7 @@ def attention(
         query: [1, heads, N, D] of a packed row.
         key: [1, key-value heads, N, D].
         value: as `key`.
-        attention_mask: ignored when packed (causal within each sequence).
+        attention_mask: ignored when packed (causal in each sequence).
         dropout: never applied when packed: old and new log-probabilities must be of one function.
         scaling: of the scores.
         layout: how the row is divided, or None.
@@ -198,12 +246,27 @@ def attention(
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise RuntimeError(f"packing: attention with {name!r} cannot be packed.")
-    layout.seen += 1
+    layout.seen.add(id(module))
+    query, key, value = (_cast(x) for x in (query, key, value))
+    if layout.form == "merge" and works(query, key, value):
+        return merged_attention(query, key, value, layout.plan, scaling), None
+    return _concatenated(query, key, value, layout, scaling), None
+
+
+def _cast(x: Tensor) -> Tensor:
+    """In autocast's type, if it is on: it casts for SDPA, but not for the kernels under it."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if on else x
+
+
+def _concatenated(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
+    """The form `cat`; shapes as in `attention`."""
     sizes = [block.tokens for block in layout.blocks]
     streams = [x[0].transpose(0, 1) for x in (query, key, value)]
+    ordered = streams if layout.moved is None else [_Pick.apply(x, layout.moved) for x in streams]  # type: ignore[no-untyped-call]
     how: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outs = []
-    for block, parts in zip(layout.blocks, zip(*(torch.split(x, sizes) for x in streams), strict=True), strict=True):
+    for block, parts in zip(layout.blocks, zip(*(torch.split(x, sizes) for x in ordered), strict=True), strict=True):
         q, k, v = (block.pad(part) for part in parts)
         if block.prefix is None:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, **how)
@@ -211,7 +274,10 @@ def attention(
             k, v = block.prefix.before(streams[1], k), block.prefix.before(streams[2], v)
             out = scaled_dot_product_attention(q, k, v, attn_mask=block.prefix.mask, **how)
         outs.append(block.unpad(out))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0), None
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    if layout.moved is not None:
+        out = _Spread.apply(out, layout.moved, len(out))  # type: ignore[no-untyped-call]
+    return out.unsqueeze(0)
 
 
 AttentionInterface.register(NAME, attention)

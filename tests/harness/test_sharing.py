@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,15 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, gradients, llama, qwen3, row
 
+from llm_gym.harness import trees
 from llm_gym.harness.batching import MicroBatch, Sample, pack
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.merge import parts
 from llm_gym.harness.model import Body
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
 )
 """(prompt length, completion lengths) of every group."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _share_all() -> Iterator[None]:
+    """Whatever is common is shared, however little it saves: rows here are short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "LEAST", 1)
+        patch.setattr(trees, "BELOW", 0)
+        yield
 
 
 def grouped(groups: list[tuple[int, list[int]]], seed: int = 0) -> list[Sample]:
@@ -43,10 +55,9 @@ def contexts(micro: MicroBatch) -> list[tuple[tuple[int, ...], int]]:
     for source, target in zip(micro.source.tolist(), micro.target.tolist(), strict=True):
         piece = int(np.searchsorted(starts, source, side="right")) - 1
         context = micro.tokens[starts[piece] : source + 1].tolist()
-        if parents[piece] >= 0:
-            parent = parents[piece]
-            assert parents[parent] == -1
-            context = micro.tokens[starts[parent] : starts[parent + 1]].tolist() + context
+        while parents[piece] >= 0:
+            piece = parents[piece]
+            context = micro.tokens[starts[piece] : starts[piece + 1]].tolist() + context
         assert micro.positions[source] == len(context) - 1
         found.append((tuple(context), target))
     return sorted(found)
@@ -61,7 +72,7 @@ def test_every_trained_token_keeps_its_context(groups: list[tuple[int, list[int]
     assert (shared.tokens, shared.episodes) == (plain.tokens, plain.episodes)
     for m in shared.micro:
         assert len(m.tokens) <= budget or len(set(m.sequence.tolist())) == 1
-        assert list(m.parents) == sorted(m.parents, key=lambda parent: parent >= 0)
+        parts(m.lengths, m.parents)  # refuses pieces that are not in depth-first order
 
 
 def test_a_group_of_eight_pays_for_its_prompt_once() -> None:

@@ -1,0 +1,214 @@
+"""Prefix sharing: forward and backward of a 29.6M-parameter body, the same rows laid out in four ways.
+
+    OMP_NUM_THREADS=1 python benchmarks/prefix_sharing.py [--blocks 5] [--shapes long short ...] [--dtype float32]
+
+A Qwen3 with random weights (hidden 384, 8 layers, 6 heads of 64 and 2 key-value heads, vocabulary 32,000), no head.
+The ways: `padded`, one row for each sequence, padded to the longest; `packed`, the rows end to end; `cat` and `merge`,
+what rows begin with laid out once, by either form of attention. Every sequence's last token is only a target.
+
+Time is CPU seconds of this process: all ways once to warm up, then blocks in which they alternate; medians. Memory is
+the growth of the resident set at its peak (VmHWM) in a child process for each way and shape, which runs it once to
+warm up and twice more; parameters and their gradients are there before. The gradient of every way is compared with that
+of `padded`: largest difference of a tensor, relative to its norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from llm_gym.core import Row
+from llm_gym.harness.batching import MicroBatch, Sample, pack
+from llm_gym.harness.model import Body, prepare
+
+VOCABULARY = 32_000
+WAYS = ("padded", "packed", "cat", "merge")
+
+
+def shapes() -> dict[str, list[np.ndarray]]:
+    """Name -> the tokens of every row."""
+    rng = np.random.default_rng(0)
+
+    def new(n: int) -> np.ndarray:
+        return rng.integers(0, VOCABULARY, n).astype(np.int32)
+
+    def group(prompt: int, completions: Any) -> list[np.ndarray]:
+        start = new(prompt)
+        return [np.concatenate([start, new(n)]) for n in completions]
+
+    def turns(members: int, count: int, said: int) -> list[np.ndarray]:
+        """Episodes that drop their thinking (half of what was said) from history: each turn is a row of its own."""
+        prompt, rows = new(128), []
+        for _ in range(members):
+            history = prompt
+            for _ in range(count):
+                rows.append(np.concatenate([history, new(said)]))
+                history = np.concatenate([history, rows[-1][-said // 2 :], new(24)])
+        return rows
+
+    return {
+        "long": group(512, [129] * 8),
+        "short": group(64, [33] * 8),
+        "uneven": group(128, np.linspace(16, 250, 8).astype(int) + 1),
+        "tree": turns(4, 3, 48),
+    }
+
+
+def samples(rows: list[np.ndarray]) -> list[Sample]:
+    """Rows whose last token only is trained: what is computed is all but that one."""
+    made = []
+    for i, tokens in enumerate(rows):
+        trained = np.arange(len(tokens)) == len(tokens) - 1
+        zeros = np.zeros(len(tokens))
+        made.append(Sample(Row(tokens, trained, zeros.astype(np.float32), *2 * [zeros.astype(np.int32)]), 1.0, i))
+    return made
+
+
+def make_model(dtype: torch.dtype) -> Any:
+    """The 29.6M-parameter model."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1536,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
+    return prepare(Qwen3ForCausalLM(config).to(dtype))
+
+
+class Way:
+    """One way to compute the body over these rows."""
+
+    def __init__(self, name: str, body: Body, rows: list[np.ndarray]) -> None:
+        self.name, self.body = name, body
+        self.batch: MicroBatch
+        (self.batch,) = pack(samples(rows), max_tokens=10**9, share=name in ("cat", "merge")).micro
+        count = len(self.batch.target)
+        self.weight = torch.randn(count, body.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    @property
+    def tokens(self) -> int:
+        """Computed, padding included."""
+        batch = self.batch
+        return max(batch.lengths) * len(batch.lengths) if self.name == "padded" else len(batch.tokens)
+
+    def run(self) -> None:
+        """Forward and backward of a weighted sum of the hidden states that predict the trained tokens."""
+        body, batch = self.body, self.batch
+        if self.name == "padded":
+            body.causal.set_attn_implementation("sdpa")
+            hidden = body._padded(batch)
+        else:
+            body.causal.set_attn_implementation("llm_gym")
+            body.form = "cat" if self.name == "cat" else "merge"
+            hidden = body._packed(batch)
+        picked = hidden.index_select(0, batch.source)
+        order = batch.target.argsort()  # the same rows whatever the layout (targets of random rows differ)
+        (picked.index_select(0, order) * self.weight).sum().backward()
+
+    def gradients(self) -> list[Tensor]:
+        """Of one run."""
+        self.body.model.zero_grad()
+        self.run()
+        return [p.grad.clone() for p in self.body.model.parameters() if p.grad is not None]
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def peak(way: Way) -> float:
+    """Growth of the resident set at its peak in MiB, gradients already allocated."""
+    way.run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    base = _resident("VmRSS")
+    for _ in range(2):
+        way.run()
+    return (_resident("VmHWM") - base) / 2**20
+
+
+def peak_of_child(name: str, shape: str, dtype: str) -> float:
+    """`peak` in a process of its own: what other ways left in the allocator counts for nothing."""
+    command = [sys.executable, __file__, "--child", name, "--shapes", shape, "--dtype", dtype]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def seconds(ways: list[Way], blocks: int) -> dict[str, float]:
+    """Median CPU seconds of each."""
+    taken: dict[str, list[float]] = {way.name: [] for way in ways}
+    for block in range(blocks + 1):
+        for way in ways:
+            start = time.process_time()
+            way.run()
+            if block:
+                taken[way.name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def gap(ways: list[Way]) -> dict[str, float]:
+    """Largest relative difference of a gradient from those of the first way."""
+    want = ways[0].gradients()
+    return {
+        way.name: max(float((a - b).norm() / b.norm()) for a, b in zip(way.gradients(), want, strict=True))
+        for way in ways
+    }
+
+
+def report(shape: str, body: Body, rows: list[np.ndarray], blocks: int, dtype: str) -> None:
+    """One table."""
+    ways = [Way(name, body, rows) for name in WAYS]
+    off, cpu = gap(ways), seconds(ways, blocks)
+    memory = {way.name: peak_of_child(way.name, shape, dtype) for way in ways}
+    print(f"\n{shape}: {len(rows)} rows of {min(map(len, rows)) - 1} to {max(map(len, rows)) - 1} tokens, {dtype}")
+    print(f"{'':8}{'tokens':>8}{'CPU-s':>8}{'padded /':>10}{'packed /':>10}{'peak MiB':>10}{'/ padded':>10}{'gap':>10}")
+    for way in ways:
+        n = way.name
+        print(
+            f"{n:8}{way.tokens:>8}{cpu[n]:>8.3f}{cpu['padded'] / cpu[n]:>10.2f}{cpu['packed'] / cpu[n]:>10.2f}"
+            f"{memory[n]:>10.0f}{memory[n] / memory['padded']:>10.2f}{off[n]:>10.1e}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", default=["long", "short", "uneven", "tree"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    body = Body(make_model(getattr(torch, arguments.dtype)))
+    for shape in arguments.shapes:
+        if arguments.child:
+            print(json.dumps(peak(Way(arguments.child, body, shapes()[shape]))))
+        else:
+            report(shape, body, shapes()[shape], arguments.blocks, arguments.dtype)
+
+
+if __name__ == "__main__":
+    main()

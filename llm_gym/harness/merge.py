@@ -1,0 +1,386 @@
+"""Attention over a forest of pieces, computed in parts that are merged by their log-sum-exp.
+
+A query of a piece sees its own piece up to itself, and all of the pieces above it. Softmax attention over keys A and B
+together is the mean of the two apart, weighted by their denominators (https://arxiv.org/abs/2501.01005, section 2.2):
+
+    lse = logaddexp(lse_A, lse_B),    out = exp(lse_A - lse) * out_A + exp(lse_B - lse) * out_B
+
+So each piece attends to itself, causally; then, for each depth of the forest, all that goes on from a piece (one span
+of the row, for pieces stand in depth-first order) attends to it, without any mask. Backward, a flash kernel recomputes
+the probabilities of a part as exp(score - lse): given the merged `lse` and `out`, the kernel's gradient of each part is
+that part's share of the whole gradient, and the shares are summed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+Span = tuple[int, int]
+"""Start and end in the packed row."""
+SPREAD = 0.75
+"""Spans share a padded kernel call while none is shorter than this fraction of the longest."""
+
+
+class Part(NamedTuple):
+    """Queries of one span over keys of one span; the same span if causal."""
+
+    queries: Span
+    keys: Span
+
+
+def parts(lengths: Sequence[int], parents: Sequence[int] = ()) -> list[list[Part]]:
+    """What attends to what: first every piece to itself, causally; then for each depth what goes on to its piece.
+
+    The queries of one list are disjoint.
+
+    Args:
+        lengths: tokens of each piece, in depth-first order.
+        parents: the piece that each goes on from, or -1. Empty: all -1.
+
+    Raises:
+        ValueError: the pieces are not in depth-first order.
+    """
+    parents = parents or [-1] * len(lengths)
+    spans, depths, path = [], [], list[int]()
+    start = 0
+    for piece, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            raise ValueError(f"pieces: number {piece} goes on from number {parent}, which is not above the one before.")
+        spans.append((start, start + length))
+        depths.append(len(path))
+        path.append(piece)
+        start += length
+    ends = [end for _, end in spans]
+    for piece in reversed(range(len(spans))):
+        if parents[piece] >= 0:
+            ends[parents[piece]] = max(ends[parents[piece]], ends[piece])
+    below: list[list[Part]] = [[] for _ in range(max(depths, default=0))]
+    for (first, last), end, depth in zip(spans, ends, depths, strict=True):
+        if end > last:
+            below[depth].append(Part((last, end), (first, last)))
+    return [[Part(span, span) for span in spans], *below]
+
+
+# --- where a call's tokens stand ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Spans of a row as [sequences, width]: a view where they lie so, else copied and padded with zeros."""
+
+    sequences: int
+    width: int
+    place: slice | Tensor
+    """Of their tokens in the row."""
+    index: Tensor | None
+    """Of their tokens in [sequences * width]; None if nothing is padded."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], device: torch.device | str) -> Spans:
+        """Each span as one sequence."""
+        sizes = [end - start for start, end in spans]
+        width = max(sizes)
+        index = None
+        if min(sizes) < width:
+            index = torch.cat([torch.arange(n) + i * width for i, n in enumerate(sizes)]).to(device)
+        return cls(len(spans), width, _place(spans, device), index)
+
+    @classmethod
+    def flat(cls, spans: Sequence[Span], device: torch.device | str) -> Spans:
+        """All of them as one sequence."""
+        return cls(1, sum(end - start for start, end in spans), _place(spans, device), None)
+
+    def read(self, x: Tensor) -> Tensor:
+        """x [N, H, D] -> [sequences, H, width, D]."""
+        rows = x[self.place] if isinstance(self.place, slice) else x.index_select(0, self.place)
+        if self.index is not None:
+            rows = x.new_zeros(self.sequences * self.width, *x.shape[1:]).index_copy_(0, self.index, rows)
+        return rows.view(self.sequences, self.width, *x.shape[1:]).transpose(1, 2)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        rows = values.transpose(1, 2).flatten(0, 1)
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """x [N, H, D] at the spans = values [sequences, H, width, D]."""
+        x[self.place] = self._rows(values)
+
+    def add(self, x: Tensor, values: Tensor) -> None:
+        """x [N, H, D] at the spans += values [sequences, H, width, D]."""
+        if isinstance(self.place, slice):
+            x[self.place] += self._rows(values)
+        else:
+            x.index_add_(0, self.place, self._rows(values))
+
+
+def _place(spans: Sequence[Span], device: torch.device | str) -> slice | Tensor:
+    if all(before[1] == after[0] for before, after in pairwise(spans)):
+        return slice(spans[0][0], spans[-1][1])
+    return torch.cat([torch.arange(start, end) for start, end in spans]).to(device)
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+
+class Kernel(Protocol):
+    """Flash attention of a call's queries q [S, H, Q, D] over its keys k [S, G, T, D], G dividing H, and values as k."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output, shaped as q, and log-sum-exp [S, H, Q, 1]."""
+        ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v; `out` and `lse` may be those of more keys than these."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CPUFlash:
+    """PyTorch's flash attention for CPUs; float16 and bfloat16 have a float32 log-sum-exp."""
+
+    causal: bool
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, self.causal, scale=scale)
+        return out, lse.unsqueeze(-1)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse.squeeze(-1), 0.0, self.causal, scale=scale
+        )
+        return grads
+
+
+@dataclass(frozen=True, slots=True)
+class CUDAFlash:
+    """PyTorch's variable-length flash attention: S = 1, sequences end to end; float16 and bfloat16 only.
+
+    Called as `torch.nn.attention.varlen` calls it, which returns no gradient for its log-sum-exp [H, Q]. Head
+    dimensions that are no multiple of 8 are padded with zeros, which changes no score.
+    """
+
+    causal: bool
+    queries: Tensor
+    """Where each sequence's queries start, and the last ends, int32 [sequences + 1]."""
+    keys: Tensor
+    longest: tuple[int, int]
+    """Queries and keys of the longest sequence."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], causal: bool, device: torch.device | str) -> CUDAFlash:
+        """For these parts, one sequence each."""
+        sizes = torch.tensor([[end - start for start, end in part] for part in parts])
+        starts = torch.cat([sizes.new_zeros(1, 2), sizes.cumsum(0)]).to(device, torch.int32)
+        most = sizes.amax(0).tolist()
+        return cls(causal, starts[:, 0].contiguous(), starts[:, 1].contiguous(), (most[0], most[1]))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        flat = (_tokens_first(x) for x in (q, k, v))
+        out, lse, *_ = aten._flash_attention_forward(
+            *flat, self.queries, self.keys, *self.longest, 0.0, self.causal, False, scale=scale
+        )
+        return out[..., : q.shape[-1]].transpose(0, 1)[None], lse[None, :, :, None]
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        flat = (_tokens_first(x) for x in (grad, q, k, v, out))
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        grads = aten._flash_attention_backward(
+            *flat,
+            lse[0, :, :, 0].contiguous(),
+            self.queries,
+            self.keys,
+            *self.longest,
+            0.0,
+            self.causal,
+            *no_dropout,
+            scale=scale,
+        )
+        dq, dk, dv = (x[..., : q.shape[-1]].transpose(0, 1)[None] for x in grads)
+        return dq, dk, dv
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[1, H, N, D] -> [N, H, D'], D' the next multiple of 8."""
+    return torch.nn.functional.pad(x[0].transpose(0, 1), (0, -x.shape[-1] % 8)).contiguous()
+
+
+# --- calls --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a kernel; the first calls, the causal ones, cover every token once."""
+
+    queries: Spans
+    keys: Spans
+    causal: bool
+    kernel: Kernel
+
+
+def calls(lengths: Sequence[int], parents: Sequence[int], device: torch.device) -> tuple[Call, ...]:
+    """The kernel calls of a packed row (see `parts`).
+
+    Raises:
+        RuntimeError: the device is not in `PLANS`.
+        ValueError: the pieces are not in depth-first order.
+    """
+    plan = PLANS.get(device.type)
+    if plan is None:
+        raise RuntimeError(f"no kernel for {device.type}")
+    return tuple(call for i, level in enumerate(parts(lengths, parents)) for call in plan(level, i == 0, device))
+
+
+def _cpu_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
+    """Parts of like size together: short ones cost less so. Keys cannot be padded, unless queries are causal."""
+    sizes = {part: (part.keys[1] - part.keys[0], part.queries[1] - part.queries[0]) for part in level}
+    run: list[Part] = []
+    for part in [*sorted(level, key=lambda part: tuple(-n for n in sizes[part])), None]:
+        if run and (part is None or not _alike(sizes[run[0]], sizes[part], causal)):
+            queries, keys = ([part[i] for part in sorted(run)] for i in (0, 1))
+            yield Call(Spans.of(queries, device), Spans.of(keys, device), causal, CPUFlash(causal))
+            run = []
+        run += [part] if part else []
+
+
+def _alike(first: tuple[int, int], other: tuple[int, int], causal: bool) -> bool:
+    return other[1] >= SPREAD * first[1] and (causal or other[0] == first[0])
+
+
+def _cuda_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
+    queries, keys = (Spans.flat([part[i] for part in level], device) for i in (0, 1))
+    yield Call(queries, keys, causal, CUDAFlash.of(level, causal, device))
+
+
+PLANS: dict[str, Callable[[Sequence[Part], bool, torch.device], Iterator[Call]]] = {
+    "cpu": _cpu_calls,
+    "cuda": _cuda_calls,
+}
+"""Device type -> the calls of one list of `parts`."""
+
+
+class Merged(torch.autograd.Function):
+    """Attention by these calls; q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Call], scale: float) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.empty(*q.shape[:2], 1, dtype=exact, device=q.device)
+        for call in plan:
+            o, e = call.kernel.forward(call.queries.read(q), call.keys.read(k), call.keys.read(v), scale)
+            if not call.causal:
+                before, o_before = call.queries.read(lse), call.queries.read(out)
+                both = torch.logaddexp(before, e)
+                o = (o * (e - both).exp_()).addcmul(o_before, (before - both).exp_())
+                e = both
+            call.queries.put(out, o)
+            call.queries.put(lse, e)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        for call in ctx.plan:
+            own, seen = call.queries, call.keys
+            grads = call.kernel.backward(
+                own.read(grad), own.read(q), seen.read(k), seen.read(v), own.read(out), own.read(lse), ctx.scale
+            )
+            for spans, total, part in zip((own, seen, seen), (dq, dk, dv), grads, strict=True):
+                (spans.put if call.causal else spans.add)(total, part)
+        return dq, dk, dv, None, None
+
+
+def merged_attention(query: Tensor, key: Tensor, value: Tensor, plan: Sequence[Call], scale: float | None) -> Tensor:
+    """Attention of a packed row.
+
+    Args:
+        query: [1, H, N, D].
+        key: [1, G, N, D], G dividing H.
+        value: as `key`.
+        plan: from `calls`.
+        scale: of the scores; None: 1 / sqrt(D).
+
+    Returns:
+        [1, N, H, D].
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out: Tensor = Merged.apply(q, k, v, plan, scale)  # type: ignore[no-untyped-call]
+    return out.unsqueeze(0)
+
+
+# --- whether it works here ----------------------------------------------------------------------------------
+
+
+def works(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether kernels for tensors of this kind are there and right; tried out once for each kind."""
+    return _works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
+
+
+@lru_cache
+def _works(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int, value_size: int) -> bool:
+    try:
+        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+            gap = _gap(device, dtype, (heads, groups, groups), (size, size, value_size))
+    except RuntimeError as error:  # no kernel on this device, or none for this kind of tensors
+        why = str(error).splitlines()[0]
+    else:
+        if gap < (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2):
+            return True
+        why = f"off by {gap:.1e}"
+    log.warning("attention: the merge does not work for %s heads of %s in %s on %s (%s); keys are concatenated.",
+                heads, size, dtype, device.type, why)  # fmt: skip
+    return False
+
+
+def _gap(device: torch.device, dtype: torch.dtype, heads: Sequence[int], sizes: Sequence[int]) -> float:
+    """Largest relative error of the output and the three gradients on a small forest, against a dense mask."""
+    lengths, parents = (5, 3, 2, 1, 4, 3), (-1, 0, 1, 1, 0, -1)
+    n = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, h, d, generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
+        for h, d in zip(heads, sizes, strict=True)
+    )
+    got = merged_attention(q, k, v, calls(lengths, parents, device), None)
+    weight = torch.randn(got.shape, generator=generator).to(got)
+    found = [got, *torch.autograd.grad(got, (q, k, v), weight)]
+    mask = torch.eye(n, dtype=torch.bool)
+    for level in parts(lengths, parents):
+        for part in level:
+            mask[slice(*part.queries), slice(*part.keys)] = True
+    mask = mask.tril().to(device)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ke, ve = (x.repeat_interleave(heads[0] // heads[1], 1) for x in exact[1:])
+    scores = (exact[0] @ ke.mT * sizes[0] ** -0.5).masked_fill(~mask, -torch.inf)
+    want = (scores.softmax(-1) @ ve).transpose(1, 2)
+    wanted = [want, *torch.autograd.grad(want, exact, weight.double())]
+    return max(float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, wanted, strict=True))

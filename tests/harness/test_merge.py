@@ -1,0 +1,185 @@
+"""The merged attention over random forests is attention with a dense mask, and so is its gradient."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llm_gym.harness import merge
+from llm_gym.harness.merge import CUDAFlash, Part, calls, merged_attention, parts, works
+from llm_gym.harness.packing import Layout, _concatenated
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Lengths and parents of up to 14 pieces in depth-first order, any depth, many of a single token."""
+    lengths, parents, path = [], [], list[int]()
+    for piece in range(draw(st.integers(1, 14))):
+        path = path[: draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        lengths.append(draw(st.sampled_from([1, 1, 2, 3, 5, 8, 8, 13, 21])))
+        path.append(piece)
+    return lengths, parents
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: list[int], scale: float | None) -> Tensor:
+    """The oracle: each token's keys are found by walking up, one by one."""
+    piece = [i for i, n in enumerate(lengths) for _ in range(n)]
+    mask = torch.zeros(len(piece), len(piece), dtype=torch.bool)
+    for i, own in enumerate(piece):
+        above = [own]
+        while parents[above[-1]] >= 0:
+            above.append(parents[above[-1]])
+        mask[i] = torch.tensor([j <= i and piece[j] in above for j in range(len(piece))])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def streams(n: int, heads: int, groups: int, size: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Queries, keys and values [1, heads, n, size], laid out in memory as transformers has them."""
+    generator = torch.Generator().manual_seed(n + size)
+    return [
+        torch.randn(1, n, h, size, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_()
+        for h in (heads, groups, groups)
+    ]
+
+
+def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weight.to(out.dtype))]
+
+
+SHAPES = st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 64), (4, 1, 33), (2, 2, 80), (3, 1, 1)])
+"""Heads, key-value heads, size of a head."""
+
+
+@settings(max_examples=60)
+@given(forests(), SHAPES, st.sampled_from([None, 0.3]))
+def test_either_form_is_attention_with_a_dense_mask(
+    forest: tuple[list[int], list[int]], shape: tuple[int, int, int], scale: float | None
+) -> None:
+    lengths, parents = forest
+    inputs = streams(sum(lengths), *shape)
+    want = with_gradients(dense(*inputs, lengths, parents, scale), inputs)
+    layout = Layout.of(lengths, CPU, parents)
+    forms = merged_attention(*inputs, layout.plan, scale), _concatenated(*inputs, layout, scale)
+    for out in forms:
+        for got, exact in zip(with_gradients(out, inputs), want, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_costs_no_more_than_plain_rows(dtype: torch.dtype) -> None:
+    """Against float64; the error beside that of each row alone in the same type."""
+    lengths, parents = [40, 30, 20, 10, 25, 60, 8], [-1, 0, 1, 1, 0, -1, 5]
+    inputs = streams(sum(lengths), 4, 2, 64, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = with_gradients(dense(*exact, lengths, parents, None), exact)
+    merged = with_gradients(merged_attention(*inputs, calls(lengths, parents, CPU), None), inputs)
+    for got, exact_one in zip(merged, want, strict=True):
+        error = float((got.double() - exact_one).norm() / exact_one.norm())
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+def test_no_gradient_keeps_nothing() -> None:
+    lengths, parents = [5, 3, 2], [-1, 0, 0]
+    inputs = streams(10, 4, 2, 8)
+    with torch.no_grad():
+        out = merged_attention(*inputs, calls(lengths, parents, CPU), None)
+    assert out.grad_fn is None
+    torch.testing.assert_close(out, dense(*inputs, lengths, parents, None))
+
+
+@settings(max_examples=60)
+@given(forests())
+def test_parts_cover_what_a_token_sees_once(forest: tuple[list[int], list[int]]) -> None:
+    """Own pieces first; then one list for each depth, whose queries are disjoint."""
+    lengths, parents = forest
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    first, *deeper = parts(lengths, parents)
+    assert first == [Part((s, s + n), (s, s + n)) for s, n in zip(starts, lengths, strict=True)]
+    seen: set[tuple[int, int]] = set()
+    for level in deeper:
+        tokens = [t for part in level for t in range(*part.queries)]
+        assert len(tokens) == len(set(tokens))
+        pairs = {(q, starts.index(part.keys[0])) for part in level for q in range(*part.queries)}
+        assert not pairs & seen
+        seen |= pairs
+    want = set()
+    for piece, parent in enumerate(parents):
+        while parent >= 0:
+            want |= {(t, parent) for t in range(starts[piece], starts[piece] + lengths[piece])}
+            parent = parents[parent]
+    assert seen == want
+
+
+@pytest.mark.parametrize("parents", [[-1, 0, -1, 0], [0, -1], [-1, -1, 0], [1, -1]])
+def test_another_order_is_refused(parents: list[int]) -> None:
+    with pytest.raises(ValueError, match="not above the one before"):
+        parts([2] * len(parents), parents)
+
+
+def test_like_parts_share_a_call() -> None:
+    """Two prompts of 6 with three completions each: prompts, completions, and completions over prompts."""
+    plan = calls([6, 4, 4, 4, 6, 4, 4, 4], [-1, 0, 0, 0, -1, 4, 4, 4], CPU)
+    assert [(c.queries.sequences, c.queries.width, c.keys.width, c.causal) for c in plan] == [
+        (2, 6, 6, True),
+        (6, 4, 4, True),
+        (2, 12, 6, False),
+    ]
+
+
+# Where it works
+
+
+def test_it_works_on_this_machine() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        q, k, v = streams(1, 4, 2, 64, dtype)
+        assert works(q, k, v)
+
+
+def test_a_value_head_of_another_size_is_concatenated_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    merge._works.cache_clear()
+    q, k, _ = streams(9, 4, 2, 16)
+    v = streams(9, 4, 2, 24)[2]
+    lengths, parents = [4, 3, 2], [-1, 0, 0]
+    with caplog.at_level(logging.WARNING):
+        assert not works(q, k, v)
+        assert not works(q, k, v)
+    assert len(caplog.records) == 1
+    assert "keys are concatenated" in caplog.text
+    out = _concatenated(q, k, v, Layout.of(lengths, CPU, parents), None)
+    torch.testing.assert_close(out, dense(q, k, v, lengths, parents, None))
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    merge._works.cache_clear()
+    right = merge.CPUFlash.backward
+    monkeypatch.setattr(merge.CPUFlash, "backward", lambda *args: tuple(1.01 * x for x in right(*args)))
+    assert not works(*streams(1, 4, 2, 8))
+    assert "off by 1.0e-02" in caplog.text
+    merge._works.cache_clear()
+
+
+def test_a_device_without_a_kernel_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    assert not works(*(x.to("meta") for x in streams(1, 4, 2, 8)))
+    assert "on meta" in caplog.text
+
+
+def test_the_calls_of_variable_length_kernels_say_where_sequences_start() -> None:
+    """What would run on a GPU, checked as far as that goes without one."""
+    own, deeper, *_ = parts([3, 2, 4, 5], [-1, 0, 0, -1])
+    kernel = CUDAFlash.of(own, True, CPU)
+    assert kernel.queries.tolist() == kernel.keys.tolist() == [0, 3, 5, 9, 14]
+    assert kernel.longest == (5, 5)
+    kernel = CUDAFlash.of(deeper, False, CPU)
+    assert (kernel.queries.tolist(), kernel.keys.tolist(), kernel.longest) == ([0, 6], [0, 3], (6, 3))
+    assert kernel.queries.dtype == torch.int32
