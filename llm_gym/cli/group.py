@@ -13,7 +13,7 @@ import click
 
 from llm_gym.errors import LLMGymError, SettingError, unknown
 
-COMMANDS = ("train", "eval", "sft", "serve", "envs", "config", "doctor", "view", "replay")
+COMMANDS = ("train", "eval", "sft", "distill", "serve", "envs", "config", "doctor", "view", "replay")
 """In the order of `--help`; each is `llm_gym.cli.<name>:command`."""
 
 EXIT_SETTING, EXIT_INTERRUPTED = 2, 130

@@ -59,7 +59,7 @@ def command(
     prints every setting; --set wins over options, options over the --config file.
     """
     from llm_gym.cli.progress import TrainProgress
-    from llm_gym.harness import Trainer
+    from llm_gym.harness.distill import trainer_of
 
     if resume and out is None:
         raise SettingError("--resume: needs --out, the run folder to go on with.")
@@ -75,7 +75,7 @@ def command(
             config = configuration(
                 file, [*more, *sets], env_args, env=env, model=model, preset=preset, steps=steps, seed=seed
             )
-            trainer = Trainer(config, out=out, resume=resume, observer=progress)
+            trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
         rows = trainer.rollout() if rollout_only else trainer.train()
     except KeyboardInterrupt:
         progress.stop()

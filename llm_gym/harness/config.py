@@ -26,6 +26,7 @@ from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.presets import PRESETS
+from llm_gym.harness.teacher import DistillConfig
 
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ class TrainConfig:
     """How training episodes are sampled."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is minimised."""
+    distill: DistillConfig | None = None
+    """A teacher that judges in place of rewards (`llmgym distill`); None: reinforcement learning."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(schedule="linear", warmup_steps=5))
     """How the weights move."""
     lora: LoraConfig | None = None

@@ -116,7 +116,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # new adapters are drawn
         self.model = load_model(config.model, device=device_of(config), lora=config.lora, memory=config.memory)
         set_threads(self.model, config.threads)
-        self.learner = Learner(self.model, config.optimizer, config.loss, total_steps=config.updates)
+        self.learner = self.make_learner()
         if checkpoint is not None:
             restore(self.learner, checkpoint)
         if not play:
@@ -127,6 +127,10 @@ class Trainer:
         self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
         most = config.sampling.max_tokens
         self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=config.time_limit)
+
+    def make_learner(self) -> Learner:
+        """What turns batches into steps of `self.model`."""
+        return Learner(self.model, self.config.optimizer, self.config.loss, total_steps=self.config.updates)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs the remaining steps; returns every row of metrics."""

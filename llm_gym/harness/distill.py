@@ -1,0 +1,165 @@
+"""On-policy distillation: the student plays, a teacher judges every token that it said.
+
+    llmgym distill --env Arithmetic-v0 --teacher runs/big
+
+The loop is the trainer's: draw, roll out, pack, step, refresh, write. Only what a token earns is different: not the
+episode's reward, but how much likelier the teacher finds it (https://arxiv.org/abs/2306.13649).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_gym.core import Group
+from llm_gym.errors import ConfigError
+from llm_gym.harness.batching import Batch, MicroBatch
+from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.divergence import Head, reverse_kl, top_k_kl
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.logprobs import token_logprobs
+from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher, check_tokenizers
+from llm_gym.harness.trainer import Trainer, device_of
+from llm_gym.tokenizer import load_tokenizer
+
+
+class Distiller(Trainer):
+    """Trains a student on its own samples towards a teacher; arguments and errors are the trainer's."""
+
+    teacher: Teacher | None = None
+
+    def __init__(self, config: TrainConfig, **how: Any) -> None:
+        self.settings = check_distill(config)
+        super().__init__(config, **how)
+
+    def make_learner(self) -> Learner:
+        """A learner that asks the teacher."""
+        config = self.config
+        self.teacher = make_teacher(self.settings, config)
+        return DistillLearner(
+            self.model,
+            config.optimizer,
+            config.loss,
+            total_steps=config.updates,
+            teacher=self.teacher,
+            settings=self.settings,
+        )
+
+    def batches(self, groups: Sequence[Group]) -> list[Batch]:
+        """The step's groups, every token of them to be judged, dealt into its `minibatches`."""
+        n, size = self.config.minibatches, len(groups[0].episodes)
+        return [self.pack(groups[i::n], np.ones((len(groups[i::n]), size))) for i in range(n)]
+
+    def close(self) -> None:
+        """As the trainer's; the teacher goes too."""
+        super().close()
+        if self.teacher is not None:
+            self.teacher.close()
+
+
+class DistillLearner(Learner):
+    """A learner whose loss is the divergence from a teacher.
+
+    Args:
+        model: the student.
+        optimizer: as the learner's.
+        loss: as the learner's; `top_k` and `full` read its normaliser only.
+        total_steps: as the learner's.
+        teacher: who judges.
+        settings: by which divergence.
+    """
+
+    def __init__(self, *args: Any, teacher: Teacher, settings: DistillConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.distill = teacher, settings
+
+    def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
+        if self.distill.kl == "sampled":
+            better = self.teacher.logprobs(batch) - batch.old_logprobs
+            sums = super()._backward(replace(batch, advantages=better), temperature)
+            return {**sums, "distill/kl": -float(better.sum())}
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.body.hidden(batch).index_select(0, batch.source)
+            weight, bias = self.body.head()
+        student = Head(hidden, weight, bias, temperature / self.body.scale)
+        kl = self._divergence(student, batch)
+        loss = (batch.weight * kl).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"policy/loss": float(loss.detach()), "distill/kl": float(kl.detach().sum()), **_seen(student, batch)}
+
+    def _divergence(self, student: Head, batch: MicroBatch) -> torch.Tensor:
+        if self.distill.kl == "top_k":
+            return top_k_kl(student, *self.teacher.top(batch, self.distill.top_k))
+        assert isinstance(self.teacher, LocalTeacher)
+        return reverse_kl(student, self.teacher.head(batch))
+
+
+def trainer_of(config: TrainConfig) -> type[Trainer]:
+    """What runs a configuration."""
+    return Trainer if config.distill is None else Distiller
+
+
+def make_teacher(settings: DistillConfig, config: TrainConfig) -> Teacher:
+    """The teacher of a run.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its servers cannot score.
+    """
+    if settings.served:
+        k = settings.top_k if settings.kl == "top_k" else 0
+        return ServedTeacher(settings.teacher, load_tokenizer(config.model), k=k)
+    device = device_of(config)
+    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    return LocalTeacher(settings.teacher, device=device, dtype=dtype, temperature=config.sampling.temperature)
+
+
+def check_distill(config: TrainConfig) -> DistillConfig:
+    """Looks at all that distillation is told, before a model is loaded; returns its settings.
+
+    Raises:
+        SettingError: no teacher, one of another tokenizer, or settings that would be ignored.
+    """
+    settings = config.distill
+    if settings is None or not settings.teacher:
+        raise ConfigError("distill.teacher: got nothing, want a folder, a hub id or addresses of vLLM servers.")
+    plain = TrainConfig()
+    for name in ("advantage", "overlong"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name}: got {getattr(config, name)!r}, but in distillation the teacher judges; leave it."
+            )
+    kept = {name: getattr(config.loss, name) for name in ("normaliser", "constant_length")}
+    if settings.kl != "sampled" and config.loss != LossConfig(**kept):
+        raise ConfigError(
+            f"loss: with distill.kl={settings.kl!r} only the normaliser can be chosen, got {config.loss}."
+        )
+    if settings.served:
+        if config.sampling.temperature != 1.0:
+            raise ConfigError(
+                f"sampling.temperature: got {config.sampling.temperature}, but servers score at 1 only; pass 1, or a "
+                "local teacher."
+            )
+    else:
+        check_tokenizers(config.model, settings.teacher)
+    return settings
+
+
+@torch.no_grad()
+def _seen(student: Head, batch: MicroBatch) -> dict[str, float]:
+    """The metrics that every learner reports, as sums over tokens."""
+    logprobs, entropy = token_logprobs(
+        student.hidden, student.weight, batch.target, bias=student.bias, temperature=student.temperature
+    )
+    apart = logprobs - batch.old_logprobs
+    return {
+        "policy/entropy": float(entropy.sum()),
+        "policy/ratio_mean": float(apart.exp().sum()),
+        "sampler/logprob_gap_mean": float(apart.abs().sum()),
+        "sampler/logprob_gap_max": float(apart.abs().max()),
+    }
