@@ -304,10 +304,10 @@ MUTANTS = (
     ),
     Mutant(
         "every step replays the same tasks",
-        "harness/trainer.py",
-        "np.random.SeedSequence([self.config.seed, self.step])",
-        "np.random.SeedSequence([self.config.seed])",
-        ("harness/test_trainer.py::test_training_seeds_and_evaluation_seeds_never_meet",),
+        "harness/tasks.py",
+        "np.random.SeedSequence([run_seed, step])",
+        "np.random.SeedSequence([run_seed])",
+        ("harness/test_tasks.py::test_training_seeds_and_evaluation_seeds_never_meet",),
     ),
     Mutant(
         "a resumed run serves the weights it started from",

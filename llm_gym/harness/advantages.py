@@ -78,9 +78,10 @@ def gdpo(components: Floats, weights: Floats) -> Floats:
 
     Args:
         components: [P, G, C], before weighting.
-        weights: [C].
+        weights: [C], or [P, C].
     """
-    parts = [weight * group_norm(part) for weight, part in zip(weights, np.moveaxis(components, -1, 0), strict=True)]
+    columns = np.broadcast_to(weights, (len(components), components.shape[-1])).T[..., None]  # [C, P, 1]
+    parts = [weight * group_norm(part) for weight, part in zip(columns, np.moveaxis(components, -1, 0), strict=True)]
     failed = np.isnan(components).any(axis=-1)
     total = np.where(failed, np.nan, np.sum(parts, axis=0) if parts else 0.0)
     return np.where(failed, 0.0, np.nan_to_num(_over_batch_std(total)))

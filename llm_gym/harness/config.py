@@ -19,13 +19,16 @@ import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.curriculum import CurriculumConfig
 from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.loggers import LogConfig
+from llm_gym.harness.mixture import EnvConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.presets import PRESETS
+from llm_gym.harness.selection import OversampleConfig
 from llm_gym.harness.teacher import DistillConfig
 
 T = TypeVar("T")
@@ -78,6 +81,14 @@ class TrainConfig:
     """Environment id; short ids mean `llm_gym/...`, `module:id` imports the module first."""
     env_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment."""
+    envs: tuple[EnvConfig, ...] = ()
+    """Several environments with weights, in place of `env`; `env_args` are then for all of them."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Which rows of the data are played, and when."""
+    filters: Mapping[str, Any] = field(default_factory=dict)
+    """Which groups are trained on: a row of `selection.FILTERS` or "package.module:function" -> its limit."""
+    oversample: OversampleConfig = field(default_factory=OversampleConfig)
+    """How groups that do not pass the filters are replaced."""
     model: str | None = None
     """Folder or hub id of the model; None: the embedded one."""
     seed: int = 0
@@ -262,7 +273,9 @@ def _with_preset(cls: type[Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `under`, section by section."""
-    both = {k: _merge(under[k], v) for k, v in over.items() if isinstance(v, Mapping) and isinstance(under.get(k), Mapping)}
+    both = {
+        k: _merge(under[k], v) for k, v in over.items() if isinstance(v, Mapping) and isinstance(under.get(k), Mapping)
+    }
     return {**under, **over, **both}
 
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from llm_gym.core import Episode
+from llm_gym.core import Episode, StopReason
 
 
 def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     """Rewards, lengths and ends of episodes; NaN where no episode can say (all failed).
 
-    `episode/failed_fraction` counts the ends that are not the policy's doing; those episodes take no part
-    in the reward metrics.
+    `episode/failed_fraction` counts the ends that are not the policy's doing, `episode/reward_failed_fraction` those
+    among them where the reward function failed; those episodes take no part in the reward metrics.
     """
     sound = [episode for episode in episodes if not episode.stop_reason.failed]
     rewards = np.array([episode.reward for episode in sound])
@@ -30,6 +30,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
         "episode/tokens_mean": _mean([e.tokens_generated for e in sound]),
         "episode/truncated_fraction": _mean([not e.stop_reason.terminated for e in sound]),
         "episode/failed_fraction": 1 - len(sound) / len(episodes) if episodes else float("nan"),
+        "episode/reward_failed_fraction": _mean([e.stop_reason is StopReason.REWARD_ERROR for e in episodes]),
         "tokens/generated": float(sum(e.tokens_generated for e in episodes)),
     }
 

@@ -16,10 +16,12 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "grpo": {"advantage": "group_norm", "loss": {"name": "ppo_clip", "normaliser": "sequence"}},
     # https://arxiv.org/abs/2503.20783
     "dr_grpo": {"advantage": "dr_grpo", "loss": {"name": "ppo_clip", "normaliser": "constant"}},
-    # https://arxiv.org/abs/2503.14476; without its dynamic sampling
+    # https://arxiv.org/abs/2503.14476; it samples without a bound, 10 is verl's
     "dapo": {
         "advantage": "group_norm",
         "overlong": 0.2,
+        "filters": {"spread": 0},
+        "oversample": {"max_factor": 10.0},
         "loss": {"name": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28, "normaliser": "token_global"},
     },
     # https://arxiv.org/abs/2507.18071, section 5.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,22 +13,24 @@ import numpy as np
 import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
-from llm_gym.envs import make, resolve
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, pack, samples
 from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness import loggers, provenance
 from llm_gym.harness.config import TrainConfig, dump, to_dict
-from llm_gym.harness.evaluation import Evaluation, exams
+from llm_gym.harness.evaluation import Evaluation
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
+from llm_gym.harness.mixture import Drivers, arenas, describe_each, exams_of, scoring, selection_of
 from llm_gym.harness.model import load_model
 from llm_gym.harness.randomness import reseed
-from llm_gym.harness.rewards import rewards_of
+from llm_gym.harness.rewards import RewardWatch, rewards_of
+from llm_gym.harness.selection import Harvest
 from llm_gym.harness.sync import Sync, check
+from llm_gym.harness.tasks import Task
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
-from llm_gym.rollout import Driver
+from llm_gym.rollout import Driver, OnEpisode
 
 
 class Observer(Protocol):
@@ -103,13 +106,15 @@ class Trainer:
         self.weigh = advantage(config.advantage)
         check(config)
         loggers.check(config.log)
-        self.env_id, self.env_args, eval_args, self.scoring = environments(config)
-        papers = exams(config.eval, self.env_id, eval_args)
-        self.run = RunFolder(out or default_folder(config.env))
+        self.arenas = arenas(config)
+        papers = exams_of(config, self.arenas)
+        self.selection = selection_of(config, self.arenas)
+        self.rewards = RewardWatch(min(2, config.prompts_per_step))
+        self.run = RunFolder(out or default_folder(self.arenas[0].env_id))
         checkpoint = self._open_run(resume)
         self.step = 0 if checkpoint is None else step_of(checkpoint)
         self.observer.on_start(config, self.run.path, self.step)
-        self.run.add_provenance(provenance.describe(self.env_id, self.step))
+        self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step))
         tell = self.observer.on_note
         self.loggers = loggers.Loggers(config.log, self.run.path, to_dict(config), self.step, tell)
         self.observer.on_phase("load", 1)
@@ -119,12 +124,13 @@ class Trainer:
         self.learner = self.make_learner()
         if checkpoint is not None:
             restore(self.learner, checkpoint)
+            self.selection.restore(checkpoint)
         if not play:
             return
         self.observer.on_phase("engine", 1)
         self.sync = Sync(config, self.learner, folder=self.run.path / "sync", version=self.step, tell=tell)
         self.policy = self.sync.policy
-        self.driver = Driver(self.env_id, self.policy, env_args=self.env_args, time_limit=config.time_limit)
+        self.drivers = Drivers(self.arenas, self.policy, time_limit=config.time_limit)
         most = config.sampling.max_tokens
         self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=config.time_limit)
 
@@ -168,35 +174,48 @@ class Trainer:
         reseed(self.config.seed, self.step)
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
-                episodes = self.collect(self.draw_seeds())
+                harvest = self.collect()
             with clock(times, "time/train"), self.sync.resting():
-                learned = self.learn(episodes)
+                learned = self.learn(harvest.episodes)
             with clock(times, "time/sync"):
                 self.observer.on_phase("sync", 1)
                 synced = self.sync(self.step + 1)
-        played = describe(episodes) | {"sampler/staleness_max": staleness(episodes, self.step)}
+        played = describe(harvest.played) | describe_each(self.arenas, harvest.played) | harvest.metrics
+        played |= {"sampler/staleness_max": staleness(harvest.episodes, self.step)}
         self.step += 1
         row = {"step": self.step, **played, **learned, **synced, **times, **speeds(learned, played["tokens/generated"], times)}
         if self._due(self.config.eval.every):
             row |= self.evaluate()
-        self.run.write_episodes(f"step_{self.step:06d}", episodes)
+        self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
+        if harvest.dropped:
+            self.run.write_episodes(f"dropped_{self.step:06d}", (e for g in harvest.dropped for e in g.episodes))
         self._write(row)
         if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row
 
-    def draw_seeds(self) -> list[int]:
-        """The step's task seeds: a function of the run's seed and the step alone."""
-        state = np.random.SeedSequence([self.config.seed, self.step])
-        return [int(seed) for seed in state.generate_state(self.config.prompts_per_step)]
+    def collect(self) -> Harvest:
+        """The step's groups: played, filtered, and replaced where they did not pass."""
+        harvest = self.selection.harvest(self.step, self.play)
+        if not harvest.groups:
+            self.observer.on_note(f"step {self.step + 1}: no group passed the filters; the weights stay as they are.")
+        return harvest
 
-    def collect(self, seeds: Sequence[int]) -> list[Episode]:
-        """`group_size` episodes of every seed."""
-        return self._play(self.driver, "rollout", seeds, self.config.group_size, self.config.sampling)
+    def play(self, tasks: Sequence[Task]) -> list[Group]:
+        """`group_size` episodes of every task."""
+        size = self.config.group_size
+        count = self._counting("rollout", len(tasks) * size)
+        groups = self.drivers.play(
+            tasks, group_size=size, seed=self.config.seed, sampling=self.config.sampling, on_episode=count
+        )
+        self.rewards.see(episode for g in groups for episode in g.episodes)
+        return groups
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The step's groups, weighed together, as one packed batch for each of its `minibatches`."""
-        credits = self.weigh(rewards_of(groups, **self.scoring, overlong=self.config.overlong))
+        credits: Floats = np.zeros((0, self.config.group_size))
+        if groups:
+            credits = self.weigh(rewards_of(groups, **scoring(self.arenas, groups), overlong=self.config.overlong))
         n = self.config.minibatches
         return [self.pack(groups[i::n], credits[i::n]) for i in range(n)]
 
@@ -240,16 +259,11 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         self.observer.on_phase("save", 1)
-        return self.run.save(
-            self.step,
-            lambda folder: save(self.learner, self.config.model, folder),
-            keep=self.config.checkpoint.keep,
-            best=self._is_best(),
-        )
+        return self.run.save(self.step, self._save_to, keep=self.config.checkpoint.keep, best=self._is_best())
 
     def close(self) -> None:
         """Closes environments, the engine and the loggers."""
-        for part in (self.driver, self.evaluation, self.sync, self.loggers):
+        for part in (self.drivers, self.evaluation, self.sync, self.loggers):
             part.close()
 
     def _open_run(self, resume: bool) -> Path | None:
@@ -262,18 +276,23 @@ class Trainer:
         self.run.rewind(step_of(saved[-1]) if saved else -1)
         return saved[-1] if saved else None
 
+    def _save_to(self, folder: Path) -> None:
+        save(self.learner, self.config.model, folder)
+        self.selection.save(folder)
+
     def _play(
         self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
     ) -> list[Episode]:
-        self.observer.on_phase(phase, len(seeds) * group_size)
-        done = 0
+        count = self._counting(phase, len(seeds) * group_size)
+        episodes = driver.run(seeds, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+        self.rewards.see(episodes)
+        return episodes
 
-        def count(episode: Episode) -> None:
-            nonlocal done
-            done += 1
-            self.observer.on_progress(done)
-
-        return driver.run(seeds, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+    def _counting(self, phase: str, total: int) -> OnEpisode:
+        """Begins a phase; call what is returned with each of its episodes."""
+        self.observer.on_phase(phase, total)
+        done = itertools.count(1)
+        return lambda episode: self.observer.on_progress(next(done))
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
@@ -286,24 +305,6 @@ class Trainer:
         self.run.log(row)
         self.loggers.log(row)
         self.observer.on_row(row)
-
-
-def environments(config: TrainConfig) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The environment's full id, its arguments for training and for evaluation, and what `rewards_of` needs of it.
-
-    It is made once, and closed, so that a bad setting is found before a model is loaded.
-    """
-    env_id = resolve(config.env)
-    args = {"tokenizer": config.model, **config.env_args}
-    env = make(env_id, **args)
-    eval_args = args | dict(getattr(env.unwrapped, "eval_args", {})) | dict(config.eval.env_args)
-    most = config.sampling.max_tokens
-    scoring = {
-        "weights": getattr(env.unwrapped, "reward_weights", {}),
-        "limit": min(most, getattr(env.unwrapped, "max_tokens", most)),
-    }
-    env.close()
-    return env_id, args, eval_args, scoring
 
 
 def default_folder(env: str) -> Path:

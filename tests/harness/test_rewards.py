@@ -34,8 +34,8 @@ def test_the_arrays() -> None:
     np.testing.assert_array_equal(got.turns, [[[0.5, 1], [0, nan]], [[nan, nan], [2, nan]]])
     assert got.names == ("right", "style")
     np.testing.assert_array_equal(got.components, [[[1, 0.25], [0, 0]], [[nan, nan], [0, 1]]])
-    np.testing.assert_array_equal(got.weights, [1, 2])
-    np.testing.assert_array_equal(got.components @ got.weights, got.returns)
+    np.testing.assert_array_equal(got.weights, [[1, 2], [1, 2]])
+    np.testing.assert_array_equal(np.einsum("pgc,pc->pg", got.components, got.weights), got.returns)
 
 
 def test_overlong_closed_form() -> None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import gymnasium
-import numpy as np
 import pytest
 import torch
 
@@ -104,18 +103,6 @@ def test_a_run_is_a_function_of_its_seed(tmp_path: Path) -> None:
     assert one[0] == two[0]
 
 
-def test_training_seeds_and_evaluation_seeds_never_meet(tmp_path: Path) -> None:
-    run = Trainer(config(steps=3), out=tmp_path / "run")
-    drawn = []
-    for run.step in range(3):
-        drawn.append(run.draw_seeds())
-        assert drawn[-1] == run.draw_seeds()
-    flat = np.concatenate(drawn)
-    assert len(set(flat.tolist())) == len(flat)
-    assert flat.max() < EVAL_SEED
-    run.close()
-
-
 def test_the_run_folder_tells_the_story(tmp_path: Path) -> None:
     rows = Trainer(config(steps=2), out=tmp_path / "run").train()
     folder = RunFolder(tmp_path / "run")
@@ -132,7 +119,7 @@ def test_the_run_folder_tells_the_story(tmp_path: Path) -> None:
 
 def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
     run = Trainer(config(steps=1, seed=1), out=tmp_path / "run")
-    episodes = run.collect(run.draw_seeds())
+    episodes = run.collect().episodes
     broken = [dataclasses.replace(e, stop_reason=StopReason.ENV_ERROR) for e in episodes[:4]]
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     (batch,) = run.batches(group([*broken, *episodes[4:]], 4))

@@ -36,7 +36,7 @@ def test_interrupted_and_resumed_with_several_updates(tmp_path: Path) -> None:
 def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path, monkeypatch) -> None:
     """Credits come from the whole rollout; old and proximal log-probabilities stay; the ratio moves off 1."""
     run = Trainer(config(*MANY, "prompts_per_step=3", "advantage=reinforce_pp", steps=1), out=tmp_path / "run")
-    episodes = run.collect(run.draw_seeds())
+    episodes = run.collect().episodes
     groups = group(episodes, 4)
     seen = []
     step = run.learner.step
@@ -68,7 +68,7 @@ def test_one_row_of_several_updates() -> None:
 def test_cut_episodes_are_trained_or_masked(tmp_path: Path, truncated: str, left: int) -> None:
     """A masked one keeps its place in its group's baseline."""
     run = Trainer(config(f"truncated={truncated}", steps=1), out=tmp_path / "run")
-    episodes = [dataclasses.replace(e, stop_reason=StopReason.ANSWERED) for e in run.collect(run.draw_seeds())]
+    episodes = [dataclasses.replace(e, stop_reason=StopReason.ANSWERED) for e in run.collect().episodes]
     run.close()
     for i in (1, 6):
         episodes[i] = dataclasses.replace(episodes[i], stop_reason=StopReason.TOKEN_LIMIT)
@@ -87,10 +87,10 @@ def test_the_overlong_penalty_knows_the_limit(tmp_path: Path) -> None:
     """`sampling.max_tokens`, or the environment's own if that is lower."""
     run = Trainer(config("overlong=0.5", steps=1), out=tmp_path / "run")
     run.close()
-    assert run.scoring["limit"] == 12
+    assert run.arenas[0].limit == 12
     lower = Trainer(config("overlong=0.5", steps=1, env_args={"max_tokens": 7}), out=tmp_path / "lower")
     lower.close()
-    assert lower.scoring["limit"] == 7
+    assert lower.arenas[0].limit == 7
 
 
 @pytest.mark.parametrize(
