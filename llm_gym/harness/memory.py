@@ -9,7 +9,8 @@ import torch
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.activations import thin
-from llm_gym.harness.layers import decoder_layers, train_only
+from llm_gym.harness.layers import NAMED, decoder_layers, parse_layers, train_only
+from llm_gym.harness.lora import LoraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +30,35 @@ class MemoryConfig:
             raise ConfigError(f"memory.checkpointing: got {self.checkpointing}, want 0 (none), 1 (all layers) or more.")
 
 
-def economise(model: Any, settings: MemoryConfig, device: torch.device | str) -> None:
-    """Applies the settings to a model, in place.
+def check_memory(
+    settings: MemoryConfig | None, lora: LoraConfig | None, *, layers: int, device: torch.device | str
+) -> None:
+    """Looks at everything that needs no weights.
+
+    Args:
+        settings: what memory is spent on.
+        lora: the adapters, if any.
+        layers: of the model's decoder.
+        device: where the model will be.
 
     Raises:
         ConfigError: a setting that this model, or a model on this device, cannot have.
     """
+    if lora is not None:
+        lora.check(layers)
+    if settings is None:
+        return
     if settings.offload and torch.device(device).type == "cpu":
         raise ConfigError("memory.offload: the model is on the CPU, so what is kept for backward is there already.")
     if settings.train_layers:
-        if hasattr(model, "peft_config"):
-            raise ConfigError(
-                "memory.train_layers: adapters are trained instead of weights; lora.layers chooses theirs."
-            )
+        if lora is not None:
+            raise ConfigError("memory.train_layers: with adapters no weight is trained; lora.layers chooses theirs.")
+        parse_layers(settings.train_layers, layers, "memory.train_layers", NAMED)
+
+
+def economise(model: Any, settings: MemoryConfig) -> None:
+    """Applies the settings to a model, in place; `check_memory` has accepted them."""
+    if settings.train_layers:
         train_only(model, settings.train_layers)
     if settings.checkpointing or settings.offload:
         thin(decoder_layers(model), checkpointing=settings.checkpointing, offload=settings.offload)

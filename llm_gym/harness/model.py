@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,15 @@ from transformers.utils import logging as hf_logging
 from llm_gym import embedded
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
-from llm_gym.harness.memory import MemoryConfig, economise
+from llm_gym.harness.layers import base_of
+from llm_gym.harness.lora import LoraConfig as LoraConfig
+from llm_gym.harness.lora import add_adapters, weight_of
+from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Form, Layout
+from llm_gym.policies.model import copy_weights
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear`: every one but the head."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank: got {self.rank!r}, want a value >= 1.")
 
 
 def load_model(
@@ -52,8 +40,8 @@ def load_model(
 
     Args:
         path: a folder in the Hugging Face layout, or a hub id; None: the embedded model.
-        dtype: of the master weights. Keep float32 unless the model is frozen under adapters: an update of
-            1e-6 vanishes when added to a bfloat16 weight.
+        dtype: of the master weights. Keep float32: an update of 1e-6 vanishes when added to a bfloat16 weight.
+            Frozen weights beneath adapters are held as `lora.base` says.
         device: where the weights live.
         lora: adapters to add; they are float32 whatever `dtype` is.
         memory: what is trained, and what is kept for backward.
@@ -65,9 +53,13 @@ def load_model(
         ConfigError: `path` is no model, said before anything is loaded.
     """
     config = _config(embedded.PATH if path is None else path)
+    check_memory(memory, lora, layers=config.get_text_config().num_hidden_layers, device=device)
     hf_logging.disable_progress_bar()
     source = str(embedded.PATH if path is None else path)
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    if lora is None or lora.base == "float32":
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    else:
+        model = lora.load(source, config, device)
     return prepare(model, device=device, lora=lora, memory=memory)
 
 
@@ -98,14 +90,8 @@ def prepare(
     """Faster norms, adapters if wanted, thrift with memory, eval mode, on the device."""
     fuse_norms(model)
     if lora is not None:
-        import peft
-
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        model = peft.get_peft_model(
-            model,
-            peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"),
-        )
-    economise(model, memory or MemoryConfig(), device)
+        model = add_adapters(model, lora)
+    economise(model, memory or MemoryConfig())
     return model.to(device).eval()
 
 
@@ -156,12 +142,7 @@ class Body:
         head = self.causal.get_output_embeddings()
         if hasattr(head, "modules_to_save"):  # a fully trained copy under peft
             head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
-        if not hasattr(head, "base_layer"):
-            return head.weight, head.bias
-        weight = head.base_layer.weight
-        if not head.disable_adapters:
-            weight = sum((head.get_delta_weight(name) for name in head.active_adapters), start=weight)
-        return weight, head.base_layer.bias
+        return weight_of(head), getattr(head, "base_layer", head).bias
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         """The base model while the context lasts (a no-op for a model without adapters)."""
@@ -262,21 +243,35 @@ def merged(model: Any) -> Any:
 
     Folding in place and back would leave rounding errors in the base weights.
     """
+    if getattr(base_of(model), "quantization_method", None) is not None:
+        return _rebuilt(model)
     plain = copy.deepcopy(model)
     return plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
+
+
+def _rebuilt(model: Any) -> Any:
+    """A model of numbers from one in 4 bits, adapters folded in, in float32 on the CPU."""
+    base = base_of(model)
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    plain = type(base)._from_config(config, dtype=torch.float32)
+    copy_weights(plain, plain_tensors(model))
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return plain.eval()
 
 
 @torch.no_grad()
 def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The weights by their names in the plain model, one tensor at a time; adapters folded in, or left out."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_of(model)
     for name, tensor in base.state_dict().items():
-        module, _, leaf = name.partition(".base_layer.")
-        if leaf == "weight" and adapters:
-            layer = base.get_submodule(module)
-            tensor = sum((layer.get_delta_weight(a).to(tensor.dtype) for a in layer.active_adapters), start=tensor)
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), tensor
+        if ".lora_" in name or ".weight." in name:  # an adapter's, or the scales of 4 bits
+            continue
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            layer = base.get_submodule(path.removesuffix(".base_layer"))
+            tensor = weight_of(layer, adapters=adapters)
+        yield name.replace(".base_layer.", "."), tensor.detach()
 
 
 def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

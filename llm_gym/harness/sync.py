@@ -121,12 +121,14 @@ def modes_of(config: TrainConfig, engine: str) -> list[str]:
     """
     wanted, adapters = config.policy.sync, config.lora is not None
     fitting = [name for name, mode in MODES.items() if engine in mode.engines and mode.adapters in (None, adapters)]
+    if config.lora is not None and not config.lora.served_apart:
+        fitting = [name for name in fitting if not MODES[name].over_base]
     if wanted == "auto":
         return [name for name in fitting if MODES[name].automatic]
     if wanted not in MODES:
         raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
     if wanted not in fitting:
-        which = f"engine {engine!r} {'with' if adapters else 'without'} adapters"
+        which = f"engine {engine!r} {f'with adapters of kind {config.lora.kind!r}' if config.lora else 'without adapters'}"
         raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
     return [wanted]
 
@@ -196,6 +198,8 @@ class Sync:
             if len(modes) > 1:
                 best, said = self._fastest(modes, version)
                 tell(said)
+            elif best == "merged" and config.policy.sync == "auto":
+                tell("policy.sync: 'merged', because vLLM cannot hold a DoRA adapter apart from the weights.")
             self._start(best, version)
         except BaseException:
             if hasattr(self, "policy"):
@@ -256,6 +260,7 @@ class Sync:
         policy, vocabulary = self.config.policy, self.learner.body.config.vocab_size
         canaries = Canaries.of(vocabulary, self.policy.max_context, self.config.sampling.temperature)
         exact = self.learner.dtype == self.dtype == torch.float32 and not policy.vllm.get("quantization")
+        exact = exact and (self.config.lora is None or self.config.lora.base == "float32")
         return Proof(self.learner, self.policy, canaries, exact=exact, limit=policy.canary_limit)
 
     def _fastest(self, modes: Sequence[str], version: int) -> tuple[str, str]:

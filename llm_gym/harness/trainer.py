@@ -23,6 +23,7 @@ from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.mixture import Drivers, arenas, describe_each, exams_of, scoring, selection_of
 from llm_gym.harness.model import load_model
+from llm_gym.harness.optimizers import check_optimizer
 from llm_gym.harness.randomness import reseed
 from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
@@ -105,6 +106,7 @@ class Trainer:
         self.observer = observer or Silent()
         self.weigh = advantage(config.advantage)
         check(config)
+        check_optimizer(config.optimizer)
         loggers.check(config.log)
         self.arenas = arenas(config)
         papers = exams_of(config, self.arenas)

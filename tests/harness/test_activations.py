@@ -16,7 +16,7 @@ from llm_gym.harness.activations import Keep, elsewhere
 from llm_gym.harness.batching import Batch, Sample, pack
 from llm_gym.harness.layers import decoder_layers
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.memory import MemoryConfig, economise
+from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.model import LoraConfig, prepare
 from llm_gym.policies.transformers import TransformersPolicy
 
@@ -162,7 +162,7 @@ def test_the_built_in_engine_shares_the_module() -> None:
 
     model = qwen3(**LAYERS)
     plain = copy.deepcopy(model)
-    economise(model, MemoryConfig(checkpointing=1), "cpu")
+    economise(model, MemoryConfig(checkpointing=1))
     contexts = [np.arange(9, dtype=np.int32), np.arange(5, dtype=np.int32)]
     a, b = (
         TransformersPolicy(m).generate(contexts, Sampling(max_tokens=8, stop_token_ids=()), seeds=[1, 2])
@@ -179,7 +179,7 @@ def test_llama_and_autocast() -> None:
     found = []
     for every in (0, 1):
         model = llama()
-        economise(model, MemoryConfig(checkpointing=every), "cpu")
+        economise(model, MemoryConfig(checkpointing=every))
         learner = Learner(model, OptimizerConfig(dtype="bfloat16"))
         for micro in batch.micro:
             learner._backward(micro, 1.0)
@@ -189,6 +189,6 @@ def test_llama_and_autocast() -> None:
 
 def test_what_cannot_be_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="there already"):
-        economise(qwen3(), MemoryConfig(offload=True), "cpu")
+        check_memory(MemoryConfig(offload=True), None, layers=2, device="cpu")
     with pytest.raises(ConfigError, match=r"memory.checkpointing: got -1"):
         MemoryConfig(checkpointing=-1)

@@ -1,0 +1,167 @@
+"""Low-rank adapters through peft: their kinds, the layers they go into, and the frozen weights beneath them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.layers import decoder_layers, parse_layers
+from llm_gym.harness.optimizers import require
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},  # https://arxiv.org/abs/2106.09685
+    "rslora": {"use_rslora": True},  # https://arxiv.org/abs/2312.03732
+    "dora": {"use_dora": True},  # https://arxiv.org/abs/2402.09353
+}
+"""Name -> what peft is told."""
+BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
+"""Name -> type of the frozen weights; for `nf4`, of those that are not linear layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank; for `rslora` by alpha / sqrt(rank)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter; `all-linear`: every one but the head."""
+    kind: str = "lora"
+    """`lora`; `rslora` (scaled for high ranks); `dora` (the length of each row of the weights is trained apart)."""
+    layers: str = ""
+    """Decoder layers that get adapters, such as `20-31` or `-4` (the last four); empty: all."""
+    base: str = "float32"
+    """What the frozen weights are held in: `float32`, `bfloat16`, or `nf4` (QLoRA, https://arxiv.org/abs/2305.14314:
+    4 bits and a scale for each block; needs bitsandbytes)."""
+    dropout: float = 0.0
+    """Must be 0: with dropout, old and new log-probabilities would be of two different functions."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (("kind", KINDS), ("base", BASES)):
+            if getattr(self, name) not in valid:
+                raise ConfigError(unknown(f"lora.{name}", getattr(self, name), valid))
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank: got {self.rank!r}, want a value >= 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora.alpha: got {self.alpha!r}, want a value > 0.")
+        if self.dropout:
+            raise ConfigError(
+                f"lora.dropout: got {self.dropout!r}, want 0: with dropout, old and new log-probabilities "
+                "would be of two different functions."
+            )
+
+    @property
+    def served_apart(self) -> bool:
+        """Whether vLLM can hold the adapter apart from the weights (not DoRA's)."""
+        return self.kind != "dora"
+
+    def check(self, layers: int) -> None:
+        """Looks at everything that needs no weights.
+
+        Args:
+            layers: of the model's decoder.
+
+        Raises:
+            ConfigError: a layer that the model lacks, or a package that is not installed.
+        """
+        if self.layers:
+            parse_layers(self.layers, layers, "lora.layers")
+        require("bitsandbytes" if self.base == "nf4" else None, f"lora.base: {self.base!r}")
+
+    def load(self, source: str, config: Any, device: torch.device | str) -> Any:
+        """The frozen model in the type of `base`; in 4 bits it is on `device` already."""
+        from transformers import AutoModelForCausalLM
+
+        how: dict[str, Any] = {"config": config, "dtype": BASES[self.base]}
+        if self.base != "nf4":
+            return AutoModelForCausalLM.from_pretrained(source, **how)
+        from transformers import BitsAndBytesConfig
+
+        four = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=BASES["nf4"],
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, **how, quantization_config=four, device_map={"": str(device)}
+        )
+        for module in model.modules():
+            # Or bitsandbytes lays the weights out anew in a forward on a CPU, and what `plain` reads is wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+
+def add_adapters(model: Any, lora: LoraConfig) -> Any:
+    """A peft model around the model; the adapters are float32 and change nothing yet.
+
+    Raises:
+        ConfigError: no layer has a name that is asked for.
+    """
+    import peft
+
+    targets: Any = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    numbers = None
+    if lora.layers:
+        layers = decoder_layers(model)
+        numbers, _ = parse_layers(lora.layers, len(layers), "lora.layers")
+        if targets == "all-linear":  # peft takes no numbers with it
+            found = {name.rpartition(".")[2] for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
+            targets = sorted(found)
+        elif isinstance(targets, str):
+            targets = [targets]
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        layers_to_transform=numbers,
+        task_type="CAUSAL_LM",
+        **KINDS[lora.kind],
+    )
+    try:
+        made = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+    for parameter in made.parameters():
+        if parameter.requires_grad:  # a DoRA's magnitudes come in the type of the weights
+            parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+    return made
+
+
+def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:
+    """The weight that a linear layer acts with, [out, in], adapters folded in or left out; differentiable.
+
+    Of frozen weights in half precision or 4 bits the result is float32, so that a small adapter is not rounded away.
+    """
+    weight = plain(getattr(layer, "base_layer", layer).weight)
+    if not adapters or not hasattr(layer, "lora_A") or layer.disable_adapters:
+        return weight
+    if not weight.dtype.is_floating_point or weight.element_size() < 4:
+        weight = weight.float()
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        if name in layer.lora_magnitude_vector:
+            # DoRA: each row keeps its direction and gets a length of its own; the norm counts as a constant.
+            norm = torch.linalg.norm(weight.detach(), dim=1)
+            weight = (layer.lora_magnitude_vector[name].weight / norm).to(weight.dtype)[:, None] * weight
+    return weight
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as numbers, out of its 4 bits if it is held so."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    numbers: Tensor = dequantize_4bit(weight.data, state)
+    return numbers
