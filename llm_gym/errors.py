@@ -10,6 +10,7 @@
     ├── ToolFailure         a tool broke; the episode ends with `tool_failure`
     ├── PolicyError         the engine failed for one request
     ├── SyncError           the sampler does not serve the learner's weights: training stops
+    ├── ShortOfMemory       a micro-batch that does not fit; nothing of its step has happened
     └── CheckpointError     a run folder or checkpoint that cannot be read
 
 A bad *setting* is a crash with one clear sentence. A bad *rollout* is data: `boundary` turns the
@@ -62,6 +63,10 @@ class PolicyError(LLMGymError):
 
 class SyncError(LLMGymError):
     """The learner's weights did not arrive in the sampler; going on would train on another policy's samples."""
+
+
+class ShortOfMemory(LLMGymError):
+    """A micro-batch that does not fit into memory; its step has changed neither weights nor counts."""
 
 
 class CheckpointError(LLMGymError):

@@ -123,8 +123,8 @@ class TrainConfig:
     """What memory is spent on."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The engine that samples."""
-    token_budget: int = 16384
-    """Most tokens in one micro-batch; the gradient does not depend on it."""
+    token_budget: int | Literal["auto"] = 16384
+    """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     threads: int | None = None
@@ -139,7 +139,9 @@ class TrainConfig:
     """Where rows of metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "group_size", "token_budget", "minibatches", "epochs"):
+        if self.token_budget != "auto" and self.token_budget < 1:
+            raise ConfigError(f"token_budget: got {self.token_budget}, want at least 1, or auto.")
+        for name in ("steps", "prompts_per_step", "group_size", "minibatches", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
         if self.minibatches > self.prompts_per_step:

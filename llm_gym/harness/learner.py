@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.corrections import importance_weights
+from llm_gym.harness.headroom import all_or_nothing
 from llm_gym.harness.kl import k3, kl_loss, kl_to_go
 from llm_gym.harness.logprobs import token_logprobs, token_loss
 from llm_gym.harness.losses import LossConfig, loss_function
@@ -80,13 +81,17 @@ class Learner:
         Args:
             batch: from `batching.pack`.
             temperature: the sampler's: log-probabilities are of the distribution that was sampled from.
+
+        Raises:
+            ShortOfMemory: a micro-batch does not fit; nothing has changed (see `budget`).
         """
         totals = dict.fromkeys(MEANS, 0.0)
         peak_gap = 0.0
-        for micro in batch.micro:
-            sums = self._backward(micro.to(self.device), temperature)
-            peak_gap = max(peak_gap, sums.pop("sampler/logprob_gap_max"))
-            totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
+        with all_or_nothing(self.model):
+            for micro in batch.micro:
+                sums = self._backward(micro.to(self.device), temperature)
+                peak_gap = max(peak_gap, sums.pop("sampler/logprob_gap_max"))
+                totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
         loss = totals.pop("policy/loss", 0.0)
         seen = sum(len(micro.target) for micro in batch.micro)
         rate = self._rate()

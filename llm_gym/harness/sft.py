@@ -33,6 +33,7 @@ from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness.config import CheckpointConfig, dump
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig, export, load_model, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
 
@@ -90,6 +91,8 @@ class SFTConfig:
     """Its lr: None means 1e-5 (1e-4 with LoRA, 2e-3 from random weights)."""
     lora: LoraConfig | None = None
     """Low-rank adapters; None trains every weight."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What memory is spent on."""
     token_budget: int = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it."""
     eval: SFTEvalConfig = field(default_factory=SFTEvalConfig)
@@ -289,7 +292,7 @@ def _model(config: SFTConfig) -> Any:
         return new_model(config.init, seed=config.seed, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # new adapters are drawn
-        return load_model(config.model, device=device, lora=config.lora)
+        return load_model(config.model, device=device, lora=config.lora, memory=config.memory)
 
 
 def _open(config: SFTConfig, resume: bool) -> tuple[RunFolder | None, Path | None]:

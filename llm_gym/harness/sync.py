@@ -128,7 +128,8 @@ def modes_of(config: TrainConfig, engine: str) -> list[str]:
     if wanted not in MODES:
         raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
     if wanted not in fitting:
-        which = f"engine {engine!r} {f'with adapters of kind {config.lora.kind!r}' if config.lora else 'without adapters'}"
+        kind = "" if config.lora is None or config.lora.served_apart else f"{config.lora.kind!r} "
+        which = f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters"
         raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
     return [wanted]
 

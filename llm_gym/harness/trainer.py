@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import torch
 from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, pack, samples
+from llm_gym.harness.budget import Budget
 from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness import loggers, provenance
 from llm_gym.harness.config import TrainConfig, dump, to_dict
@@ -128,10 +130,15 @@ class Trainer:
             restore(self.learner, checkpoint)
             self.selection.restore(checkpoint)
         if not play:
+            self.budget = Budget(config.token_budget, self.learner, tell)
             return
         self.observer.on_phase("engine", 1)
         self.sync = Sync(config, self.learner, folder=self.run.path / "sync", version=self.step, tell=tell)
         self.policy = self.sync.policy
+        with self.sync.resting():
+            self.budget = Budget(config.token_budget, self.learner, tell)
+        self.config = replace(config, token_budget=self.budget.tokens)  # resumed, the run packs its rows alike
+        self.run.write_config(dump(self.config))
         self.drivers = Drivers(self.arenas, self.policy, time_limit=config.time_limit)
         most = config.sampling.max_tokens
         self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=config.time_limit)
@@ -160,10 +167,10 @@ class Trainer:
                 times: dict[str, float] = {}
                 reseed(self.config.seed, self.step)
                 with clock(times, "time/rollout"):
-                    episodes = self.collect(self.draw_seeds())
+                    harvest = self.collect()
                 self.step += 1
-                self.run.write_episodes(f"step_{self.step:06d}", episodes)
-                self._write({"step": self.step, **describe(episodes), **times})
+                self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
+                self._write({"step": self.step, **describe(harvest.played), **harvest.metrics, **times})
         finally:
             self.close()
         rows = self.run.metrics()
@@ -185,7 +192,14 @@ class Trainer:
         played = describe(harvest.played) | describe_each(self.arenas, harvest.played) | harvest.metrics
         played |= {"sampler/staleness_max": staleness(harvest.episodes, self.step)}
         self.step += 1
-        row = {"step": self.step, **played, **learned, **synced, **times, **speeds(learned, played["tokens/generated"], times)}
+        row = {
+            "step": self.step,
+            **played,
+            **learned,
+            **synced,
+            **times,
+            **speeds(learned, played["tokens/generated"], times),
+        }
         if self._due(self.config.eval.every):
             row |= self.evaluate()
         self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
@@ -226,7 +240,7 @@ class Trainer:
         loss = self.config.loss
         return pack(
             samples(groups, advantages, train_truncated=self.config.truncated == "train"),
-            max_tokens=self.config.token_budget,
+            max_tokens=self.budget.tokens,
             normaliser=loss.normaliser,
             constant_length=loss.constant_length,
             skip_zero=not loss.needs_every_sequence,
@@ -244,7 +258,7 @@ class Trainer:
             batches = [self.learner.remember(batch, temperature=temperature) for batch in batches]
         rows = []
         for batch in batches * config.epochs:
-            rows.append(self.learner.step(batch, temperature=temperature))
+            rows.append(self.budget.step(batch, temperature=temperature))
             self.observer.on_progress(len(rows))
         return combine(rows)
 

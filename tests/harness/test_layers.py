@@ -74,7 +74,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_bad_settings_come_before_the_weights() -> None:
-    with pytest.raises(ConfigError, match="memory.train_layers: got '9', but the model has layers 0 to 3"):
+    with pytest.raises(ConfigError, match=r"memory\.train_layers: got '9', but the model has layers 0 to 3"):
         load_model(memory=MemoryConfig(train_layers="9"))
     with pytest.raises(ConfigError, match="with adapters no weight is trained"):
         check_memory(MemoryConfig(train_layers="1"), LoraConfig(), layers=4, device="cpu")

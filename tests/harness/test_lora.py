@@ -159,7 +159,7 @@ def test_bad_settings_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"lora\.target_modules: .*'nothing'"):
         prepare(qwen3(), lora=LoraConfig(target_modules=("nothing",)))
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="lora.base: 'nf4' needs bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"lora\.base: 'nf4' needs bitsandbytes"):
         load_model(lora=LoraConfig(base="nf4"))
 
 
@@ -175,7 +175,7 @@ def test_doras_are_merged_for_vllm() -> None:
     assert modes("lora") == modes("rslora") == ["adapter", "merged"]
     assert modes("dora") == ["merged"]
     assert modes("dora", engine="transformers") == ["shared"]
-    with pytest.raises(ConfigError, match=r"'adapter' does not work with engine 'vllm' with adapters of kind 'dora'"):
+    with pytest.raises(ConfigError, match=r"'adapter' does not work with engine 'vllm' with 'dora' adapters; valid: auto, merged"):
         modes("dora", "adapter")
 
 
