@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of given tokens, and losses of them, without the full [tokens x vocabulary] logits.
 
-The logits of one chunk of tokens at a time are made in one reused buffer, and turned there into probabilities and
-then into the gradient of the logits. Memory is that of a chunk, however many tokens there are. Two forms:
+The logits of one chunk of tokens at a time, [V, n], are made in one reused buffer, and turned there into probabilities
+and then into their own gradient. Memory is that of a chunk, however many tokens there are. Two forms:
 
 - `token_logprobs` for anything: backward makes each chunk's logits again. 4 matrix products.
 - `token_loss` for a loss that takes each token on its own: with a chunk's logits everything is known, so the
@@ -28,9 +28,9 @@ class Sizes(NamedTuple):
     logits: int
     """Most logits of a chunk: the memory."""
     piece: int
-    """Logits that are normalised at once; on a CPU they should stay in its cache."""
-    columns: int
-    """Vocabulary entries of the weights that are converted at once, where they are not in the working precision."""
+    """Logits that are made probabilities at once; on a CPU they should stay in its cache."""
+    block: int
+    """Vocabulary entries whose weights are converted at once, where they are not in the working precision."""
 
 
 SIZES = {"cpu": Sizes(512, 2**24, 2**17, 8192)}
@@ -140,11 +140,11 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, targets, temperature)
-            logprobs, entropies = head.none.new_empty(len(targets)), head.none.new_empty(len(targets))
+            logprobs, entropies, log_z = (head.none.new_empty(len(targets)) for _ in range(3))
             for rows in head:
-                x = head.logits(rows)
-                logprobs[rows], entropies[rows] = head.normalise(rows, x, entropy=entropy, keep=not entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
+                found = head.normalise(rows, head.logits(rows), entropy=entropy)
+                logprobs[rows], entropies[rows], log_z[rows] = found.logprobs, found.entropies, found.log_z
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, log_z)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -154,14 +154,14 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, entropies, log_z = ctx.saved_tensors
         grad = torch.zeros_like(entropies) if grad is None else grad
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, targets, ctx.temperature)
             into = _Gradients(head, ctx.needs_input_grad)
             for rows in head:
                 pull = None if entropy_grad is None else entropy_grad[rows]
-                into.add(rows, *head.gradient(rows, head.logits(rows), grad[rows], pull, entropies[rows]))
+                into.add(rows, *head.gradient(rows, head.logits(rows), log_z[rows], entropies[rows], grad[rows], pull))
         return *into.found(), None, None, None
 
 
@@ -184,13 +184,13 @@ class _Loss(torch.autograd.Function):
             total = head.none.sum()
             for rows in head:
                 x = head.logits(rows)
-                logprobs, entropies = head.normalise(rows, x, entropy=True, keep=entropy_gradient)
-                loss, by_logprob, by_entropy = _differentiate(per_token, rows, logprobs, entropies, entropy_gradient)
+                found = head.normalise(rows, x, entropy=True, keep=entropy_gradient)
+                loss, by_logprob, by_entropy = _differentiate(per_token, rows, found, entropy_gradient)
                 total = total + loss
                 if into is not None and entropy_gradient:
-                    into.add(rows, *head.gradient(rows, x, by_logprob, by_entropy, entropies))
+                    into.add(rows, *head.gradient(rows, x, found.log_z, found.entropies, by_logprob, by_entropy))
                 elif into is not None:
-                    into.add(rows, *head.from_probabilities(rows, x, by_logprob))
+                    into.add(rows, *head.from_exponentials(rows, x, found.total, by_logprob))
         # An attribute, not saved tensors: they are no activations, and are gone once they are handed over.
         ctx.found = None if into is None else into.found()
         return total
@@ -209,25 +209,42 @@ class _Loss(torch.autograd.Function):
         return *found, None, None, None, None, None
 
 
+class Normalised(NamedTuple):
+    """Of a chunk of n tokens, [n] each."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    """Zeros where they were not asked for."""
+    log_z: Tensor
+    """Log of the sum of exp(logits)."""
+    total: Tensor
+    """Sum of exp(logits - the largest)."""
+
+
 def _differentiate(
-    per_token: PerToken, rows: slice, logprobs: Tensor, entropies: Tensor, entropy_gradient: bool
+    per_token: PerToken, rows: slice, found: Normalised, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a chunk, and its gradient by each log-probability and each entropy."""
-    logprobs, entropies = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_(entropy_gradient)
+    logprobs = found.logprobs.detach().requires_grad_()
+    entropies = found.entropies.detach().requires_grad_(entropy_gradient)
     with torch.enable_grad():
         losses = per_token(rows, logprobs, entropies)
         if losses.shape != logprobs.shape:
             raise ValueError(f"token_loss: per_token: want losses {tuple(logprobs.shape)}, got {tuple(losses.shape)}.")
         loss = losses.sum()
-    given = [logprobs, entropies] if entropy_gradient else [logprobs]
     if not loss.requires_grad:
         return loss, torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-    found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
-    return loss.detach(), found[0], found[-1]
+    given = [logprobs, entropies] if entropy_gradient else [logprobs]
+    grads = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads[0], grads[-1]
 
 
 class _Head:
-    """Chunks of tokens, and what is done with the logits of one; they stand in one reused buffer."""
+    """Chunks of tokens, and what is done with the logits of one; they stand in one reused buffer.
+
+    They stand as [V, n], a token's logits in a column: so all three products run along the rows of the weights, which
+    is 5% faster on a CPU, and a piece of them is consecutive memory.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
@@ -236,69 +253,72 @@ class _Head:
         self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.half = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.work = hidden.dtype if self.half else self.exact
-        self.sizes, width = SIZES.get(hidden.device.type, ACCELERATOR), len(weight)
-        self.rows = max(1, min(self.sizes.tokens, self.sizes.logits // width, len(hidden)))
-        self.piece = max(1, min(self.rows, self.sizes.piece // width))
+        self.sizes, self.width = SIZES.get(hidden.device.type, ACCELERATOR), len(weight)
+        self.rows = max(1, min(self.sizes.tokens, self.sizes.logits // self.width, len(hidden)))
+        self.piece = max(1, min(self.sizes.piece // self.rows, self.width))
         self.none = torch.empty(0, dtype=self.exact, device=hidden.device)
-        self.buffer = self.none.new_empty(self.rows, width)
-        self.spare = self.none.new_empty(2, self.piece, width)
+        self.buffer = self.none.new_empty(self.width * self.rows)
+        self.spare = self.none.new_empty(2, self.piece * self.rows)
 
     def __iter__(self) -> Iterator[slice]:
         return _slices(len(self.hidden), self.rows)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(vocabulary entries, their weights in the working precision); all at once if they are in it."""
-        width = len(self.weight)
-        for columns in _slices(width, width if self.weight.dtype == self.work else self.sizes.columns):
-            yield columns, self.weight[columns].to(self.work)
-
-    def logits(self, rows: slice) -> Tensor:
-        """(hidden @ weight.T + bias) / temperature, [n, V]; overwrites the buffer."""
-        hidden = self.hidden[rows].to(self.work)
-        x = self.buffer[: len(hidden)]
-        for columns, block in self.blocks():
-            self.product(hidden, block.t(), x[:, columns])
-        return x if self.bias is None else x.add_(self.bias, alpha=self.scale)
+        for block in _slices(self.width, self.width if self.weight.dtype == self.work else self.sizes.block):
+            yield block, self.weight[block].to(self.work)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         """out = a @ b / temperature, or added to it; accumulated in `exact`."""
         if self.half:
-            result = torch.mm(a.to(self.work), b, out_dtype=torch.float32).mul_(self.scale)
+            result = torch.mm(a, b, out_dtype=torch.float32).mul_(self.scale)
             out.copy_(result.add_(out) if add else result)
         else:
             torch.addmm(out, a, b, beta=float(add), alpha=self.scale, out=out)
 
-    def normalise(self, rows: slice, x: Tensor, *, entropy: bool, keep: bool) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the targets and entropies (or zeros), [n] each; leaves p in `x`, or `x` as it is."""
-        logprobs, entropies = x.new_empty(len(x)), x.new_zeros(len(x))
-        targets = self.targets[rows, None]
-        for part in _slices(len(x), self.piece):
-            logp, p = self.spare[0, : len(x[part])], self.spare[1, : len(x[part])] if keep else x[part]
-            torch.log_softmax(x[part], -1, out=logp)
-            logprobs[part] = logp.gather(1, targets[part])[:, 0]
-            if entropy or not keep:
-                torch.exp(logp, out=p)
-            if entropy:
-                entropies[part] = -logp.mul_(p).sum(1)
-        return logprobs, entropies
+    def logits(self, rows: slice) -> Tensor:
+        """(weight @ hidden.T + bias) / temperature, [V, n]; overwrites the buffer."""
+        hidden = self.hidden[rows].to(self.work).t()
+        x = self.buffer[: self.width * hidden.shape[1]].view(self.width, -1)
+        for block, weight in self.blocks():
+            self.product(weight, hidden, x[block])
+        return x if self.bias is None else x.add_(self.bias[:, None], alpha=self.scale)
 
-    def from_probabilities(self, rows: slice, p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient by the logits as (factor [n], matrix [n, V]): -grad * (p - [target])."""
-        p.scatter_add_(1, self.targets[rows, None], -torch.ones_like(grad)[:, None])
-        return -grad, p
+    def normalise(self, rows: slice, x: Tensor, *, entropy: bool, keep: bool = False) -> Normalised:
+        """What there is to know of a chunk; leaves exp(x - the largest) in `x`, or `x` as it is."""
+        chosen, peak = x.gather(0, self.targets[None, rows])[0], x.amax(0)
+        total, moment = torch.zeros_like(peak), torch.zeros_like(peak)
+        for part, (shifted, spare) in self.pieces(x):
+            torch.sub(x[part], peak, out=shifted)
+            weights = torch.exp(shifted, out=spare if keep else x[part])
+            total += weights.sum(0)
+            if entropy:
+                moment += shifted.mul_(weights).sum(0)
+        log_total = total.log()
+        entropies = log_total - moment / total if entropy else torch.zeros_like(total)
+        return Normalised((chosen - peak) - log_total, entropies, peak + log_total, total)
+
+    def pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(entries of a piece, two reused buffers of its shape)."""
+        for part in _slices(len(x), self.piece):
+            yield part, self.spare[:, : x[part].numel()].view(2, *x[part].shape)
+
+    def from_exponentials(self, rows: slice, x: Tensor, total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient by the logits, -grad * (p - [target]), as (factor [n], matrix [V, n]); p = x / total."""
+        return -grad / total, x.scatter_add_(0, self.targets[None, rows], -total[None])
 
     def gradient(
-        self, rows: slice, x: Tensor, grad: Tensor, pull: Tensor | None, entropies: Tensor
+        self, rows: slice, x: Tensor, log_z: Tensor, entropies: Tensor, grad: Tensor, pull: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same from logits, which it overwrites; with a gradient `pull` [n] by the entropies too, if given."""
-        for part in _slices(len(x), self.piece):
-            logp = torch.log_softmax(x[part], -1, out=self.spare[0, : len(x[part])])
+        """The same from logits, which it overwrites; if `pull` is given, it is the gradient [n] by the entropies."""
+        for part, (logp, _) in self.pieces(x):
+            torch.sub(x[part], log_z, out=logp)
             p = torch.exp(logp, out=x[part])
             if pull is not None:
-                p.mul_(logp.mul_(pull[part, None]).add_((grad + pull * entropies)[part, None]))
+                p.mul_(logp.mul_(pull).add_(grad + pull * entropies))
         if pull is None:
-            return self.from_probabilities(rows, x, grad)
-        return -torch.ones_like(grad), x.scatter_add_(1, self.targets[rows, None], -grad[:, None])
+            return self.from_exponentials(rows, x, torch.ones_like(grad), grad)
+        return -torch.ones_like(grad), x.scatter_add_(0, self.targets[None, rows], -grad[None])
 
 
 class _Gradients:
@@ -312,22 +332,22 @@ class _Gradients:
         self.bias = None if head.bias is None or not needs[2] else head.none.new_zeros(len(head.bias))
 
     def add(self, rows: slice, factor: Tensor, matrix: Tensor) -> None:
-        """Adds a chunk whose gradient by the logits is factor[:, None] * matrix, [n, V].
+        """Adds a chunk whose gradient by the logits is factor * matrix, [V, n].
 
         The factor is applied to the hidden states' side of the products, which is narrower.
         """
         head, states = self.head, self.head.hidden[rows].to(self.head.exact)
-        scaled = (states * factor[:, None]).to(head.work)
-        back = torch.zeros_like(states)
-        for columns, block in head.blocks():
+        back, scaled = torch.zeros_like(states), (states * factor[:, None]).to(head.work)
+        for block, weight in head.blocks():
+            part = matrix[block].to(head.work)
             if self.hidden is not None:
-                head.product(matrix[:, columns], block, back, add=True)
+                head.product(part.t(), weight, back, add=True)
             if self.weight is not None:
-                head.product(matrix[:, columns].t(), scaled, self.weight[columns], add=not self.first)
+                head.product(part, scaled, self.weight[block], add=not self.first)
         if self.hidden is not None:
             self.hidden[rows] = back.mul_(factor[:, None]).to(self.hidden.dtype)
         if self.bias is not None:
-            self.bias.addmv_(matrix.t(), factor, alpha=head.scale)
+            self.bias.addmv_(matrix, factor, alpha=head.scale)
         self.first = False
 
     def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ DOUBLE = torch.float64
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles even for tiny inputs, the last ones ragged."""
-    monkeypatch.setitem(head.SIZES, "cpu", Sizes(tokens=3, logits=1000, piece=24, columns=4))
+    monkeypatch.setitem(head.SIZES, "cpu", Sizes(tokens=3, logits=1000, piece=12, block=4))
 
 
 def inputs(count: int, hidden: int, vocabulary: int, dtype: torch.dtype = DOUBLE, scale: float = 1.0):

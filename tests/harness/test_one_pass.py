@@ -32,9 +32,8 @@ def parts() -> tuple[Learner, MicroBatch]:
     learner = Learner(qwen3(dtype=DOUBLE))
     rows = [row(n, i, prompt=2) for i, n in enumerate([14, 5, 9, 11])]
     rows = [replace(r, trained=r.trained & (r.tokens % 5 != 0)) for r in rows]
-    (micro,) = pack(
-        [Sample(r, a, i) for i, (r, a) in enumerate(zip(rows, (1.5, -1.0, 0.4, -0.3)))], max_tokens=99
-    ).micro
+    credit = [1.5, -1.0, 0.4, -0.3]
+    (micro,) = pack([Sample(r, credit[i], i) for i, r in enumerate(rows)], max_tokens=99).micro
     near = learner.logprobs(micro)[0]
     wave = torch.sin(torch.arange(len(near), dtype=DOUBLE))
     return learner, replace(micro, old_logprobs=near + 0.5 * wave, proximal=near + 0.2 * wave.flip(0))
