@@ -7,8 +7,9 @@ The ways: `padded`, one row for each sequence, padded to the longest; `packed`, 
 what rows begin with laid out once, by either form of attention. Every sequence's last token is only a target.
 
 Time is CPU seconds of this process: all ways once to warm up, then blocks in which they alternate; medians. Memory is
-the growth of the resident set at its peak (VmHWM) in a child process for each way and shape, which runs it once to
-warm up and twice more; parameters and their gradients are there before. The gradient of every way is compared with that
+the growth of the resident set at its peak (VmHWM) in a forked child for each way and shape, which runs it once to warm
+up and twice more; parameters and their gradients are there before, and freed tensors go back to the system at once.
+The gradient of every way is compared with that
 of `padded`: largest difference of a tensor, relative to its norm.
 """
 
@@ -17,10 +18,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -150,12 +150,15 @@ def peak(way: Way) -> float:
     return (_resident("VmHWM") - base) / 2**20
 
 
-def peak_of_child(name: str, shape: str, dtype: str) -> float:
+def peak_of_child(way: Way) -> float:
     """`peak` in a process of its own: what other ways left in the allocator counts for nothing."""
-    command = [sys.executable, __file__, "--child", name, "--shapes", shape, "--dtype", dtype]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: theirs.send(peak(way)))
+    child.start()
+    found: float = ours.recv()
+    child.join()
+    return found
 
 
 def seconds(ways: list[Way], blocks: int) -> dict[str, float]:
@@ -179,18 +182,19 @@ def gap(ways: list[Way]) -> dict[str, float]:
     }
 
 
-def report(shape: str, body: Body, rows: list[np.ndarray], blocks: int, dtype: str) -> None:
+def report(shape: str, body: Body, rows: list[np.ndarray], blocks: int) -> None:
     """One table."""
     ways = [Way(name, body, rows) for name in WAYS]
+    memory = {way.name: peak_of_child(way) for way in ways}
     off, cpu = gap(ways), seconds(ways, blocks)
-    memory = {way.name: peak_of_child(way.name, shape, dtype) for way in ways}
-    print(f"\n{shape}: {len(rows)} rows of {min(map(len, rows)) - 1} to {max(map(len, rows)) - 1} tokens, {dtype}")
+    print(f"\n{shape}: {len(rows)} rows of {min(map(len, rows)) - 1} to {max(map(len, rows)) - 1} tokens")
     print(f"{'':8}{'tokens':>8}{'CPU-s':>8}{'padded /':>10}{'packed /':>10}{'peak MiB':>10}{'/ padded':>10}{'gap':>10}")
     for way in ways:
         n = way.name
         print(
             f"{n:8}{way.tokens:>8}{cpu[n]:>8.3f}{cpu['padded'] / cpu[n]:>10.2f}{cpu['packed'] / cpu[n]:>10.2f}"
-            f"{memory[n]:>10.0f}{memory[n] / memory['padded']:>10.2f}{off[n]:>10.1e}"
+            f"{memory[n]:>10.0f}{memory[n] / memory['padded']:>10.2f}{off[n]:>10.1e}",
+            flush=True,
         )
 
 
@@ -199,16 +203,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", default=["long", "short", "uneven", "tree"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
-    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     body = Body(make_model(getattr(torch, arguments.dtype)))
+    print(f"{arguments.dtype}, {arguments.blocks} blocks, 1 thread")
     for shape in arguments.shapes:
-        if arguments.child:
-            print(json.dumps(peak(Way(arguments.child, body, shapes()[shape]))))
-        else:
-            report(shape, body, shapes()[shape], arguments.blocks, arguments.dtype)
+        report(shape, body, shapes()[shape], arguments.blocks)
 
 
 if __name__ == "__main__":
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # read once, when a process starts
+        settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
     main()

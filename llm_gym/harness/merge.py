@@ -30,7 +30,9 @@ aten = torch.ops.aten
 Span = tuple[int, int]
 """Start and end in the packed row."""
 SPREAD = 0.75
-"""Spans share a padded kernel call while none is shorter than this fraction of the longest."""
+"""Short spans share a padded kernel call while none is shorter than this fraction of the longest."""
+ALONE = 32
+"""Spans of so many queries are cheaper read as views of the row, one call each, than copied into a padded block."""
 
 
 class Part(NamedTuple):
@@ -255,19 +257,39 @@ def calls(lengths: Sequence[int], parents: Sequence[int], device: torch.device) 
 
 
 def _cpu_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
-    """Parts of like size together: short ones cost less so. Keys cannot be padded, unless queries are causal."""
-    sizes = {part: (part.keys[1] - part.keys[0], part.queries[1] - part.queries[0]) for part in level}
-    run: list[Part] = []
-    for part in [*sorted(level, key=lambda part: tuple(-n for n in sizes[part])), None]:
-        if run and (part is None or not _alike(sizes[run[0]], sizes[part], causal)):
-            queries, keys = ([part[i] for part in sorted(run)] for i in (0, 1))
-            yield Call(Spans.of(queries, device), Spans.of(keys, device), causal, CPUFlash(causal))
-            run = []
-        run += [part] if part else []
+    """Long parts alone, or with neighbours of their size, as views of the row; short ones of like size together."""
+    short = [part for part in level if _sizes(part)[1] < ALONE]
+    short.sort(key=lambda part: tuple(-n for n in _sizes(part)))
+    runs = _runs([part for part in level if _sizes(part)[1] >= ALONE], lambda run, part: _neighbours(run[-1], part))
+    for run in [*runs, *_runs(short, lambda run, part: _alike(run[0], part, causal))]:
+        queries, keys = (Spans.of(spans, device) for spans in zip(*sorted(run), strict=True))
+        yield Call(queries, keys, causal, CPUFlash(causal))
 
 
-def _alike(first: tuple[int, int], other: tuple[int, int], causal: bool) -> bool:
-    return other[1] >= SPREAD * first[1] and (causal or other[0] == first[0])
+def _runs(level: Sequence[Part], fits: Callable[[list[Part], Part], bool]) -> list[list[Part]]:
+    """Consecutive parts, as many as fit together."""
+    runs: list[list[Part]] = []
+    for part in level:
+        if runs and fits(runs[-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _sizes(part: Part) -> tuple[int, int]:
+    """Keys and queries."""
+    return part.keys[1] - part.keys[0], part.queries[1] - part.queries[0]
+
+
+def _neighbours(last: Part, part: Part) -> bool:
+    return _sizes(last) == _sizes(part) and (last.queries[1], last.keys[1]) == (part.queries[0], part.keys[0])
+
+
+def _alike(first: Part, part: Part, causal: bool) -> bool:
+    """Keys cannot be padded without a mask, unless queries are causal."""
+    (most_keys, most), (keys, queries) = _sizes(first), _sizes(part)
+    return queries >= SPREAD * most and (causal or keys == most_keys)
 
 
 def _cuda_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
@@ -294,9 +316,8 @@ class Merged(torch.autograd.Function):
             o, e = call.kernel.forward(call.queries.read(q), call.keys.read(k), call.keys.read(v), scale)
             if not call.causal:
                 before, o_before = call.queries.read(lse), call.queries.read(out)
-                both = torch.logaddexp(before, e)
-                o = (o * (e - both).exp_()).addcmul(o_before, (before - both).exp_())
-                e = both
+                e, part = torch.logaddexp(before, e), e
+                o = (o * (part - e).exp_()).addcmul(o_before, (before - e).exp_()).to(out.dtype)
             call.queries.put(out, o)
             call.queries.put(lse, e)
         ctx.save_for_backward(q, k, v, out, lse)

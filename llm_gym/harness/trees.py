@@ -18,7 +18,7 @@ from llm_gym.core import Ids
 
 Counts = npt.NDArray[np.int64]
 
-LEAST = 16
+LEAST = 4
 """Tokens that a shared piece must save, whatever is below it: what its own calls of the attention kernel cost."""
 BELOW = 1 / 32
 """Tokens that it must save besides for each token below it, whose attention then has one more part."""

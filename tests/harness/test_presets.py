@@ -120,8 +120,17 @@ LAYOUTS: dict[str, Callable[..., Batch]] = {
 }
 
 
-def gradient(model: Any, batch: Batch, config: TrainConfig, reference: Any = None) -> dict[str, Tensor]:
+FORMS = [(layout, "merge") for layout in LAYOUTS] + [("1x8", "padded"), ("1x8", "cat"), ("prefix-shared", "cat")]
+"""Layouts and how attention is computed over them; `padded`: by transformers itself, a row for each sequence."""
+
+
+def gradient(
+    model: Any, batch: Batch, config: TrainConfig, reference: Any = None, form: str = "merge"
+) -> dict[str, Tensor]:
     learner = Learner(model, loss=config.loss)
+    learner.body.form, learner.body.packed = form, form != "padded"
+    if form == "padded":
+        model.set_attn_implementation("sdpa")
     learner.reference = reference or learner.reference
     for micro in batch.micro:
         learner._backward(micro, 1.0)
@@ -138,10 +147,11 @@ def test_one_gradient_in_float64_whatever_the_layout(name: str, extra: list[str]
     config = load(TrainConfig, preset=name, sets=["loss.constant_length=20", *extra])
     how = {"normaliser": config.loss.normaliser, "constant_length": config.loss.constant_length}
     whole = gradient(model, LAYOUTS["1x8"](rows, **how), config)
+    assert LAYOUTS["prefix-shared"](rows, **how).micro[0].parents
     assert len(LAYOUTS["8x1"](rows, **how).micro) == 8
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-4
-    for layout in LAYOUTS.keys() - {"1x8"}:
-        got = gradient(model, LAYOUTS[layout](rows, **how), config)
+    for layout, form in FORMS:
+        got = gradient(model, LAYOUTS[layout](rows, **how), config, form=form)
         for tensor, want in whole.items():
             torch.testing.assert_close(got[tensor], want, rtol=1e-9, atol=1e-9, msg=lambda m, t=tensor: f"{t}: {m}")
 
@@ -154,10 +164,10 @@ def test_one_gradient_in_float32_too(name: str) -> None:
     how = {"normaliser": config.loss.normaliser, "constant_length": config.loss.constant_length}
     whole = gradient(model, LAYOUTS["1x8"](rows, **how), config)
     scale = max(float(g.abs().max()) for g in whole.values())
-    for layout in LAYOUTS.keys() - {"1x8"}:
-        got = gradient(model, LAYOUTS[layout](rows, **how), config)
+    for layout, form in FORMS:
+        got = gradient(model, LAYOUTS[layout](rows, **how), config, form=form)
         worst = max(float((got[t] - whole[t]).abs().max()) for t in whole)
-        assert worst <= 1e-6 * max(1.0, scale), (layout, worst, scale)
+        assert worst <= 1e-6 * max(1.0, scale), (layout, form, worst, scale)
 
 
 @pytest.mark.parametrize("where", ["loss", "reward"])

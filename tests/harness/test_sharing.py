@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, gradients, llama, qwen3, row
+from torch.utils.checkpoint import checkpoint
+from transformers import GraniteConfig, GraniteForCausalLM
 
+from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn
 from llm_gym.harness import trees
-from llm_gym.harness.batching import MicroBatch, Sample, pack
+from llm_gym.harness.batching import MicroBatch, Sample, pack, samples
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.merge import parts
-from llm_gym.harness.model import Body
+from llm_gym.harness.model import Body, LoraConfig, prepare
+from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.packing import Form
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -87,8 +94,7 @@ def test_the_gradient_is_that_of_plain_rows(groups: list[tuple[int, list[int]]],
     rows = grouped(groups, seed)
     loss = LossConfig(kl="k2", kl_weight=0.1, entropy_weight=0.01)
     plain, shared = (gradient(model, rows, loss, budget=b, share=s) for b, s in ((10**6, False), (budget, True)))
-    for name, want in plain.items():
-        torch.testing.assert_close(shared[name], want, rtol=1e-9, atol=1e-9 * float(want.abs().max() + 1e-30))
+    same(shared, plain, 1e-9)
 
 
 @pytest.mark.parametrize("make", [qwen3, llama])
@@ -100,14 +106,24 @@ def test_float32_gradients_agree_too(make) -> None:
         assert float((shared[name] - want).norm() / want.norm()) < 1e-5, name
 
 
-def gradient(model, rows: list[Sample], loss: LossConfig, *, budget: int, share: bool) -> dict[str, torch.Tensor]:
-    learner = Learner(model, loss=loss)
+def gradient(
+    model: Any, rows: list[Sample], loss: LossConfig, *, budget: int, share: bool, form: Form = "merge", **settings: Any
+) -> dict[str, torch.Tensor]:
+    learner = Learner(model, OptimizerConfig(**settings), loss)
     assert learner.body.packed
-    for micro in pack(rows, max_tokens=budget, share=share).micro:
+    learner.body.form = form
+    for micro in pack(rows, max_tokens=budget, share=share, normaliser=loss.normaliser).micro:
         learner._backward(micro, 1.0)
     found = gradients(model)
     model.zero_grad(set_to_none=True)
     return found
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Equal gradients, relative to each tensor's largest."""
+    for name, exact in want.items():
+        atol = tolerance * float(exact.abs().max() + 1e-30)
+        torch.testing.assert_close(got[name], exact, rtol=tolerance, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_siblings_do_not_see_each_other() -> None:
@@ -128,3 +144,116 @@ def test_a_model_that_cannot_pack_refuses_shared_prompts() -> None:
     (micro,) = pack(grouped([(6, [5, 5])]), max_tokens=10**6, share=True).micro
     with pytest.raises(ValueError, match="share=False"):
         body.hidden(micro)
+
+
+# Histories that branch
+
+
+def rewriting(members: int, turns: int, seed: int = 0, *, rewritten: bool = True) -> Group:
+    """Episodes of one task; each turn says 6 tokens, of which the history keeps the last 4 (all, if not rewritten)."""
+    rng = np.random.default_rng(seed)
+
+    def new(n: int) -> Ids:
+        return rng.integers(0, VOCABULARY, n).astype(np.int32)
+
+    prompt, episodes = new(9), []
+    for member in range(members):
+        history, played = prompt, []
+        for _ in range(turns):
+            said = Completion(new(6), -3 + 0.1 * rng.standard_normal(6).astype(np.float32), "stop")
+            played.append(Turn(history, said, float(rng.random())))
+            history = np.concatenate([history, said.tokens[2 * rewritten :], new(3)])
+        episodes.append(Episode("e", seed, tuple(played), StopReason.ANSWERED, member=member))
+    return Group(seed, tuple(episodes))
+
+
+def test_a_history_that_only_grows_is_one_row() -> None:
+    """Every turn's tokens are trained in it, and no token is computed twice."""
+    made = samples([rewriting(3, 4, rewritten=False)], np.ones((1, 3)))
+    assert [int(s.row.trained.sum()) for s in made] == [24, 24, 24]
+    (micro,) = pack(made, max_tokens=10**6).micro
+    assert micro.lengths == (9 + 3 * 9 + 5,) * 3
+
+
+def test_a_rewritten_history_is_a_tree() -> None:
+    """A row for each turn; the next row goes on where the history was kept: prompt, then kept and new tokens."""
+    made = samples([rewriting(3, 4)], np.ones((1, 3)))
+    assert len(made) == 12
+    (micro,) = pack(made, max_tokens=10**6, share=True).micro
+    assert len(micro.tokens) == 9 + 3 * (4 * 5 + 3 * 7)
+    depth = {-1: 0}
+    for piece, parent in enumerate(micro.parents):
+        depth[piece] = depth[parent] + 1
+    assert max(depth.values()) == 4
+
+
+@pytest.mark.parametrize("form", ["merge", "cat"])
+@pytest.mark.parametrize("budget", [10**6, 70])
+def test_the_gradient_of_a_tree_is_that_of_its_rows(form: Form, budget: int) -> None:
+    rng = np.random.default_rng(1)
+    groups = [rewriting(3, 4, 1), rewriting(2, 3, 2), rewriting(2, 2, 3, rewritten=False)]
+    made = [s for g in groups for s in samples([g], rng.standard_normal((1, len(g.episodes), 4)))]
+    model = qwen3(dtype=torch.float64)
+    loss = LossConfig(name="gspo", normaliser="sequence", kl="k2", kl_weight=0.1)
+    plain = gradient(model, made, loss, budget=1, share=False)
+    same(gradient(model, made, loss, budget=budget, share=True, form=form), plain, 1e-9)
+
+
+# What the attention has to live with
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "many query heads": lambda: qwen3(dtype=torch.float64, num_attention_heads=6, num_key_value_heads=1),
+    "a head of 12": lambda: qwen3(dtype=torch.float64, head_dim=12),
+    "a scale": lambda: granite(attention_multiplier=0.4),
+    "adapters": lambda: adapted(),
+    "checkpoints": lambda: checkpointed(qwen3(dtype=torch.float64)),
+    "checkpoints and adapters": lambda: checkpointed(adapted()),
+}
+
+
+def granite(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(vocab_size=VOCABULARY, intermediate_size=48, initializer_range=0.2, **sizes, **fields)
+    return prepare(GraniteForCausalLM(config).double())
+
+
+def adapted() -> Any:
+    model = prepare(qwen3(dtype=torch.float64), lora=LoraConfig(rank=4, alpha=8))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model.double()
+
+
+def checkpointed(model: Any) -> Any:
+    """Every decoder layer is run again in the backward pass; attention then reads its layout a second time."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    for layer in causal.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", ["merge", "cat"])
+def test_the_gradient_in_other_surroundings(case: str, form: Form) -> None:
+    made = samples([rewriting(3, 3)], np.random.default_rng(0).standard_normal((1, 3)))
+    made += grouped([(9, [1, 1, 7, 12]), (3, [1, 2])])
+    plain = gradient(CASES[case](), made, LossConfig(), budget=10**6, share=False, form="cat")
+    same(gradient(CASES[case](), made, LossConfig(), budget=10**6, share=True, form=form), plain, 1e-9)
+
+
+def test_autocast_to_bfloat16_is_no_worse_than_plain_rows() -> None:
+    made = samples([rewriting(3, 4)], np.random.default_rng(0).standard_normal((1, 3)))
+    exact = gradient(qwen3(), made, LossConfig(), budget=1, share=False)
+    off = {
+        share: sum(
+            float((g - exact[name]).norm() / exact[name].norm())
+            for name, g in gradient(qwen3(), made, LossConfig(), budget=10**6, share=share, dtype="bfloat16").items()
+        )
+        / len(exact)
+        for share in (False, True)
+    }
+    assert 0 < off[True] < 1.2 * off[False] < 0.2
