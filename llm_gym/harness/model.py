@@ -129,8 +129,8 @@ class Body:
         self.config = self.causal.config.get_text_config()
         self.scale = 1.0
         """Factor between `hidden @ weight.T + bias` and the model's logits."""
-        self.form: Form = "merge"
-        """How attention over packed rows is computed, where it works (see `packing`)."""
+        self.form: Form = "auto"
+        """How attention over packed rows is computed (see `packing`)."""
         self.packed = self._packs()
 
     def hidden(self, batch: MicroBatch) -> Tensor:

@@ -3,7 +3,8 @@
 Linear layers and norms read the packed row as it is. What several sequences begin with stands in the row once, as a
 piece that they go on from; pieces stand in depth-first order. Attention has two forms, the same to rounding:
 
-- `merge`: flash kernels for each piece and for what goes on from it, merged (see `merge`). Used where it works.
+- `merge`: flash kernels for each piece and for what goes on from it, merged (see `merge`). Needs a kernel that
+  works, and beginnings long enough to be worth its calls (see `SHORT`).
 - `cat`: queries, keys and values laid out as [sequences, longest] and run through SDPA, which has kernels
   everywhere; a sequence's keys are those of the pieces before it and its own, concatenated. Padding sits on the
   right, so that no real query sees it.
@@ -31,7 +32,9 @@ from llm_gym.harness.merge import SPREAD, Call, calls, merged_attention, works
 
 NAME = "llm_gym"
 """The attention implementation's name in transformers."""
-Form = Literal["merge", "cat"]
+Form = Literal["auto", "merge", "cat"]
+SHORT = 48
+"""Mean tokens before a piece below which, on a CPU, `cat` copies less than the calls of `merge` cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,8 @@ class Layout:
     parents: tuple[int, ...]
     """The piece that each goes on from, or -1."""
     device: torch.device
-    form: Form = "merge"
-    """How attention is to be computed; `merge` where it works."""
+    form: Form = "auto"
+    """How attention is to be computed; where no kernel works, always `cat`."""
     seen: set[int] = field(default_factory=set)
     """Attention layers that have read this layout; reading it again, as checkpointing does, changes nothing."""
 
@@ -98,10 +101,20 @@ class Layout:
         lengths: Sequence[int],
         device: torch.device | str = "cpu",
         parents: Sequence[int] = (),
-        form: Form = "merge",
+        form: Form = "auto",
     ) -> Layout:
         """The layout of pieces of these lengths; `parents` empty: all -1."""
         return cls(tuple(lengths), tuple(parents) or (-1,) * len(lengths), torch.device(device), form)
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether the form is `merge`; decided by numbers of tokens alone, so that a run can be repeated."""
+        if self.form != "auto" or self.device.type != "cpu":
+            return self.form != "cat"
+        before: list[int] = []
+        for parent in self.parents:
+            before.append(before[parent] + self.lengths[parent] if parent >= 0 else 0)
+        return sum(before) >= SHORT * sum(parent >= 0 for parent in self.parents)
 
     @cached_property
     def plan(self) -> tuple[Call, ...]:
@@ -248,7 +261,7 @@ def attention(
             raise RuntimeError(f"packing: attention with {name!r} cannot be packed.")
     layout.seen.add(id(module))
     query, key, value = (_cast(x) for x in (query, key, value))
-    if layout.form == "merge" and works(query, key, value):
+    if layout.merges and works(query, key, value):
         return merged_attention(query, key, value, layout.plan, scaling), None
     return _concatenated(query, key, value, layout, scaling), None
 

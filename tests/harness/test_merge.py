@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_gym.harness import merge
-from llm_gym.harness.merge import CUDAFlash, Part, calls, merged_attention, parts, works
+from llm_gym.harness import flash, merge
+from llm_gym.harness.merge import Part, calls, merged_attention, parts, works
 from llm_gym.harness.packing import Layout, _concatenated
 
 CPU = torch.device("cpu")
@@ -174,12 +174,78 @@ def test_a_device_without_a_kernel_is_not_used(caplog: pytest.LogCaptureFixture)
     assert "on meta" in caplog.text
 
 
-def test_the_calls_of_variable_length_kernels_say_where_sequences_start() -> None:
-    """What would run on a GPU, checked as far as that goes without one."""
-    own, deeper, *_ = parts([3, 2, 4, 5], [-1, 0, 0, -1])
-    kernel = CUDAFlash.of(own, True, CPU)
-    assert kernel.queries.tolist() == kernel.keys.tolist() == [0, 3, 5, 9, 14]
-    assert kernel.longest == (5, 5)
-    kernel = CUDAFlash.of(deeper, False, CPU)
-    assert (kernel.queries.tolist(), kernel.keys.tolist(), kernel.longest) == ([0, 6], [0, 3], (6, 3))
-    assert kernel.queries.dtype == torch.int32
+# The variable-length kernels: they need a GPU, so the real ones have never run in these tests
+
+
+class Varlen:
+    """What `aten._flash_attention_forward` and `_backward` compute, by their documentation; checks what they ask for."""
+
+    @staticmethod
+    def _sequences(q, k, cu_q, cu_k, longest, causal):
+        for x in (q, k):
+            assert x.is_contiguous()
+            assert x.shape[-1] % 8 == 0
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        sizes = [(int(a), int(b)) for a, b in zip(cu_q.diff(), cu_k.diff(), strict=True)]
+        assert longest == (max(a for a, _ in sizes), max(b for _, b in sizes))
+        assert (len(q), len(k)) == (int(cu_q[-1]), int(cu_k[-1]))
+        for (n, m), start_q, start_k in zip(sizes, cu_q, cu_k, strict=False):
+            mask = torch.ones(n, m, dtype=torch.bool)
+            yield slice(start_q, start_q + n), slice(start_k, start_k + m), mask.tril(m - n) if causal else mask
+
+    @classmethod
+    def _flash_attention_forward(cls, q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
+        groups = q.shape[1] // k.shape[1]
+        for rows, columns, mask in cls._sequences(q, k, cu_q, cu_k, (max_q, max_k), causal):
+            keys, values = (x[columns].repeat_interleave(groups, 1) for x in (k, v))
+            scores = (torch.einsum("nhd,mhd->hnm", q[rows], keys) * scale).masked_fill(~mask, -torch.inf)
+            lse[:, rows] = scores.logsumexp(-1)
+            out[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values)
+        return out, lse, None, None, None
+
+    @classmethod
+    def _flash_attention_backward(
+        cls, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *, scale
+    ):
+        assert lse.shape == (q.shape[1], len(q))
+        assert lse.is_contiguous()
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        groups = q.shape[1] // k.shape[1]
+        for rows, columns, mask in cls._sequences(q, k, cu_q, cu_k, (max_q, max_k), causal):
+            keys, values = (x[columns].repeat_interleave(groups, 1) for x in (k, v))
+            scores = (torch.einsum("nhd,mhd->hnm", q[rows], keys) * scale).masked_fill(~mask, -torch.inf)
+            p = (scores - lse[:, rows, None]).exp()
+            delta = (grad[rows] * out[rows]).sum(-1).T[..., None]
+            ds = p * (torch.einsum("nhd,mhd->hnm", grad[rows], values) - delta) * scale
+            dq[rows] = torch.einsum("hnm,mhd->nhd", ds, keys)
+            for total, part in ((dk, (ds, q[rows])), (dv, (p, grad[rows]))):
+                total[columns] = torch.einsum("hnm,nhd->mhd", *part).unflatten(1, (-1, groups)).sum(2)
+        return dq, dk, dv
+
+
+@settings(max_examples=25)
+@given(forests(), SHAPES)
+def test_what_surrounds_a_variable_length_kernel_is_right(
+    forest: tuple[list[int], list[int]], shape: tuple[int, int, int]
+) -> None:
+    lengths, parents = forest
+    inputs = streams(sum(lengths), *shape)
+    want = with_gradients(dense(*inputs, lengths, parents, None), inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "aten", Varlen)
+        patch.setitem(merge.PLANS, "cpu", merge._cuda_calls)
+        out = merged_attention(*inputs, calls(lengths, parents, CPU), None)
+        found = with_gradients(out, inputs)
+    for got, exact in zip(found, want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_the_real_variable_length_kernels_take_our_arguments() -> None:
+    """On the meta device, which knows shapes alone."""
+    (call,) = merge._cuda_calls(parts([3, 2, 4], [-1, 0, 0])[1], False, CPU)
+    q, k, v = (torch.empty(1, h, n, 12, dtype=torch.bfloat16, device="meta") for h, n in ((4, 6), (2, 3), (2, 3)))
+    out, lse = call.kernel.forward(q, k, v, 0.3)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 6, 1), torch.float32)
+    grads = call.kernel.backward(out, q, k, v, out, lse, 0.3)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]

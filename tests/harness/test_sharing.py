@@ -24,7 +24,7 @@ from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.merge import parts
 from llm_gym.harness.model import Body, LoraConfig, prepare
 from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.packing import Form
+from llm_gym.harness.packing import Form, Layout
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -144,6 +144,16 @@ def test_a_model_that_cannot_pack_refuses_shared_prompts() -> None:
     (micro,) = pack(grouped([(6, [5, 5])]), max_tokens=10**6, share=True).micro
     with pytest.raises(ValueError, match="share=False"):
         body.hidden(micro)
+
+
+def test_the_form_is_a_matter_of_token_counts() -> None:
+    """Copying short beginnings is cheaper than merging; without beginnings there is nothing to copy."""
+    assert Layout.of([40, 9, 9], parents=[-1, 0, 0]).merges is False
+    assert Layout.of([60, 9, 9], parents=[-1, 0, 0]).merges is True
+    assert Layout.of([40, 20, 9, 9, 9], parents=[-1, 0, 1, 1, 1]).merges is True  # 40, 60, 60, 60 before
+    assert Layout.of([9, 9]).merges is True
+    for form in ("merge", "cat"):
+        assert all(Layout.of([n, 9], parents=[-1, 0], form=form).merges is (form == "merge") for n in (2, 200))
 
 
 # Histories that branch
