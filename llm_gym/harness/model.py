@@ -21,6 +21,7 @@ from llm_gym.harness.layers import base_of
 from llm_gym.harness.lora import LoraConfig as LoraConfig
 from llm_gym.harness.lora import add_adapters, weight_of
 from llm_gym.harness.memory import MemoryConfig, check_memory, economise
+from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Form, Layout
 from llm_gym.policies.model import copy_weights
@@ -87,8 +88,9 @@ def prepare(
     lora: LoraConfig | None = None,
     memory: MemoryConfig | None = None,
 ) -> Any:
-    """Faster norms, adapters if wanted, thrift with memory, eval mode, on the device."""
+    """Faster norms and MLPs, adapters if wanted, thrift with memory, eval mode, on the device."""
     fuse_norms(model)
+    fuse_mlps(model)
     if lora is not None:
         model = add_adapters(model, lora)
     economise(model, memory or MemoryConfig())
