@@ -127,11 +127,13 @@ def make_plan(
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
     from llm_gym.harness.evaluation import exam
+    from llm_gym.harness.mixture import entries
 
     run, path = run_of(model), model_path(model)
     config = load(TrainConfig, None if run is None else run / "config.yaml")
-    env_id = resolve(env or config.env)
-    args: dict[str, Any] = {} if env or run is None else dict(config.env_args)
+    first = entries(config)[0]
+    env_id = resolve(env or first.env)
+    args: dict[str, Any] = {} if env or run is None else dict(first.env_args)
     args |= getattr(environment_class(env_id), "eval_args", {})
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)

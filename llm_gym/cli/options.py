@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -13,6 +13,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 env_option: Callable[[F], F] = click.option(
     "--env", metavar="ID", help="Environment; `llmgym envs` lists them, `module:id` imports your own."
+)
+envs_option: Callable[[F], F] = click.option(
+    "--env",
+    "envs",
+    metavar="ID[=WEIGHT]",
+    multiple=True,
+    help="Environment; `llmgym envs` lists them, `module:id` imports your own. Given several times: a mixture by weight.",
 )
 env_args_option: Callable[[F], F] = click.option(
     "--env-arg",
@@ -29,6 +36,26 @@ sets_option: Callable[[F], F] = click.option(
     multiple=True,
     help="Any setting of `llmgym config`, by its dotted name; may be repeated.",
 )
+
+
+def chosen(envs: Sequence[str]) -> dict[str, Any]:
+    """`--env`, however often it was given, as settings: one environment, or several with weights.
+
+    Raises:
+        ConfigError: a weight that is no number.
+    """
+    if not envs:
+        return {}
+    if len(envs) == 1 and "=" not in envs[0]:
+        return {"env": envs[0], "envs": ()}  # over a mixture in the file
+    entries = []
+    for text in envs:
+        env, equals, weight = text.partition("=")
+        try:
+            entries.append({"env": env, "weight": float(weight) if equals else 1.0})
+        except ValueError:
+            raise ConfigError(f"--env: got {text!r}, want ID=WEIGHT such as GSM8K-v0=2.") from None
+    return {"envs": entries}
 
 
 def parse_args(env_args: Iterable[str], option: str = "--env-arg") -> dict[str, Any]:

@@ -50,7 +50,7 @@ class TrainProgress:
         """The run begins, or goes on, at `step`."""
         self.run, self.step, self.steps = run, step, config.steps
         self._model = config.model or "the embedded model"
-        click.echo(f"{config.env}, {self._model}, {config.steps} steps -> {run}")
+        click.echo(f"{config.title}, {self._model}, {config.steps} steps -> {run}")
         self._problems = problems(to_dict(config))
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
-from llm_gym.cli.options import config_option, env_args_option, env_option, parse_args, sets_option
+from llm_gym.cli.options import chosen, config_option, env_args_option, envs_option, parse_args, sets_option
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LINE = 160
 
 
 @click.command("train", short_help="Train a policy in an environment (GRPO).")
-@env_option
+@envs_option
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @click.option("--policy", "engine", metavar="ENGINE", help="Engine that samples: transformers, vllm, server or auto.")
@@ -39,7 +39,7 @@ LINE = 160
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")
 def command(
-    env: str | None,
+    envs: tuple[str, ...],
     env_args: tuple[str, ...],
     model: str | None,
     engine: str | None,
@@ -73,7 +73,7 @@ def command(
     try:
         with settings():
             config = configuration(
-                file, [*more, *sets], env_args, env=env, model=model, preset=preset, steps=steps, seed=seed
+                file, [*more, *sets], env_args, **chosen(envs), model=model, preset=preset, steps=steps, seed=seed
             )
             trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
         rows = trainer.rollout() if rollout_only else trainer.train()

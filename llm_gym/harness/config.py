@@ -159,6 +159,11 @@ class TrainConfig:
             raise ConfigError(f"loss.kl_weight: got {self.loss.kl_weight} with kl={self.loss.kl!r}; set both or none.")
 
     @property
+    def title(self) -> str:
+        """What is played, in a few words."""
+        return " + ".join(entry.name or entry.env for entry in self.envs) or self.env
+
+    @property
     def updates(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps * self.minibatches * self.epochs

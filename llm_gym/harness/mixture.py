@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llm_gym.core import Episode, Group, Sampling, group
@@ -82,7 +82,7 @@ def arenas(config: TrainConfig) -> list[Arena]:
         SettingError: an environment that cannot be made.
         ConfigError: two of one name, two tokenizers, or a curriculum that has no rows to draw from.
     """
-    found = [_arena(config, entry) for entry in config.envs or (EnvConfig(config.env),)]
+    found = [_arena(config, entry) for entry in entries(config)]
     for name, count in Counter(arena.name for arena in found).items():
         if count > 1:
             raise ConfigError(f"envs: {count} are called {name!r}; give each a name of its own (envs[i].name).")
@@ -90,6 +90,12 @@ def arenas(config: TrainConfig) -> list[Arena]:
         if not _same_tokens(found[0].chat, arena.chat):
             raise ConfigError(f"envs: {arena.name!r} has another tokenizer than {found[0].name!r}; a policy has one.")
     return found
+
+
+def entries(config: TrainConfig) -> list[EnvConfig]:
+    """The run's environments, one or several; each with its arguments, those of the run included."""
+    chosen = config.envs or (EnvConfig(config.env),)
+    return [replace(entry, env_args={**config.env_args, **entry.env_args}) for entry in chosen]
 
 
 def selection_of(config: TrainConfig, found: Sequence[Arena]) -> Selection:
@@ -192,7 +198,7 @@ class Drivers:
 def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
     """One environment, made for training and for evaluation."""
     env_id = resolve(entry.env)
-    args = {"tokenizer": config.model, **config.env_args, **entry.env_args}
+    args = {"tokenizer": config.model, **entry.env_args}
     made = make(env_id, **args)
     inner, most = made.unwrapped, config.sampling.max_tokens
     eval_args = args | dict(getattr(inner, "eval_args", {})) | dict(config.eval.env_args)

@@ -11,7 +11,7 @@ import jinja2
 
 from llm_gym.harness.checkpoint import write_atomically
 from llm_gym.report import charts
-from llm_gym.report.run import Run, Series, problems, read
+from llm_gym.report.run import Run, Series, problems, read, title
 from llm_gym.report.scale import duration, short
 from llm_gym.report.transcripts import Decode, along_the_way, compare
 
@@ -51,7 +51,7 @@ def render(run: Run, decode: Decode | None = None) -> str:
     return _template().render(
         run=run,
         title=run.path.resolve().name,
-        env=_text(run.config.get("env")),
+        env=_text(title(run.config)),
         model=_text(run.config.get("model")) or "the embedded model",
         facts=facts(run),
         main=charts.main_charts(run),

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from llm_gym.cli.group import COMMANDS, llmgym
+from llm_gym.cli.options import chosen
 
 SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=8", "sampling.max_tokens=8", "checkpoint.every=1")
 SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -64,6 +65,39 @@ def test_train_says_what_happened(trained: tuple[Path, str]) -> None:
     html = (out / "report.html").read_text("utf-8")
     assert "Before and after" in html
     assert '<span class="p' in html, "tokens are shown one by one"
+
+
+def test_several_environments_are_a_mixture(tmp_path: Path) -> None:
+    out = tmp_path / "both"
+    envs = ["--env", "Arithmetic-v0=2", "--env", "GuessNumber-v0", "--env-arg", "max_tokens=8"]
+    done = CliRunner().invoke(llmgym, ["train", *envs, "--steps", "1", "--out", str(out), *SMALL])
+    assert done.exit_code == 0, done.output
+    assert f"Arithmetic-v0 + GuessNumber-v0, the embedded model, 1 steps -> {out}" in done.stdout
+    assert "Arithmetic-v0 + GuessNumber-v0" in (out / "report.html").read_text("utf-8")
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward/mean/Arithmetic-v0", "reward/mean/GuessNumber-v0", "eval/GuessNumber-v0/greedy_reward"} <= row.keys()
+    again = CliRunner().invoke(llmgym, ["eval", "--model", str(out), "--episodes", "4"])
+    assert again.exit_code == 0, again.output
+    assert again.stdout.startswith("llm_gym/Arithmetic-v0, ")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], {}),
+        (["A"], {"env": "A", "envs": ()}),
+        (["A=3"], {"envs": [{"env": "A", "weight": 3.0}]}),
+        (["A", "m:B=0.5"], {"envs": [{"env": "A", "weight": 1.0}, {"env": "m:B", "weight": 0.5}]}),
+    ],
+)
+def test_env_options_as_settings(given: list[str], wanted: dict[str, object]) -> None:
+    assert chosen(given) == wanted
+
+
+def test_a_weight_that_is_no_number_is_refused() -> None:
+    done = CliRunner().invoke(llmgym, ["train", "--env", "GSM8K-v0=much"])
+    assert done.exit_code == 2
+    assert "--env: got 'GSM8K-v0=much', want ID=WEIGHT such as GSM8K-v0=2." in done.stderr
 
 
 def test_eval_takes_the_environment_of_the_run(trained: tuple[Path, str], tmp_path: Path) -> None:

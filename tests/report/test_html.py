@@ -177,6 +177,7 @@ def test_folder_without_a_run(tmp_path: Path) -> None:
         ({"env": "GSM8K-v0", "env_args": {"dataset": "a.csv"}, "eval": {"env_args": {"dataset": "b.csv"}}}, "unseen"),
         ({"env": "GSM8K-v0", "env_args": {"dataset": "a.csv"}, "eval": {"env_args": {"split": "x[90%:]"}}}, "unseen"),
         ({"env": "llm_gym/Dataset-v0", "env_args": {"dataset": "me/data"}}, "training"),
+        ({"env": "Arithmetic-v0", "envs": [{"env": "GSM8K-v0", "env_args": {"dataset": "a.jsonl"}}]}, "training"),
         ({}, "unseen"),
     ],
 )
