@@ -19,7 +19,7 @@ envs_option: Callable[[F], F] = click.option(
     "envs",
     metavar="ID[=WEIGHT]",
     multiple=True,
-    help="Environment; `llmgym envs` lists them, `module:id` imports your own. Given several times: a mixture by weight.",
+    help="Environment; `llmgym envs` lists them, `module:id` imports your own. Several: a mixture by weight.",
 )
 env_args_option: Callable[[F], F] = click.option(
     "--env-arg",
