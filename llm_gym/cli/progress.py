@@ -113,10 +113,19 @@ class TrainProgress:
 
 
 def evaluation(row: Mapping[str, Any], on: str) -> str:
-    """A row's evaluation in words; empty if it has none."""
-    names = (("greedy", "eval/greedy_reward"), ("sampled", "eval/sampled_reward"))
-    found = [f"{word} {value:.3f}" for word, name in names if (value := _number(row, name)) is not None]
-    return f"reward on {on}: " + ", ".join(found) if found else ""
+    """A row's evaluation in words, further environments after the run's own; empty if it has none."""
+    others = [name.split("/")[1] for name in row if name.startswith("eval/") and name.endswith("/greedy_reward")]
+    own = _measured(row, "eval/")
+    parts = [f"reward on {on}: {own}"] if own else []
+    return "; ".join(parts + [f"{name}: {said}" for name in others if (said := _measured(row, f"eval/{name}/"))])
+
+
+def _measured(row: Mapping[str, Any], prefix: str) -> str:
+    """Greedy and sampled reward, and pass@k of the largest k."""
+    names = {word: f"{prefix}{word}_reward" for word in ("greedy", "sampled")}
+    ks = [int(name.rpartition("@")[2]) for name in row if name.startswith(f"{prefix}pass@")]
+    names |= {f"pass@{max(ks)}": f"{prefix}pass@{max(ks)}"} if ks else {}
+    return ", ".join(f"{word} {value:.3f}" for word, name in names.items() if (value := _number(row, name)) is not None)
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from llm_gym.report.plots import MAIN, MORE, Plot, ending_plots, evaluation_plots, is_evaluation, one
 from llm_gym.report.run import Run, Series
 from llm_gym.report.scale import labels, short, smooth, ticks
 
@@ -37,6 +38,8 @@ class Line:
     """SVG path through the points."""
     smooth: str
     """SVG path of the smoothed curve; equal to `raw` for short curves."""
+    band: str
+    """SVG path around the confidence interval; empty for a metric without one."""
     dots: list[tuple[float, float]]
     """The points to mark; none on long curves."""
     first: str
@@ -84,60 +87,9 @@ class Chart:
     hovers: list[Hover]
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """What to draw: title, explanation, and the metrics with the names of their curves."""
-
-    title: str
-    note: str
-    metrics: tuple[tuple[str, str], ...]
-
-
-def _one(title: str, note: str, metric: str) -> Plot:
-    return Plot(title, note, ((metric, ""),))
-
-
-MAIN = (
-    Plot(
-        "Reward in evaluation",
-        "on the same problems each time",
-        (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")),
-    ),
-    _one("Training reward", "mean of the episodes of each step", "reward/mean"),
-)
-MORE = (
-    _one("Entropy", "nats per sampled token", "policy/entropy"),
-    _one("Gradient norm", "before clipping", "policy/grad_norm"),
-    Plot(
-        "Log-probability gap",
-        "sampler against learner, same weights, nats",
-        (("sampler/logprob_gap_mean", "mean"), ("sampler/logprob_gap_max", "max")),
-    ),
-    Plot(
-        "Tokens per second",
-        "while that phase runs",
-        (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train", "train")),
-    ),
-    _one("Episode length", "sampled tokens per episode", "episode/tokens_mean"),
-    _one("Turns", "completions per episode", "episode/turns_mean"),
-    _one("Truncated", "fraction of episodes that a limit ended", "episode/truncated_fraction"),
-    _one("Reward spread", "standard deviation over the episodes of a step", "reward/std"),
-    _one("Loss", "its value means little in policy-gradient training", "policy/loss"),
-    _one("KL to the reference", "nats per token", "policy/kl"),
-    _one("Learning rate", "of each step", "policy/lr"),
-    _one("Failed", "fraction of episodes lost to errors, never trained on", "episode/failed_fraction"),
-    _one("Clipped", "fraction of tokens outside the trust region", "policy/clip_fraction"),
-    Plot(
-        "Seconds per step",
-        "by phase",
-        (("time/rollout", "rollout"), ("time/train", "train"), ("time/sync", "sync")),
-    ),
-)
-
-
 def main_charts(run: Run) -> list[Chart]:
-    """The two charts that say whether the run learned."""
-    return _charts(run, MAIN)
+    """The charts that say whether the run learned."""
+    return _charts(run, [*MAIN, *evaluation_plots(run.metrics)])
 
 
 def constants(run: Run) -> dict[str, str]:
@@ -155,25 +107,40 @@ def more_charts(run: Run) -> list[Chart]:
     """Every other chart: reward components, the known metrics, then whatever else was logged and varies."""
     shown = {name for plot in MAIN + MORE for name, _ in plot.metrics}
     same = constants(run)
-    rest = [name for name in run.metrics if name not in shown and name not in same]
+    rest = [name for name in run.metrics if name not in shown and name not in same and not is_evaluation(name)]
     parts = [name for name in rest if name.startswith("reward/")]
-    plots = [_one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
-    plots += MORE
-    plots += [_one(name, "", name) for name in rest if name not in parts]
+    plots = [one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
+    plots += [*MORE, *ending_plots(name for name, series in run.metrics.items() if any(series.values))]
+    plots += [one(name, "", name) for name in rest if name not in parts]
     return _charts(run, [plot for plot in plots if any(name not in same for name, _ in plot.metrics)])
 
 
 def _charts(run: Run, plots: Sequence[Plot]) -> list[Chart]:
-    drawn = [chart(p.title, p.note, {name: run.series(metric) for metric, name in p.metrics}) for p in plots]
+    drawn = []
+    for plot in plots:
+        named = {name: run.series(metric) for metric, name in plot.metrics}
+        bands = {name: (run.series(f"{metric}_low"), run.series(f"{metric}_high")) for metric, name in plot.metrics}
+        drawn.append(chart(plot.title, plot.note, named, bands))
     return [c for c in drawn if c is not None]
 
 
-def chart(title: str, note: str, named: Mapping[str, Series]) -> Chart | None:
-    """The geometry of a chart of named series; None if none of them has a value."""
+def chart(
+    title: str, note: str, named: Mapping[str, Series], bands: Mapping[str, tuple[Series, Series]] | None = None
+) -> Chart | None:
+    """The geometry of a chart of named series; None if none of them has a value.
+
+    Args:
+        title: above the chart.
+        note: under the title.
+        named: the curves.
+        bands: (low, high) of their confidence intervals, as far as there are any.
+    """
     named = {name: series for name, series in named.items() if series}
     if not named:
         return None
+    bands = {name: ends for name, ends in (bands or {}).items() if name in named and all(ends)}
     values = [v for series in named.values() for v in series.values]
+    values += [v for ends in bands.values() for series in ends for v in series.values]
     steps = [s for series in named.values() for s in series.steps]
     y = ticks(min(values), max(values))
     y = y if min(values) < 0 else [t for t in y if t >= 0]
@@ -182,19 +149,28 @@ def chart(title: str, note: str, named: Mapping[str, Series]) -> Chart | None:
     return Chart(
         title=title,
         note=note,
-        lines=[_line(name, series, frame) for name, series in named.items()],
+        lines=[_line(name, series, frame, bands.get(name)) for name, series in named.items()],
         x=[Tick(frame.px(t), f"{t:,.0f}") for t in ticks(*x, 5) if x[0] <= t <= x[1] and t == int(t)],
         y=[Tick(frame.py(t), text) for t, text in zip(y, labels(y), strict=True)],
         hovers=_hovers(named, frame),
     )
 
 
-def _line(name: str, series: Series, frame: Frame) -> Line:
+def _line(name: str, series: Series, frame: Frame, ends: tuple[Series, Series] | None) -> Line:
     long = len(series.values) >= SMOOTH_FROM
     level = smooth(series.values) if long else series.values
     raw = [(frame.px(s), frame.py(v)) for s, v in zip(series.steps, series.values, strict=True)]
     line = [(frame.px(s), frame.py(v)) for s, v in zip(series.steps, level, strict=True)]
-    return Line(name, _path(raw), _path(line), [] if long else raw, short(level[0]), short(level[-1]))
+    dots = [] if long else raw
+    return Line(name, _path(raw), _path(line), _band(ends, frame), dots, short(level[0]), short(level[-1]))
+
+
+def _band(ends: tuple[Series, Series] | None, frame: Frame) -> str:
+    """A closed path along the lower end and back along the upper one."""
+    if ends is None:
+        return ""
+    low, high = ([(frame.px(s), frame.py(v)) for s, v in zip(e.steps, e.values, strict=True)] for e in ends)
+    return f"{_path(low)}L{_path(high[::-1])[1:]}Z"
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -69,7 +69,7 @@ def facts(run: Run) -> list[Fact]:
     found = []
     for label, name in (("greedy", "eval/greedy_reward"), ("sampled", "eval/sampled_reward")):
         if series := run.series(name):
-            found.append(_change(f"{label} reward, {problems(run.config)}", series))
+            found.append(_change(f"{label} reward, {problems(run.config)}{_interval(run, name)}", series))
     if not found and (series := run.series("reward/mean")):
         found.append(_change("training reward, first and last step", series))
     found.append(Fact("steps", f"{run.last_step:,}"))
@@ -78,6 +78,12 @@ def facts(run: Run) -> list[Fact]:
     if tokens := sum(run.series("tokens/generated").values):
         found.append(Fact("tokens sampled", short(tokens)))
     return found
+
+
+def _interval(run: Run, name: str) -> str:
+    """The last confidence interval of a metric, if it has one."""
+    low, high = run.series(f"{name}_low"), run.series(f"{name}_high")
+    return f" (95%: {short(low.values[-1])} to {short(high.values[-1])})" if low and high else ""
 
 
 def _change(label: str, series: Series) -> Fact:

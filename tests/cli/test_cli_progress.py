@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_gym.cli.progress import LINES, TrainProgress
+from llm_gym.cli.progress import LINES, TrainProgress, evaluation
 from llm_gym.harness import TrainConfig
 
 
@@ -53,3 +53,11 @@ def test_rows_without_numbers() -> None:
     progress.on_start(TrainConfig(steps=2), Path("x"), 1)
     progress.on_row({"step": 2, "reward/mean": None, "time/step": None, "eval/greedy_reward": None})
     assert screen.getvalue() == ""
+
+
+def test_evaluations_on_several_environments_are_one_line() -> None:
+    row = {"eval/greedy_reward": 0.5, "eval/sampled_reward": 0.25, "eval/sampled_reward_low": 0.2, "eval/pass@2": 0.4}
+    row |= {"eval/pass@16": 0.75, "eval/three/greedy_reward": 0.125, "eval/three/sampled_reward": None}
+    said = "reward on unseen problems: greedy 0.500, sampled 0.250, pass@16 0.750; three: greedy 0.125"
+    assert evaluation(row, "unseen problems") == said
+    assert evaluation({"reward/mean": 1.0}, "unseen problems") == ""
