@@ -11,6 +11,7 @@
     ├── PolicyError         the engine failed for one request
     ├── SyncError           the sampler does not serve the learner's weights: training stops
     ├── ShortOfMemory       a micro-batch that does not fit; nothing of its step has happened
+    ├── RankError           another process of the run is gone or stuck: training stops
     └── CheckpointError     a run folder or checkpoint that cannot be read
 
 A bad *setting* is a crash with one clear sentence. A bad *rollout* is data: `boundary` turns the
@@ -67,6 +68,10 @@ class SyncError(LLMGymError):
 
 class ShortOfMemory(LLMGymError):
     """A micro-batch that does not fit into memory; its step has changed neither weights nor counts."""
+
+
+class RankError(LLMGymError):
+    """Another process of the run is gone or stuck; the text names it."""
 
 
 class CheckpointError(LLMGymError):

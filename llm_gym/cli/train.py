@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.nproc import as_rank, launch
 from llm_gym.cli.options import chosen, config_option, env_args_option, envs_option, parse_args, sets_option
 from llm_gym.errors import SettingError
 
@@ -35,6 +36,7 @@ LINE = 160
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
+@click.option("--nproc", type=click.IntRange(1), default=1, help="Processes on this machine that train together.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")
@@ -49,6 +51,7 @@ def command(
     steps: int | None,
     seed: int | None,
     eval_every: int | None,
+    nproc: int,
     out: Path | None,
     resume: bool,
     rollout_only: bool,
@@ -60,6 +63,7 @@ def command(
     """
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness.distill import trainer_of
+    from llm_gym.harness.parallel import here
 
     if resume and out is None:
         raise SettingError("--resume: needs --out, the run folder to go on with.")
@@ -69,19 +73,26 @@ def command(
         file = str(out / "config.yaml")
     named = {"eval.every": eval_every, "policy.engine": engine}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
+    with settings():
+        config = configuration(
+            file, [*more, *sets], env_args, **chosen(envs), model=model, preset=preset, steps=steps, seed=seed
+        )
+    rank, size = here()
+    if nproc > size:
+        return launch(nproc)
     progress = TrainProgress()
     try:
-        with settings():
-            config = configuration(
-                file, [*more, *sets], env_args, **chosen(envs), model=model, preset=preset, steps=steps, seed=seed
-            )
+        with settings(), as_rank(rank):
             trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
-        rows = trainer.rollout() if rollout_only else trainer.train()
+        with as_rank(rank):
+            rows = trainer.rollout() if rollout_only else trainer.train()
     except KeyboardInterrupt:
         progress.stop()
         stopped(progress)
     finally:
         progress.stop()
+    if rank > 0:
+        return
     if rollout_only:
         click.echo(f"Episodes: {trainer.run.path / 'episodes'}")
         click.echo(f"Next:     llmgym replay {trainer.run.path} --step {config.steps}")

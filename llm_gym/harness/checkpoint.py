@@ -110,12 +110,12 @@ class RunFolder:
 
         The newest `keep` stay, and the one that was last saved with `best`, which `checkpoints/best` points at.
         """
-        final = self.path / "checkpoints" / f"step_{step:06d}"
-        partial = final.with_name(f".partial-{final.name}")
+        final = self._checkpoint(step)
+        partial = _partial(final)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
-        for file in partial.iterdir():
+        for file in partial.rglob("*"):
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         if best:
@@ -138,6 +138,28 @@ class RunFolder:
     def _best(self) -> Path:
         return self.path / "checkpoints" / "best"
 
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+
+class Follower(RunFolder):
+    """The run folder as every process but the first sees it: to read, and to write its part of a checkpoint."""
+
+    def write_config(self, config_yaml: str) -> None:
+        """Nothing."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
+        """Nothing."""
+
+    def save(self, step: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
+        """Writes this process's part into the folder that the first one has made, and will name."""
+        final = self._checkpoint(step)
+        write(_partial(final))
+        return final
+
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint folder holds."""
@@ -150,6 +172,10 @@ def write_atomically(file: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
     os.replace(partial, file)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".partial-{final.name}")
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig
+from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.presets import PRESETS
 from llm_gym.harness.selection import OversampleConfig
 from llm_gym.harness.teacher import DistillConfig
@@ -123,6 +124,8 @@ class TrainConfig:
     """What memory is spent on."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The engine that samples."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes share the work (`llmgym train --nproc`)."""
     token_budget: int | Literal["auto"] = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     device: str = "auto"

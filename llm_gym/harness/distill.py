@@ -46,6 +46,7 @@ class Distiller(Trainer):
             config.optimizer,
             config.loss,
             total_steps=config.updates,
+            world=self.world,
             teacher=self.teacher,
             settings=self.settings,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,17 @@ from llm_gym.harness.logprobs import token_logprobs, token_loss
 from llm_gym.harness.losses import LossConfig, loss_function
 from llm_gym.harness.model import Body
 from llm_gym.harness.optimizers import DTYPES, OptimizerConfig, clip_gradients, lr_factor, make_optimizers
+from llm_gym.harness.parallel import World
+from llm_gym.harness.sharding import gathered, is_sharded, shard
 from llm_gym.harness.streams import Streams
+
+T = TypeVar("T")
 
 
 MEANS = ("policy/entropy", "policy/ratio_mean", "policy/clip_fraction", "sampler/logprob_gap_mean")
 """Metrics of every step; NaN for a step without a token to compute."""
+SEEN = "tokens computed"
+"""Travels with them."""
 
 
 class Learner:
@@ -37,6 +44,7 @@ class Learner:
         optimizer: how a gradient becomes a step.
         loss: what one token contributes.
         total_steps: optimizer steps of the whole run, for the schedule.
+        world: the processes that train together; each is given its share of a batch (see `parallel`).
 
     Raises:
         ConfigError: a setting that cannot work, or a model whose log-probabilities cannot be computed.
@@ -49,15 +57,18 @@ class Learner:
         loss: LossConfig | None = None,
         *,
         total_steps: int = 1,
+        world: World | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model, self.world = model.eval(), world or World()
         self.settings, self.loss = optimizer or OptimizerConfig(), loss or LossConfig()
         self.total_steps, self.dtype = total_steps, DTYPES[self.settings.dtype]
         self.loss_fn, self.one_pass = loss_function(self.loss.name), self.loss.token_level
         self.step_count = 0
-        self.optimizers = make_optimizers(model, self.settings)
         self.body = Body(model)
         self.reference = self._reference() if self.loss.uses_reference else None
+        if self.world.sharded:
+            self._shard()
+        self.optimizers = make_optimizers(model, self.settings)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +81,8 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of each trained token at `temperature`, float32 [M] each."""
         with torch.set_grad_enabled(grad):
-            return token_logprobs(**self._head(self.body, batch.to(self.device), temperature), entropy=entropy)
+            head = partial(token_logprobs, entropy=entropy)
+            return self._through(self.body, batch.to(self.device), temperature, head)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
@@ -86,16 +98,20 @@ class Learner:
             ShortOfMemory: a micro-batch does not fit; nothing has changed (see `budget`).
         """
         totals = dict.fromkeys(MEANS, 0.0)
-        peak_gap = 0.0
+        peak_gap, idle = 0.0, self.world.idle(len(batch.micro))
         with all_or_nothing(self.model):
             for micro in batch.micro:
                 sums = self._backward(micro.to(self.device), temperature)
                 peak_gap = max(peak_gap, sums.pop("sampler/logprob_gap_max"))
                 totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
-        loss = totals.pop("policy/loss", 0.0)
-        seen = sum(len(micro.target) for micro in batch.micro)
+            for micro in idle:
+                self._backward(micro.to(self.device), temperature)
+        mine = totals | {SEEN: sum(len(micro.target) for micro in batch.micro)}
+        totals = self.world.add(mine, "adding metrics")
+        peak_gap = max(self.world.gather(peak_gap, "adding metrics"))
+        loss, seen = totals.pop("policy/loss", 0.0), totals.pop(SEEN)
         rate = self._rate()
-        norm = self._apply(rate) if batch.micro else 0.0
+        norm = self._apply(rate) if seen else 0.0
         self.step_count += 1
         return {
             "policy/loss": loss,
@@ -108,7 +124,9 @@ class Learner:
 
     def remember(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
         """The batch with this model's log-probabilities as its proximal ones; before the first of several updates."""
-        known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in batch.micro]
+        idle = self.world.idle(len(batch.micro))
+        known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in (*batch.micro, *idle)]
+        known = known[: len(batch.micro)]
         return replace(batch, micro=tuple(replace(m, proximal=p) for m, p in zip(batch.micro, known, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,8 +141,11 @@ class Learner:
 
     # Inside
 
-    def _head(self, body: Body, batch: MicroBatch, temperature: float) -> dict[str, Any]:
-        """What the head's functions (see `logprobs`) take."""
+    def _through(self, body: Body, batch: MicroBatch, temperature: float, head: Callable[..., T]) -> T:
+        """What `head` (a function of `logprobs`) makes of the body's hidden states."""
+        return gathered(body.causal, lambda: head(**self._hidden(body, batch, temperature)))
+
+    def _hidden(self, body: Body, batch: MicroBatch, temperature: float) -> dict[str, Any]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden = body.hidden(batch).index_select(0, batch.source)
             weight, bias = body.head()
@@ -144,11 +165,11 @@ class Learner:
             sums.update({name: sums.get(name, 0.0) + stream.sum() for name, stream in streams.items()})
             return part.weight * losses
 
-        head = self._head(self.body, batch, temperature)
-        if self.one_pass:
-            loss = token_loss(**head, per_token=per_token, entropy_gradient=self.loss.entropy_weight != 0)
-        else:
-            loss = per_token(slice(None), *token_logprobs(**head)).sum()
+        def in_two_passes(**hidden: Any) -> Tensor:
+            return per_token(slice(None), *token_logprobs(**hidden)).sum()
+
+        in_one = partial(token_loss, per_token=per_token, entropy_gradient=self.loss.entropy_weight != 0)
+        loss = self._through(self.body, batch, temperature, in_one if self.one_pass else in_two_passes)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"policy/loss": float(loss.detach()), **{name: float(total) for name, total in sums.items()}}
 
@@ -187,18 +208,26 @@ class Learner:
             return self.body
         return Body(copy.deepcopy(self.model).requires_grad_(False))
 
+    def _shard(self) -> None:
+        """Splits the model, and a reference of its own, over the ranks."""
+        for body in (self.body, self.reference):
+            if body is not None and not is_sharded(body.causal):
+                shard(body.causal, self.world.device, self.world.size)
+
     @torch.no_grad()
     def _reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor | None:
         if self.reference is None:
             return None
         with self.reference.without_adapters():
-            return token_logprobs(**self._head(self.reference, batch, temperature), entropy=False)[0]
+            head = partial(token_logprobs, entropy=False)
+            return self._through(self.reference, batch, temperature, head)[0]
 
     def _rate(self) -> float:
         return lr_factor(self.step_count, self.total_steps, self.settings)
 
     def _apply(self, rate: float) -> float:
         """Clips, steps and clears; returns the gradient norm before clipping."""
+        self.world.sum_gradients(self.model.parameters())
         norm = clip_gradients(self.model.parameters(), self.settings.max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

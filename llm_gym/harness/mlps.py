@@ -31,7 +31,7 @@ def _projections(module: Any) -> list[Any]:
 def _linear(layer: Any) -> bool:
     """Whether a layer is a matrix product and nothing else: no bias, no adapter, nobody looking."""
     hooks = getattr(layer, "_forward_hooks", None) or getattr(layer, "_forward_pre_hooks", None)
-    return type(layer) is nn.Linear and layer.bias is None and not hooks
+    return type(layer) is nn.Linear and getattr(layer, "bias", None) is None and not hooks
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Form, Layout
+from llm_gym.harness.sharding import whole
 from llm_gym.policies.model import copy_weights
 
 log = logging.getLogger(__name__)
@@ -264,7 +265,10 @@ def _rebuilt(model: Any) -> Any:
 
 @torch.no_grad()
 def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their names in the plain model, one tensor at a time; adapters folded in, or left out."""
+    """The weights by their names in the plain model, one tensor at a time; adapters folded in, or left out.
+
+    Tensors that are split over several processes come whole; then all of these must go through them together.
+    """
     base = base_of(model)
     for name, tensor in base.state_dict().items():
         if ".lora_" in name or ".weight." in name:  # an adapter's, or the scales of 4 bits
@@ -273,7 +277,7 @@ def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, T
         if leaf == "weight":
             layer = base.get_submodule(path.removesuffix(".base_layer"))
             tensor = weight_of(layer, adapters=adapters)
-        yield name.replace(".base_layer.", "."), tensor.detach()
+        yield name.replace(".base_layer.", "."), whole(tensor.detach())
 
 
 def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

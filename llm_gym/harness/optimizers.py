@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.sharding import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> float:
         FloatingPointError: the norm is not finite, so the step would ruin the weights.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norm = float(nn.utils.clip_grad_norm_(with_gradient, bound or math.inf))
+    norm = float(whole(nn.utils.clip_grad_norm_(with_gradient, bound or math.inf)))
     if not math.isfinite(norm):
         raise FloatingPointError(f"learner: the gradient norm is {norm}; the weights were left as they are.")
     return norm

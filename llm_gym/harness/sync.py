@@ -19,7 +19,8 @@ from llm_gym.errors import ConfigError, PolicyError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock
-from llm_gym.harness.model import adapter_tensors, export, plain_tensors
+from llm_gym.harness.model import adapter_tensors, export, load_model, plain_tensors
+from llm_gym.harness.parallel import World
 from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.policies import ENGINES, make_policy
 from llm_gym.policies.checksums import checksums
@@ -80,10 +81,15 @@ class Mode:
     what: str
     over_base: bool = False
     """Whether the engine must hold the base model, without adapters, beneath what is sent."""
+    sharded: bool = True
+    """Whether it also works for a learner whose weights are split over several processes."""
 
 
 MODES = {
-    "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself"),
+    "shared": Mode(
+        _share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False
+    ),
+    "copy": Mode(_load, ("transformers",), None, False, "every tensor is copied into a second module"),
     "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
     "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
     "adapter": Mode(_load_adapter, ("vllm", "server"), True, True, "the adapter alone is replaced", over_base=True),
@@ -113,23 +119,29 @@ def engine_of(config: TrainConfig) -> str:
     return name
 
 
-def modes_of(config: TrainConfig, engine: str) -> list[str]:
+def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list[str]:
     """The modes to choose from: the one asked for, or for `auto` those worth measuring.
+
+    `sharded`: whether the learner's weights are split over several processes.
 
     Raises:
         ConfigError: the mode asked for is unknown, or does not work with this engine.
     """
     wanted, adapters = config.policy.sync, config.lora is not None
-    fitting = [name for name, mode in MODES.items() if engine in mode.engines and mode.adapters in (None, adapters)]
+    fitting = [
+        name
+        for name, mode in MODES.items()
+        if engine in mode.engines and mode.adapters in (None, adapters) and (mode.sharded or not sharded)
+    ]
     if config.lora is not None and not config.lora.served_apart:
         fitting = [name for name in fitting if not MODES[name].over_base]
     if wanted == "auto":
-        return [name for name in fitting if MODES[name].automatic]
+        return [name for name in fitting if MODES[name].automatic] or fitting
     if wanted not in MODES:
         raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
     if wanted not in fitting:
         kind = "" if config.lora is None or config.lora.served_apart else f"{config.lora.kind!r} "
-        which = f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters"
+        which = f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters" + sharded * " and a split learner"
         raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
     return [wanted]
 
@@ -149,14 +161,16 @@ def engine_options(config: TrainConfig, mode: str) -> dict[str, Any]:
     return options
 
 
-def check(config: TrainConfig) -> None:
-    """Looks at everything in `policy`, before a model is loaded.
+def check(config: TrainConfig, world: World | None = None) -> None:
+    """Looks at everything in `policy`, before a model is loaded; `world`: the processes that train together.
 
     Raises:
         SettingError: an engine, a mode or an engine argument that cannot work in this run.
     """
-    engine = engine_of(config)
-    modes_of(config, engine)
+    engine, world = engine_of(config), world or World()
+    modes_of(config, engine, sharded=world.sharded)
+    if world.size > 1 and engine != "transformers":
+        raise ConfigError(f"policy.engine: {engine!r} cannot sample a run of several processes; 'transformers' can.")
     if config.policy.sleep and not (engine == "vllm" and torch.cuda.is_available()):
         raise ConfigError("policy.sleep: only vLLM on a CUDA device can give its memory back while the learner trains.")
     if engine == "vllm":
@@ -193,7 +207,7 @@ class Sync:
         self, config: TrainConfig, learner: Learner, *, folder: Path, version: int, tell: Callable[[str], None]
     ) -> None:
         self.config, self.learner, self.folder = config, learner, folder
-        modes = modes_of(config, engine_of(config))
+        modes = modes_of(config, engine_of(config), sharded=learner.world.sharded)
         best = modes[0]
         try:
             if len(modes) > 1:
@@ -247,7 +261,9 @@ class Sync:
             self.policy.close()
         config, model = self.config, self.learner.model
         engine = engine_of(config)
-        source = model if engine == "transformers" else config.model
+        source: Any = config.model
+        if engine == "transformers":
+            source = model if mode == "shared" else load_model(config.model, device=self.learner.device)
         self.policy = make_policy(source, engine=engine, version=version, **engine_options(config, mode))
         self.mode = mode
         self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype

@@ -15,10 +15,10 @@ import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.harness.advantages import advantage
-from llm_gym.harness.batching import Batch, Floats, pack, samples
-from llm_gym.harness.budget import Budget
-from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness import loggers, provenance
+from llm_gym.harness.batching import Batch, Floats, samples
+from llm_gym.harness.budget import Budget
+from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
 from llm_gym.harness.config import TrainConfig, dump, to_dict
 from llm_gym.harness.evaluation import Evaluation
 from llm_gym.harness.learner import Learner
@@ -26,6 +26,7 @@ from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.mixture import Drivers, arenas, describe_each, exams_of, scoring, selection_of
 from llm_gym.harness.model import load_model
 from llm_gym.harness.optimizers import check_optimizer
+from llm_gym.harness.parallel import connect
 from llm_gym.harness.randomness import reseed
 from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
@@ -105,25 +106,29 @@ class Trainer:
         play: bool = True,
     ) -> None:
         self.config = config = config.resolved()
-        self.observer = observer or Silent()
         self.weigh = advantage(config.advantage)
-        check(config)
+        self.world = connect(config.parallel, device_of(config))
+        self.observer = observer if observer is not None and self.world.rank == 0 else Silent()
+        check(config, self.world)
         check_optimizer(config.optimizer)
         loggers.check(config.log)
         self.arenas = arenas(config)
         papers = exams_of(config, self.arenas)
         self.selection = selection_of(config, self.arenas)
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
-        self.run = RunFolder(out or default_folder(self.arenas[0].env_id))
-        checkpoint = self._open_run(resume)
+        path = self.world.first(lambda: out or default_folder(self.arenas[0].env_id), "naming the run folder")
+        self.run = RunFolder(path) if self.world.rank == 0 else Follower(path)
+        checkpoint = self.world.first(lambda: self._open_run(resume), "opening the run folder")
         self.step = 0 if checkpoint is None else step_of(checkpoint)
         self.observer.on_start(config, self.run.path, self.step)
         self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step))
         tell = self.observer.on_note
-        self.loggers = loggers.Loggers(config.log, self.run.path, to_dict(config), self.step, tell)
+        log = config.log if self.world.rank == 0 else loggers.LogConfig()
+        self.loggers = loggers.Loggers(log, self.run.path, to_dict(config), self.step, tell)
         self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
-        self.model = load_model(config.model, device=device_of(config), lora=config.lora, memory=config.memory)
+        device = "cpu" if self.world.sharded else self.world.device  # parts go where they belong when it is split
+        self.model = load_model(config.model, device=device, lora=config.lora, memory=config.memory)
         set_threads(self.model, config.threads)
         self.learner = self.make_learner()
         if checkpoint is not None:
@@ -145,7 +150,8 @@ class Trainer:
 
     def make_learner(self) -> Learner:
         """What turns batches into steps of `self.model`."""
-        return Learner(self.model, self.config.optimizer, self.config.loss, total_steps=self.config.updates)
+        config = self.config
+        return Learner(self.model, config.optimizer, config.loss, total_steps=config.updates, world=self.world)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs the remaining steps; returns every row of metrics."""
@@ -184,22 +190,17 @@ class Trainer:
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
                 harvest = self.collect()
-            with clock(times, "time/train"), self.sync.resting():
+            with clock(times, "time/train"), self.sync.resting(), self.world.naming("training"):
                 learned = self.learn(harvest.episodes)
             with clock(times, "time/sync"):
                 self.observer.on_phase("sync", 1)
-                synced = self.sync(self.step + 1)
+                synced = self.world.worst(self.sync(self.step + 1), "sync")
         played = describe(harvest.played) | describe_each(self.arenas, harvest.played) | harvest.metrics
         played |= {"sampler/staleness_max": staleness(harvest.episodes, self.step)}
         self.step += 1
-        row = {
-            "step": self.step,
-            **played,
-            **learned,
-            **synced,
-            **times,
-            **speeds(learned, played["tokens/generated"], times),
-        }
+        times = self.world.worst(times, "a step")
+        row = {"step": self.step, **played, **learned, **synced, **times}
+        row |= speeds(learned, played["tokens/generated"], times)
         if self._due(self.config.eval.every):
             row |= self.evaluate()
         self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
@@ -218,12 +219,14 @@ class Trainer:
         return harvest
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:
-        """`group_size` episodes of every task."""
+        """`group_size` episodes of every task; this process plays its share of them."""
         size = self.config.group_size
-        count = self._counting("rollout", len(tasks) * size)
-        groups = self.drivers.play(
-            tasks, group_size=size, seed=self.config.seed, sampling=self.config.sampling, on_episode=count
+        mine = self.world.deal(tasks)
+        count = self._counting("rollout", len(mine) * size)
+        played = self.drivers.play(
+            mine, group_size=size, seed=self.config.seed, sampling=self.config.sampling, on_episode=count
         )
+        groups = self.world.undeal(played, "rollout")
         self.rewards.see(episode for g in groups for episode in g.episodes)
         return groups
 
@@ -238,7 +241,7 @@ class Trainer:
     def pack(self, groups: Sequence[Group], advantages: Floats) -> Batch:
         """Groups as packed micro-batches."""
         loss = self.config.loss
-        return pack(
+        return self.world.pack(
             samples(groups, advantages, train_truncated=self.config.truncated == "train"),
             max_tokens=self.budget.tokens,
             normaliser=loss.normaliser,
@@ -278,8 +281,8 @@ class Trainer:
         return self.run.save(self.step, self._save_to, keep=self.config.checkpoint.keep, best=self._is_best())
 
     def close(self) -> None:
-        """Closes environments, the engine and the loggers."""
-        for part in (self.drivers, self.evaluation, self.sync, self.loggers):
+        """Closes environments, the engine and the loggers, and takes leave of the other processes."""
+        for part in (self.drivers, self.evaluation, self.sync, self.loggers, self.world):
             part.close()
 
     def _open_run(self, resume: bool) -> Path | None:
@@ -294,13 +297,16 @@ class Trainer:
 
     def _save_to(self, folder: Path) -> None:
         save(self.learner, self.config.model, folder)
-        self.selection.save(folder)
+        if self.world.rank == 0:
+            self.selection.save(folder)
 
     def _play(
         self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
     ) -> list[Episode]:
-        count = self._counting(phase, len(seeds) * group_size)
-        episodes = driver.run(seeds, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+        mine = self.world.deal(seeds)
+        count = self._counting(phase, len(mine) * group_size)
+        played = driver.run(mine, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+        episodes = self.world.undeal(played, phase, each=group_size)
         self.rewards.see(episodes)
         return episodes
 
@@ -315,7 +321,8 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the run keeps its best step, and that is the one just written."""
-        return self.config.checkpoint.keep_best and self.run.best("eval/sampled_reward") == self.step
+        best = lambda: self.run.best("eval/sampled_reward") == self.step  # noqa: E731
+        return self.config.checkpoint.keep_best and self.world.first(best, "choosing the best step")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.run.log(row)

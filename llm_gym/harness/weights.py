@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llm_gym.chat import load_tokenizer
 from llm_gym.errors import CheckpointError
 from llm_gym.harness.learner import Learner
+from llm_gym.harness.sharding import load_parts, save_parts, split_as, split_state, whole_state
 from llm_gym.policies.model import copy_weights
 
-STATE = "trainer.pt"
+STATE, PARTS = "trainer.pt", "trainer"
+"""The optimizer's file; for a learner that is split over processes, the folder with each one's part."""
 
 
-def export(model: Any, tokenizer: str | Path | None, folder: Path) -> None:
-    """Writes weights (or the adapter), config and tokenizer: `llmgym eval --model <folder>` takes it."""
-    model.save_pretrained(folder)
+def export(model: Any, tokenizer: str | Path | None, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Writes weights (or the adapter), config and tokenizer: `llmgym eval --model <folder>` takes it.
+
+    `state`: the model's state dict, if its own tensors are not whole.
+    """
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     load_tokenizer(tokenizer).save_pretrained(folder)
 
 
 def save(learner: Learner, tokenizer: str | Path | None, folder: Path) -> None:
-    """Everything that training needs to go on bit for bit."""
-    export(learner.model, tokenizer, folder)
-    torch.save(learner.state_dict(), folder / STATE)
+    """Everything that training needs to go on bit for bit; every process of the run calls it with the same folder."""
+    world = learner.world
+    world.meet("checkpoint")  # the folder exists
+    state = whole_state(learner.model) if world.sharded else None
+    if world.rank == 0:
+        export(learner.model, tokenizer, folder, state)
+    if world.sharded:
+        save_parts(learner, folder / PARTS)
+    elif world.rank == 0:
+        torch.save(learner.state_dict(), folder / STATE)
+    world.meet("checkpoint written")
 
 
 def restore(learner: Learner, folder: Path) -> None:
-    """Reads back what `save` wrote, into the learner's own tensors.
+    """Reads back what `save` wrote, into the learner's own tensors; it may have been written by more or fewer processes.
 
     Raises:
         CheckpointError: a file is missing or of another model.
     """
     try:
-        tensors = read_tensors(folder)
+        like = next(learner.model.parameters())
+        tensors = {name: split_as(tensor, like) for name, tensor in read_tensors(folder).items()}
         if hasattr(learner.model, "peft_config"):
             import peft
 
             peft.set_peft_model_state_dict(learner.model, tensors)
         else:
             copy_weights(learner.model, tensors.items())
-        learner.load_state_dict(torch.load(folder / STATE, weights_only=True))
+        if (folder / PARTS).is_dir():
+            load_parts(learner, folder / PARTS)
+        else:
+            learner.load_state_dict(torch.load(folder / STATE, weights_only=True))
+            for optimizer in learner.optimizers:
+                split_state(optimizer)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint: {str(folder)!r} cannot be read ({error}).") from error
 

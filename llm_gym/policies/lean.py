@@ -81,7 +81,8 @@ def watched(module: nn.Module) -> bool:
 def _norm(x: Tensor, module: Any) -> Tensor:
     """RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467)."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return (x * scale.add_(module.variance_epsilon).rsqrt_()).mul_(module.weight)
+    normal: Tensor = x * scale.add_(module.variance_epsilon).rsqrt_()
+    return normal.mul_(module.weight)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def _linear(x: Tensor, module: Any) -> Tensor:
 
 def _add(x: Tensor, h: Tensor, module: Any) -> None:
     """x += module(h)."""
-    if type(module) is nn.Linear and module.bias is None:
+    if type(module) is nn.Linear and getattr(module, "bias", None) is None:
         x.addmm_(h, module.weight.t())
     else:
         x.add_(module(h))

@@ -9,7 +9,7 @@ as they arrive, and a row stays cached after its completion, for the next turn t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import PolicyError, SettingError
+from llm_gym.policies.checksums import checksum
 from llm_gym.policies.engine import Engine, Request
 from llm_gym.policies.forward import probe, vocabulary_of
 from llm_gym.policies.model import copy_weights, load_model, max_context_of, stop_ids_of
@@ -125,6 +126,11 @@ class TransformersPolicy:
         self._refuse_in_flight("load")
         copy_weights(self.model, tensors)
         self.refresh(version=version)
+
+    def differing(self, expected: Mapping[str, int]) -> list[str]:
+        """The tensors whose checksums (see `checksums`) are not these, by name."""
+        every = self.model.state_dict()
+        return [name for name, value in expected.items() if name not in every or checksum(every[name]) != value]
 
     def refresh(self, *, version: int | None = None) -> None:
         """Drops everything cached; call it when the shared weights have changed.
