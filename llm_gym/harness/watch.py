@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from llm_gym.errors import RankError
@@ -23,6 +23,8 @@ BEAT = 1.0
 """Seconds between two signs of life of a rank."""
 LOST = 30.0
 """Seconds without one after which a rank counts as gone."""
+HOLDER = "rank 0, or what started the processes,"
+"""Who holds the store."""
 
 
 class Pulse:
@@ -62,27 +64,29 @@ class Watch:
             RankError: after `timeout` seconds, or at once if a rank has left or died.
         """
         self.number, self.what = self.number + 1, what
-        self._write(None)
         began, pause, pulse = time.monotonic(), 0.0005, Pulse()
-        while late := self._behind():
-            self._look(late, pulse, what)
-            if time.monotonic() - began > self.timeout:
-                names, where = ", ".join(map(str, late)), next(iter(late.values()))["what"]
-                raise RankError(
-                    f"rank {names} did not come to {what!r} within {self.timeout:g} s: stuck after {where!r}."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        with _answering():
+            self._write(None)
+            while late := self._behind():
+                self._look(late, pulse, what)
+                if time.monotonic() - began > self.timeout:
+                    names, where = ", ".join(map(str, late)), next(iter(late.values()))["what"]
+                    raise RankError(
+                        f"rank {names} did not come to {what!r} within {self.timeout:g} s: stuck after {where!r}."
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
 
     def blame(self, what: str) -> None:
-        """After a collective has failed: looks for a rank that has died, or never came, for as long as it takes to see.
+        """After a collective has failed: looks for a rank that has died or left, for as long as it takes to see.
 
         Raises:
             RankError: there is one.
         """
         began, pulse = time.monotonic(), Pulse()
         while time.monotonic() - began < LOST + 2 * BEAT:
-            self._look(self._others(), pulse, what)
+            with _answering():
+                self._look(self._others(), pulse, what)
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -114,10 +118,7 @@ class Watch:
                 raise RankError(f"rank {rank} is gone: no sign of life for {LOST:.0f} s, during {what!r}.")
 
     def _read(self) -> dict[int, Any]:
-        try:
-            states = self.store.multi_get([f"at/{rank}" for rank in range(self.size)])
-        except RuntimeError as error:
-            raise RankError("rank 0, or what started the processes, is gone: its store does not answer.") from error
+        states = self.store.multi_get([f"at/{rank}" for rank in range(self.size)])
         return {rank: json.loads(state) for rank, state in enumerate(states)}
 
     def _beat(self) -> None:
@@ -129,7 +130,16 @@ class Watch:
                 self.store.set(f"beat/{self.rank}", str(count))
             except RuntimeError:
                 if not self.over.is_set():
-                    _end(f"rank {self.rank}: rank 0, or what started the processes, is gone; stopping.")
+                    _end(f"rank {self.rank}: {HOLDER} is gone; stopping.")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """A store that does not answer means that its holder is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"{HOLDER} is gone: the store does not answer.") from error
 
 
 def _end(text: str) -> None:

@@ -1,0 +1,126 @@
+"""`llmgym train --nproc`: what one process learns, and nobody left behind or waiting when one of them is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ranks
+
+pytestmark = pytest.mark.heavy
+
+LLMGYM = [sys.executable, "-m", "llm_gym.cli"]
+SMALL = ["--set", "prompts_per_step=4", "--set", "group_size=4", "--set", "eval.episodes=8"]
+DEADLINE = 240.0
+"""Seconds that only a failure takes."""
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def until(true: Callable[[], Any], what: str) -> Any:
+    limit = time.monotonic() + DEADLINE
+    while time.monotonic() < limit:
+        if value := true():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {DEADLINE:.0f} s")
+
+
+def train(run: Path, *more: str, steps: int = 1000) -> list[str]:
+    return [*LLMGYM, "train", *SMALL, "--steps", str(steps), "--out", str(run), *more]
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], dict[int, psutil.Process]]]]:
+    """`begun(*arguments)`: a run of two processes that has made a step: the launcher, and the process of each rank."""
+    started: list[psutil.Process] = []
+
+    def begin(*arguments: str) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+        command = train(tmp_path / "run", "--nproc", "2", *arguments)
+        launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until(lambda: len(rows_of(tmp_path / "run")) > 1 or launcher.poll() is not None, "a first step")
+        assert launcher.poll() is None, launcher.communicate()
+        found = psutil.Process(launcher.pid).children(recursive=True)
+        started.extend([psutil.Process(launcher.pid), *found])
+        return launcher, {int(p.environ()["RANK"]): p for p in found if "RANK" in p.environ()}
+
+    yield begin
+    for process in started:
+        if process.is_running():
+            process.kill()
+
+
+def gone(processes: dict[int, psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes.values(), timeout=DEADLINE)[1]
+
+
+# Losing a rank
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_the_run_and_is_named(lost: int, begun) -> None:
+    launcher, processes = begun()
+    processes[lost].send_signal(signal.SIGKILL)
+    _, said = launcher.communicate(timeout=DEADLINE)
+    assert f"Error: rank {lost} was killed by SIGKILL; the other processes were stopped." in said
+    assert launcher.returncode == 2
+    assert "Traceback" not in said
+    assert gone(processes)
+
+
+def test_ctrl_c_ends_all_processes_with_one_sentence(begun) -> None:
+    launcher, processes = begun()
+    launcher.send_signal(signal.SIGINT)
+    _, said = launcher.communicate(timeout=DEADLINE)
+    assert launcher.returncode == 130
+    assert said.count("Stopped after step") == 1
+    assert said.count("llmgym train --resume --out") == 1
+    assert "Traceback" not in said
+    assert gone(processes)
+
+
+def test_processes_do_not_outlive_what_started_them(begun) -> None:
+    launcher, processes = begun()
+    launcher.kill()
+    assert gone(processes)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_without_a_launcher_the_others_find_out_themselves(lost: int, tmp_path: Path) -> None:
+    """Rank 0 holds the store here; each process must see that the other is dead, and say so."""
+    both = ranks.start(train(tmp_path / "run"), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: len(rows_of(tmp_path / "run")) > 1, "a first step")
+        both[lost].kill()
+        said, _ = both[1 - lost].communicate(timeout=DEADLINE)
+        assert both[1 - lost].returncode not in (0, None)
+        assert f"rank {lost}" in said.splitlines()[-1], said
+    finally:
+        for process in both:
+            process.kill()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_stands_still_is_named_when_time_is_up(strategy: str, tmp_path: Path) -> None:
+    settings = ["--set", "parallel.timeout=20", "--set", f"parallel.strategy={strategy}"]
+    both = ranks.start(train(tmp_path / "run", *settings), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: len(rows_of(tmp_path / "run")) > 1, "a first step")
+        both[1].send_signal(signal.SIGSTOP)
+        said, _ = both[0].communicate(timeout=DEADLINE)
+        assert both[0].returncode == 2
+        assert said.splitlines()[-1].startswith("Error: rank 1 "), said
+    finally:
+        for process in both:
+            process.kill()
