@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, gradients, llama, qwen3, row
-from torch.utils.checkpoint import checkpoint
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn
 from llm_gym.harness import trees
+from llm_gym.harness.activations import thin
 from llm_gym.harness.batching import MicroBatch, Sample, pack, samples
+from llm_gym.harness.layers import decoder_layers
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.merge import parts
@@ -240,9 +240,7 @@ def adapted() -> Any:
 
 def checkpointed(model: Any) -> Any:
     """Every decoder layer is run again in the backward pass; attention then reads its layout a second time."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    for layer in causal.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    thin(decoder_layers(model), checkpointing=1, offload=False)
     return model
 
 
