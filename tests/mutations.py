@@ -133,6 +133,13 @@ MUTANTS = (
         ("harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",),
     ),
     Mutant(
+        "attention to a prompt and to what follows it is merged without the prompt's weight",
+        "harness/merge.py",
+        "addcmul(o_before, (before - e).exp_())",
+        "add(o_before)",
+        ("harness/test_merge.py::test_either_form_is_attention_with_a_dense_mask",),
+    ),
+    Mutant(
         "an environment takes a cut completion for an answer",
         "env.py",
         "len(action) >= self._room()",
