@@ -87,6 +87,10 @@ class Chart:
     hovers: list[Hover]
 
 
+EACH = "reward/mean/"
+"""Metrics that a mixture has for each environment."""
+
+
 def main_charts(run: Run) -> list[Chart]:
     """The charts that say whether the run learned."""
     return _charts(run, [*MAIN, *evaluation_plots(run.metrics)])
@@ -108,10 +112,12 @@ def more_charts(run: Run) -> list[Chart]:
     shown = {name for plot in MAIN + MORE for name, _ in plot.metrics}
     same = constants(run)
     rest = [name for name in run.metrics if name not in shown and name not in same and not is_evaluation(name)]
-    parts = [name for name in rest if name.startswith("reward/")]
-    plots = [one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
+    each = [name for name in rest if name.startswith(EACH)]
+    parts = [name for name in rest if name.startswith("reward/") and name.count("/") == 1]
+    plots = [Plot("Training reward by environment", "mean", tuple((name, name.removeprefix(EACH)) for name in each))]
+    plots += [one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
     plots += [*MORE, *ending_plots(name for name, series in run.metrics.items() if any(series.values))]
-    plots += [one(name, "", name) for name in rest if name not in parts]
+    plots += [one(name, "", name) for name in rest if name not in parts and name not in each]
     return _charts(run, [plot for plot in plots if any(name not in same for name, _ in plot.metrics)])
 
 

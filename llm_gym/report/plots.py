@@ -46,6 +46,12 @@ MORE = (
     one("Turns", "completions per episode", "episode/turns_mean"),
     one("Truncated", "fraction of episodes that a limit ended", "episode/truncated_fraction"),
     one("Reward spread", "standard deviation over the episodes of a step", "reward/std"),
+    one("No spread", "fraction of groups whose episodes all have the same return", "groups/zero_spread"),
+    Plot(
+        "Groups",
+        "of each step; reused: played in the step before",
+        (("groups/played", "played"), ("groups/trained", "trained"), ("groups/reused", "reused")),
+    ),
     one("Loss", "its value means little in policy-gradient training", "policy/loss"),
     one("KL to the reference", "nats per token", "policy/kl"),
     one("Learning rate", "of each step", "policy/lr"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_trainer import Digits, StopAfter, stable, weights
 
+from llm_gym import report
 from llm_gym.core import Episode, StopReason
 from llm_gym.env import Reply, TextEnv
 from llm_gym.envs import make
@@ -248,6 +249,7 @@ def test_a_step_without_a_group_changes_nothing_and_says_so(tmp_path: Path, more
     assert rows[1]["reward/mean"] > 0
     assert episodes(tmp_path / "run", "step_000001") == []
     assert len(episodes(tmp_path / "run", "dropped_000001")) == 18
+    assert report.write(tmp_path / "run").is_file()
 
 
 def test_fewer_groups_than_minibatches_are_trained_on(tmp_path: Path) -> None:

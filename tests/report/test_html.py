@@ -10,7 +10,8 @@ from run_folders import decode, episode, run
 
 from llm_gym import report
 from llm_gym.errors import CheckpointError
-from llm_gym.report.run import problems
+from llm_gym.report.charts import more_charts
+from llm_gym.report.run import problems, read
 
 
 class Page(HTMLParser):
@@ -183,6 +184,18 @@ def test_folder_without_a_run(tmp_path: Path) -> None:
 )
 def test_training_problems_are_not_called_unseen(config: dict[str, Any], words: str) -> None:
     assert problems(config) == f"{words} problems"
+
+
+def test_a_mixture_has_its_rewards_in_one_chart(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r")
+    for step in (4, 5):
+        means = {f"reward/mean/{name}": step / 10 for name in ("A-v0", "test/B-v0")}
+        folder.log({"step": step, "reward/style": step / 9, **means, "groups/played": step, "groups/trained": step / 2})
+    charts = {chart.title: chart for chart in more_charts(read(tmp_path / "r"))}
+    assert [line.name for line in charts["Training reward by environment"].lines] == ["A-v0", "test/B-v0"]
+    assert [line.name for line in charts["Groups"].lines] == ["played", "trained"]
+    assert "Reward: style" in charts
+    assert not any("mean/" in title for title in charts)
 
 
 def test_what_never_changes_needs_no_chart(tmp_path: Path) -> None:
