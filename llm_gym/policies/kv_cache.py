@@ -139,7 +139,8 @@ def attend(
     rows, heads, new, _ = query.shape
     groups = heads // key.shape[1]
     if new == 1 and attention_mask is not None and key.device.type == "cpu" and key.dtype in _EXACT:
-        return _attend_once(query.to(key.dtype), key, value, attention_mask, scaling).to(query.dtype), None
+        if torch.get_num_threads() == 1 and not torch.is_grad_enabled():
+            return _attend_once(query.to(key.dtype), key, value, attention_mask, scaling).to(query.dtype), None
     if attention_mask is not None and new > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
     folded = query.to(key.dtype).reshape(rows, key.shape[1], groups * new, -1)
@@ -151,14 +152,16 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """One new token of each row, [n, 1, heads, value dim]: plain products, which on a CPU cost a fifth less."""
+    """One new token of each row, [n, 1, heads, value dim], on one thread of a CPU.
+
+    A row's products are tiny, and NumPy's BLAS takes less than half of MKL's time for them (on an AMD processor).
+    """
     rows, heads, _, dim = query.shape
-    kept, span = key.shape[1:3]
-    folded = query.reshape(rows * kept, heads // kept, dim)
-    seen = mask.expand(rows, kept, 1, span).reshape(rows * kept, 1, span)
     scale = dim**-0.5 if scaling is None else scaling
-    scores = torch.baddbmm(seen, folded, key.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(rows, 1, heads, -1)
+    folded = query.reshape(rows, key.shape[1], -1, dim) * scale
+    scores = torch.from_numpy(np.matmul(folded.numpy(), key.numpy().swapaxes(2, 3)))
+    weights = scores.add_(mask).softmax(-1)
+    return torch.from_numpy(np.matmul(weights.numpy(), value.numpy())).view(rows, 1, heads, -1)
 
 
 AttentionInterface.register(ATTENTION, attend)
