@@ -45,7 +45,8 @@ class Budget:
 
     def __init__(self, tokens: int | str, learner: Learner, tell: Callable[[str], None]) -> None:
         self.learner, self.tell = learner, tell
-        self.tokens = tokens if isinstance(tokens, int) else self._measured()
+        measured = tokens if isinstance(tokens, int) else self._measured()
+        self.tokens = min(learner.world.gather(measured, "measuring memory"))
 
     def step(self, batch: Batch, *, temperature: float) -> dict[str, float]:
         """`Learner.step`, as often as it takes to fit; nothing is counted twice.

@@ -148,6 +148,9 @@ class Follower(RunFolder):
     def write_config(self, config_yaml: str) -> None:
         """Nothing."""
 
+    def add_provenance(self, start: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing."""
 

@@ -97,7 +97,7 @@ class Learner:
         Raises:
             ShortOfMemory: a micro-batch does not fit; nothing has changed (see `budget`).
         """
-        totals = dict.fromkeys(MEANS, 0.0)
+        totals: dict[str, float] = {}
         peak_gap, idle = 0.0, self.world.idle(len(batch.micro))
         with all_or_nothing(self.model):
             for micro in batch.micro:
@@ -108,6 +108,7 @@ class Learner:
                 self._backward(micro.to(self.device), temperature)
         mine = totals | {SEEN: sum(len(micro.target) for micro in batch.micro)}
         totals = self.world.add(mine, "adding metrics")
+        totals = totals if totals[SEEN] else totals | dict.fromkeys(MEANS, 0.0)
         peak_gap = max(self.world.gather(peak_gap, "adding metrics"))
         loss, seen = totals.pop("policy/loss", 0.0), totals.pop(SEEN)
         rate = self._rate()

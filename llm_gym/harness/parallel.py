@@ -29,6 +29,8 @@ from llm_gym.harness.watch import Watch
 
 T = TypeVar("T")
 
+SPLITTABLE = ("adamw", "adafactor")
+"""Optimizers that work on the parts of a split model."""
 BUCKET = 1 << 24
 """Most gradient elements that travel in one piece."""
 
@@ -277,6 +279,24 @@ class _Stores:
 
     base: Any = None
     count = 0
+
+
+def check_sharding(world: World, optimizer: str, base: str | None = None) -> None:
+    """What a split model cannot do.
+
+    Args:
+        world: the processes of the run.
+        optimizer: its name.
+        base: what the weights under adapters are held in; None: there are no adapters.
+
+    Raises:
+        ConfigError: an optimizer that has not been shown to be right on parts of matrices, or weights of 4 bits.
+    """
+    if world.sharded and optimizer not in SPLITTABLE:
+        names = " or ".join(map(repr, SPLITTABLE))
+        raise ConfigError(f"optimizer.name: {optimizer!r} needs whole matrices; use {names}, or parallel.strategy=ddp.")
+    if world.sharded and base == "nf4":
+        raise ConfigError("lora.base: 'nf4' cannot be split over processes; use parallel.strategy=ddp.")
 
 
 def here() -> tuple[int, int]:

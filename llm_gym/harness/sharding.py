@@ -37,7 +37,7 @@ def shard(causal: Any, device: torch.device, size: int) -> None:
     mesh = init_device_mesh(device.type, (size,))
     blocks = set(getattr(causal, "_no_split_modules", None) or ())
     for module in causal.modules():
-        if type(module).__name__ in blocks:
+        if blocks & {cls.__name__ for cls in type(module).__mro__}:
             fully_shard(module, mesh=mesh)
     causal.gathered = _call
     fully_shard(causal, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Starts processes as torchrun does, and is the program that compares gradients: `python ranks.py <what> <out>`."""
+"""Starts processes as torchrun does; as a program, takes the same optimizer steps in each: `python ranks.py <out>`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "harness"))
+
+from small_models import qwen3  # noqa: E402
+from test_presets import prepared  # noqa: E402
+
+from llm_gym.harness.batching import Batch, pack  # noqa: E402
+from llm_gym.harness.config import TrainConfig, load  # noqa: E402
+from llm_gym.harness.learner import Learner  # noqa: E402
+from llm_gym.harness.lora import LoraConfig  # noqa: E402
+from llm_gym.harness.memory import MemoryConfig, economise  # noqa: E402
+from llm_gym.harness.model import prepare  # noqa: E402
+from llm_gym.harness.optimizers import OptimizerConfig  # noqa: E402
+from llm_gym.harness.parallel import SPLITTABLE, ParallelConfig, World, connect  # noqa: E402
+from llm_gym.harness.presets import PRESETS  # noqa: E402
+from llm_gym.harness.sharding import whole  # noqa: E402
 
 
 def free_port() -> int:
@@ -21,7 +39,7 @@ def free_port() -> int:
 
 def start(command: Sequence[str], size: int, **popen: Any) -> list[subprocess.Popen[str]]:
     """`command` as ranks 0 to size - 1, with torchrun's variables; rank 0 holds the store."""
-    paths = [str(HERE.parents[1]), str(HERE.parent / "harness"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [
@@ -47,51 +65,71 @@ def run(command: Sequence[str], size: int, *, timeout: float = 500) -> None:
 # The program
 
 
-def one_step(name: str, dtype: Any, world: Any, share: str, lora: bool = False) -> dict[str, Any]:
-    """Two optimizer steps of a preset; gradients of the first, weights after the second, metrics of both."""
-    from small_models import qwen3
-    from test_presets import prepared
+class Case(NamedTuple):
+    """What is trained, and how."""
 
-    from llm_gym.harness.learner import Learner
-    from llm_gym.harness.model import LoraConfig, prepare
-    from llm_gym.harness.optimizers import OptimizerConfig
-    from llm_gym.harness.sharding import whole
+    preset: str = "grpo"
+    dtype: str = "float64"
+    sets: tuple[str, ...] = ()
+    lora: bool = False
+    optimizer: str = "adamw"
+    memory: MemoryConfig = MemoryConfig()
 
-    config, rows = prepared(name, qwen3(dtype=dtype))
-    model = qwen3(dtype=dtype)
-    if lora:
-        import torch
 
+KL = ("loss.kl=k3", "loss.kl_weight=0.5")
+CASES = {
+    **{name: Case(name) for name in PRESETS},
+    "float32": Case(dtype="float32"),
+    "lora": Case(lora=True),
+    "reference": Case(sets=KL),
+    "lora, reference": Case(sets=KL, lora=True),
+    "correction": Case(sets=("loss.correction.name=mis", "loss.correction.level=sequence")),
+    "muon": Case(optimizer="muon"),
+    "adafactor": Case(optimizer="adafactor"),
+    "checkpointing": Case(memory=MemoryConfig(checkpointing=1)),
+    "some layers": Case(memory=MemoryConfig(train_layers="-1")),
+}
+
+
+def model_of(case: Case) -> Any:
+    model = qwen3(dtype=getattr(torch, case.dtype))
+    economise(model, case.memory)
+    if case.lora:
         torch.manual_seed(1)
         model = prepare(model, lora=LoraConfig(rank=4))
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    how = {"normaliser": config.loss.normaliser, "constant_length": config.loss.constant_length, "share": True}
-    settings = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=1e3, weight_decay=0.1)
-    learner = Learner(model, settings, config.loss, total_steps=4, world=world)
-    found: dict[str, Any] = {}
+    return model
+
+
+def two_steps(case: Case, world: World, share: str) -> dict[str, Any]:
+    """Gradients of the first optimizer step, weights after the second, metrics of both."""
+    _, rows = prepared(case.preset, qwen3(dtype=getattr(torch, case.dtype)))
+    loss = load(TrainConfig, preset=case.preset, sets=["loss.constant_length=20", *case.sets]).loss
+    how = {"normaliser": loss.normaliser, "constant_length": loss.constant_length, "share": True}
+    settings = OptimizerConfig(case.optimizer, lr=1e-2, eps=1e-3, max_grad_norm=1e3, weight_decay=0.1)
+    model = model_of(case)
+    learner = Learner(model, settings, loss, total_steps=4, world=world)
+    gradients: dict[str, Any] = {}
 
     def keep(*_: Any) -> None:
-        if "gradients" not in found:
-            grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-            found["gradients"] = {n: whole(g).clone() for n, g in grads.items()}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients.setdefault(name, whole(parameter.grad).clone())
 
-    for optimizer in learner.optimizers:
-        optimizer.register_step_pre_hook(keep)
+    learner.optimizers[0].register_step_pre_hook(keep)
     batch = world.pack(rows, max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
-    found["passes"] = world.gather(len(batch.micro), "passes")
-    found["metrics"] = [learner.step(batch), learner.step(batch)]
-    found["weights"] = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
-    return found
+    if case.sets[:1] == ("loss.correction.name=mis",):
+        batch = learner.remember(batch)
+    metrics = [learner.step(batch), learner.step(batch)]
+    weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    passes = world.gather(len(batch.micro), "passes")
+    return {"gradients": gradients, "weights": weights, "metrics": metrics, "passes": passes}
 
 
-def by_hand(rows: Any, world: Any, how: Any) -> Any:
-    """Five micro-batches on rank 0, three on rank 1, none on rank 2."""
-    from dataclasses import replace
-
-    from llm_gym.harness.batching import pack
-
+def by_hand(rows: Any, world: World, how: Any) -> Batch:
+    """Eight micro-batches: seven and one on two ranks; five, three and none on three."""
     batch = pack(rows, max_tokens=1, **how)
     assert len(batch.micro) == 8
     cuts = {1: [slice(None)], 2: [slice(0, 7), slice(7, None)], 3: [slice(0, 5), slice(5, None), slice(0, 0)]}
@@ -99,26 +137,20 @@ def by_hand(rows: Any, world: Any, how: Any) -> Any:
 
 
 def main(out: str) -> None:
-    import torch
-
-    from llm_gym.harness.parallel import ParallelConfig, connect
-    from llm_gym.harness.presets import PRESETS
-
     torch.set_num_threads(1)
-    found = {}
+    found: dict[Any, Any] = {}
     for strategy in ("ddp", "fsdp"):
-        world = connect(ParallelConfig(strategy, timeout=120))
+        world = connect(ParallelConfig(strategy, timeout=300))
         for share in ("dealt", "by hand"):
-            for name in PRESETS:
-                found[strategy, share, name, "float64"] = one_step(name, torch.float64, world, share)
-            found[strategy, share, "grpo", "float32"] = one_step("grpo", torch.float32, world, share)
-            found[strategy, share, "lora", "float64"] = one_step("grpo", torch.float64, world, share, lora=True)
-        first = world.rank == 0
+            for name, case in CASES.items():
+                if strategy == "fsdp" and case.optimizer not in SPLITTABLE:
+                    continue
+                found[strategy, share, name] = two_steps(case, world, share)
+        if world.rank == 0:
+            torch.save(found, out)
         world.close()
         if world.size == 1:
             break
-    if first:
-        torch.save(found, out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""Several processes, as far as threads and one process can show; real ones are in tests/heavy (ranks, nproc)."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import qwen3, samples
+from torch.distributed import TCPStore
+
+from llm_gym.errors import ConfigError, RankError
+from llm_gym.harness import watch
+from llm_gym.harness.batching import pack
+from llm_gym.harness.config import TrainConfig, load
+from llm_gym.harness.learner import Learner
+from llm_gym.harness.parallel import ParallelConfig, World, check_sharding
+from llm_gym.harness.sync import check
+from llm_gym.harness.watch import Watch
+
+
+class Told(World):
+    """A rank that is told what all ranks say, in place of asking them."""
+
+    def __init__(self, rank: int, size: int, said: Callable[[Any], list[Any]], strategy: str = "ddp") -> None:
+        super().__init__(rank, size, ParallelConfig(strategy))  # type: ignore[arg-type]
+        self.said = said
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        return self.said(value)
+
+
+# Alone
+
+
+def test_alone_everything_is_the_identity() -> None:
+    world = World()
+    assert world.deal([3, 1, 2]) == [3, 1, 2]
+    assert world.undeal([3, 1, 2], "x", each=1) == [3, 1, 2]
+    assert world.gather("a", "x") == ["a"]
+    assert world.first(lambda: 7, "x") == 7
+    assert world.worst({"a": 1.5, "b": "c"}, "x") == {"a": 1.5, "b": "c"}
+    assert world.add({"a": 1.5}, "x") == {"a": 1.5}
+    assert world.idle(0) == []
+    assert not World(config=ParallelConfig("fsdp")).sharded
+
+
+def test_a_parameter_without_a_gradient_keeps_none() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    World().sum_gradients([parameter])
+    assert parameter.grad is None
+
+
+# Shares
+
+
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 5), st.integers(1, 3))
+def test_what_is_dealt_comes_back_in_order(seeds: list[int], size: int, each: int) -> None:
+    """Groups stay whole on a rank, and the order is that of one process."""
+    shares = [[(s, m) for s in World(rank, size).deal(seeds) for m in range(each)] for rank in range(size)]
+    for rank in range(size):
+        together = Told(rank, size, lambda value: shares).undeal(shares[rank], "x", each=each)
+        assert together == [(s, m) for s in seeds for m in range(each)]
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 100))
+def test_shares_of_a_batch_are_all_of_it_once(lengths: list[int], size: int, budget: int) -> None:
+    whole = pack(samples(lengths), max_tokens=10**6)
+    shares = [
+        Told(r, size, lambda value: [value] * size).pack(samples(lengths), max_tokens=budget) for r in range(size)
+    ]
+    assert {(b.tokens, b.episodes) for b in shares} == {(whole.tokens, whole.episodes)}
+    for name in ("target", "weight", "advantages"):
+        dealt = sorted(x for b in shares for m in b.micro for x in getattr(m, name).tolist())
+        assert dealt == sorted(x for m in whole.micro for x in getattr(m, name).tolist())
+    loads = [sum(len(m.tokens) for m in b.micro) for b in shares]
+    assert max(loads) - min(loads) <= max(len(m.tokens) for b in shares for m in b.micro)
+
+
+def test_the_smallest_token_budget_of_any_rank_counts_for_all() -> None:
+    made = [Told(r, 2, lambda value: [10, 1000]).pack(samples([9] * 6), max_tokens=(10, 1000)[r]) for r in range(2)]
+    assert {len(b.micro) for b in made} == {3}
+
+
+def test_an_error_of_the_first_is_raised_by_all() -> None:
+    error = ConfigError("x")
+    with pytest.raises(ConfigError, match="x"):
+        Told(1, 2, lambda value: [error, None]).first(lambda: 1, "y")
+
+
+def test_metrics_are_summed_by_name_or_the_worst() -> None:
+    world = Told(0, 2, lambda value: [value, {"a": 2.0, "b": 1.0}])
+    assert world.add({"a": 1.0}, "x") == {"a": 3.0, "b": 1.0}
+    assert world.worst({"a": 1.0, "mode": "p"}, "x") == {"a": 2.0, "mode": "p"}
+
+
+def test_idle_passes_weigh_nothing() -> None:
+    """A rank with less work runs as often as the others, and its gradient stays what it was."""
+    busy = Told(0, 2, lambda value: [value, 3], "fsdp")
+    idle = busy.idle(1)
+    assert [len(m.tokens) for m in idle] == [1, 1]
+    assert World().idle(1) == Told(0, 2, lambda value: [value, 3]).idle(1) == []
+    learner = Learner(qwen3())
+    for micro in idle:
+        learner._backward(micro, 1.0)
+    assert all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
+
+
+# What is refused
+
+
+def test_what_cannot_work_is_refused_in_one_sentence() -> None:
+    split = World(0, 2, ParallelConfig("fsdp"))
+    with pytest.raises(ConfigError, match=r"optimizer.name: 'muon'.*parallel.strategy=ddp"):
+        check_sharding(split, "muon")
+    with pytest.raises(ConfigError, match=r"policy.sync: 'shared' does not work.*split learner; valid: auto, copy"):
+        check(load(TrainConfig, sets=["policy.sync=shared"]), split)
+    with pytest.raises(ConfigError, match=r"policy.engine: 'server' cannot sample a run of several processes"):
+        check(load(TrainConfig, sets=["policy.engine=server", "policy.servers=[http://127.0.0.1:1]"]), World(0, 2))
+    with pytest.raises(ConfigError, match="parallel.timeout: got 0.0"):
+        load(TrainConfig, sets=["parallel.timeout=0"])
+    with pytest.raises(ConfigError, match="did you mean 'fsdp'"):
+        load(TrainConfig, sets=["parallel.strategy=fsdp2"])
+
+
+# Who is missing
+
+
+@pytest.fixture
+def store() -> Iterator[Callable[[], TCPStore]]:
+    """Makes clients of one real store."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield lambda: TCPStore("127.0.0.1", server.port, is_master=False, timeout=datetime.timedelta(seconds=60))
+
+
+@pytest.fixture
+def watches(store: Callable[[], TCPStore]) -> Iterator[Callable[..., list[Watch]]]:
+    """`watches(size, timeout)`: those of all ranks, in this process."""
+    every: list[Watch] = []
+
+    def make(size: int, timeout: float) -> list[Watch]:
+        found: dict[int, Watch] = {}
+
+        def one(rank: int) -> None:
+            found[rank] = Watch(store(), rank, size, timeout)
+
+        in_threads([lambda r=rank: one(r) for rank in range(size)])
+        every.extend(found.values())
+        return [found[rank] for rank in range(size)]
+
+    yield make
+    for each in every:
+        each.stop()
+
+
+def in_threads(functions: list[Callable[[], Any]]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_all_go_on_when_all_have_come(watches) -> None:
+    three = watches(3, 60)
+    for _ in range(3):
+        in_threads([lambda w=w: w.wait("packing") for w in three])
+    assert {w.number for w in three} == {3}
+
+
+def test_who_does_not_come_is_named_with_where_it_was_last(watches) -> None:
+    first, second, third = watches(3, 0.3)
+    in_threads([lambda w=w: w.wait("rollout") for w in (first, second, third)])
+    with pytest.raises(RankError, match=r"rank 1, 2 did not come to 'packing' within 0.3 s: stuck after 'rollout'"):
+        first.wait("packing")
+
+
+def test_who_leaves_is_named_at_once_with_the_reason(watches) -> None:
+    first, second = watches(2, 600)
+    try:
+        raise ValueError("no such seed")
+    except ValueError:
+        second.stop()
+    with pytest.raises(RankError, match="rank 1 has left during 'packing': ValueError: no such seed"):
+        first.wait("packing")
+    with pytest.raises(RankError, match="rank 1 has left"):
+        first.blame("packing")
+
+
+def test_who_gives_no_sign_of_life_is_named_long_before_time_is_up(watches, monkeypatch) -> None:
+    first, second = watches(2, 600)
+    monkeypatch.setattr(watch, "LOST", 3.0)
+    second.over.set()  # as if its process had stopped
+    second._thread.join()
+    with pytest.raises(RankError, match="rank 1 is gone: no sign of life for 3 s, during 'packing'"):
+        first.wait("packing")
+
+
+def test_silence_lasts_as_long_as_the_same_beat(monkeypatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    pulse = watch.Pulse()
+    silences = []
+    for now, beat in ((100, b"5"), (107, b"5"), (111, b"6"), (140, b"6")):  # noqa: B007, the clock reads `now`
+        silences.append(pulse.silence(3, beat))
+    assert silences == [0, 7, 0, 29]
+    assert pulse.silence(4, b"6") == 0

@@ -1,0 +1,53 @@
+"""One gradient, and one optimizer step, whatever the number of processes and however the work lies on them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import ranks
+import torch
+
+pytestmark = pytest.mark.heavy
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, dict[Any, Any]]:
+    """World size -> (strategy, how the work is shared, case) -> what came out."""
+    made = {}
+    for size in (1, 2, 3):
+        file = tmp_path_factory.mktemp("ranks") / "found.pt"
+        ranks.run([sys.executable, ranks.__file__, str(file)], size)
+        made[size] = torch.load(file, weights_only=False)
+    return made
+
+
+SETUPS = [(size, strategy, share) for size in (2, 3) for strategy in ("ddp", "fsdp") for share in ("dealt", "by hand")]
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize(("size", "strategy", "share"), SETUPS)
+def test_it_is_that_of_one_process(size: int, strategy: str, share: str, name: str, found) -> None:
+    if strategy == "fsdp" and ranks.CASES[name].optimizer not in ranks.SPLITTABLE:
+        assert ("fsdp", share, name) not in found[size]  # refused, see tests/harness/test_parallel.py
+        return
+    one, many = found[1]["ddp", share, name], found[size][strategy, share, name]
+    most = 1e-6 if ranks.CASES[name].dtype == "float32" else 1e-9
+    assert max(float(g.abs().max()) for g in one["gradients"].values()) > 1e-4
+    for what in ("gradients", "weights"):
+        assert many[what].keys() == one[what].keys()
+        for tensor, want in one[what].items():
+            torch.testing.assert_close(
+                many[what][tensor], want, rtol=most, atol=most, msg=lambda m, t=tensor: f"{t}: {m}"
+            )
+    for metrics, want in zip(many["metrics"], one["metrics"], strict=True):
+        assert metrics == pytest.approx(want, rel=10 * most, abs=10 * most)
+
+
+def test_the_work_lay_as_was_meant(found) -> None:
+    """Uneven, with a rank that has nothing to do; and every rank busy where it is dealt."""
+    assert found[2]["fsdp", "by hand", "grpo"]["passes"] == [7, 1]
+    assert found[3]["fsdp", "by hand", "grpo"]["passes"] == [5, 3, 0]
+    for size in (2, 3):
+        assert min(found[size]["fsdp", "dealt", "grpo"]["passes"]) >= 1
