@@ -85,7 +85,7 @@ def command(
         with settings(), as_rank(rank):
             trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
         with as_rank(rank):
-            rows = trainer.rollout() if rollout_only else trainer.train()
+            rows = trainer.train(rollout_only=rollout_only)
     except KeyboardInterrupt:
         progress.stop()
         stopped(progress)

@@ -154,35 +154,32 @@ class Trainer:
         config = self.config
         return Learner(self.model, config.optimizer, config.loss, total_steps=config.updates, world=self.world)
 
-    def train(self) -> list[dict[str, Any]]:
-        """Runs the remaining steps; returns every row of metrics."""
+    def train(self, *, rollout_only: bool = False) -> list[dict[str, Any]]:
+        """Runs the remaining steps; returns every row of metrics.
+
+        With `rollout_only` it plays and writes each step's episodes, and neither trains nor evaluates.
+        """
+        step = self.rollout_step if rollout_only else self.train_step
         try:
-            if self.step == 0:
+            if self.step == 0 and not rollout_only:
                 self._write({"step": 0, **self.evaluate()})
             while self.step < self.config.steps:
-                self.train_step()
+                step()
         finally:
             self.close()
         rows = self.run.metrics()
         self.observer.on_end(rows)
         return rows
 
-    def rollout(self) -> list[dict[str, Any]]:
-        """Plays and writes the episodes of every remaining step, and trains nothing; returns every row of metrics."""
-        try:
-            while self.step < self.config.steps:
-                times: dict[str, float] = {}
-                reseed(self.config.seed, self.step)
-                with clock(times, "time/rollout"):
-                    harvest = self.collect()
-                self.step += 1
-                self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
-                self._write({"step": self.step, **describe(harvest.played), **harvest.metrics, **times})
-        finally:
-            self.close()
-        rows = self.run.metrics()
-        self.observer.on_end(rows)
-        return rows
+    def rollout_step(self) -> None:
+        """One step's episodes and their row of metrics; the weights stay as they are."""
+        times: dict[str, float] = {}
+        reseed(self.config.seed, self.step)
+        with clock(times, "time/rollout"):
+            harvest = self.collect()
+        self.step += 1
+        self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
+        self._write({"step": self.step, **describe(harvest.played), **harvest.metrics, **times})
 
     def train_step(self) -> dict[str, Any]:
         """One step, from seeds to a row of metrics."""

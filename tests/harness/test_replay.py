@@ -90,11 +90,22 @@ def test_every_step_comes_out_the_same_from_the_start_and_from_a_checkpoint(
 
 
 def test_nothing_is_played_and_the_run_folder_is_left_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Sync", "Driver"):
+    for name in ("Sync", "Drivers", "Evaluation"):
         monkeypatch.setattr(trainer, name, lambda *a, **k: pytest.fail("an engine or an environment was started"))
     before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
     assert [r.step for r in replay(copy, 2)] == [1, 2]
     assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == before
+
+
+def test_a_mixture_with_left_over_groups_comes_out_the_same(tmp_path: Path) -> None:
+    """Groups that were played too many, by older weights, are trained on where the run trained on them."""
+    sets = [*SMALL, "envs=[{env: test/Letters-v0}, {env: Arithmetic-v0, weight: 2}]", "oversample.max_factor=2"]
+    sets.append("filters.spread=0.01")
+    rows = Trainer(load(TrainConfig, sets=sets, steps=3), out=tmp_path / "run").train()
+    done = list(replay(tmp_path / "run", 3))
+    assert [r.differences for r in done] == [()] * len(done)
+    assert all(r.metrics >= 6 for r in done)
+    assert {row["step"] for row in rows} == {0, 1, 2, 3}
 
 
 def test_one_bit_of_one_log_probability_is_seen(copy: Path) -> None:

@@ -48,6 +48,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_model(folder).state_dict()
 
 
+MORE = ("eval.k=2", "eval.every=1", "checkpoint.keep_best=true", "minibatches=2", "epochs=2", "checkpoint.keep=1")
+
+
 class StopAfter(Silent):
     """Dies after some rows, as a kill would, but inside this process."""
 
@@ -61,7 +64,8 @@ class StopAfter(Silent):
 
 
 @pytest.mark.parametrize(
-    ("died_at", "resumed_at", "extra"), [(2, 0, ()), (4, 2, ()), (6, 4, ("loss.kl=k2", "loss.kl_weight=0.1"))]
+    ("died_at", "resumed_at", "extra"),
+    [(2, 0, ()), (4, 2, ()), (6, 4, ("loss.kl=k2", "loss.kl_weight=0.1")), (4, 2, MORE)],
 )
 def test_interrupted_and_resumed_is_uninterrupted(
     tmp_path: Path, died_at: int, resumed_at: int, extra: tuple[str, ...]
@@ -77,6 +81,8 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     start = load_model(None).state_dict()
     assert any(not torch.equal(ends[0][name], start[name]) for name in start)
+    kept = [sorted(f.resolve().name for f in (tmp_path / run / "checkpoints").iterdir()) for run in ("whole", "cut")]
+    assert kept[0] == kept[1], "the best one too, if the run keeps it"
 
 
 def test_adapters_resume_too_and_leave_the_base_alone(tmp_path: Path) -> None:
