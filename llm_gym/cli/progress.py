@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ class TrainProgress:
 
 def evaluation(row: Mapping[str, Any], on: str) -> str:
     """A row's evaluation in words, further environments after the run's own; empty if it has none."""
-    others = [name.split("/")[1] for name in row if name.startswith("eval/") and name.endswith("/greedy_reward")]
+    others = [match[1] for name in row if (match := re.fullmatch(r"eval/([^/]+)/greedy_reward", name))]
     own = _measured(row, "eval/")
     parts = [f"reward on {on}: {own}"] if own else []
     return "; ".join(parts + [f"{name}: {said}" for name in others if (said := _measured(row, f"eval/{name}/"))])
