@@ -13,7 +13,9 @@ import click
 
 from llm_gym.errors import LLMGymError, SettingError, unknown
 
-COMMANDS = ("train", "eval", "sft", "distill", "serve", "envs", "config", "doctor", "view", "replay")
+COMMANDS = (
+    "train", "eval", "sft", "distill", "run", "export", "replay", "serve", "envs", "config", "doctor", "view",
+)  # fmt: skip
 """In the order of `--help`; each is `llm_gym.cli.<name>:command`."""
 
 EXIT_SETTING, EXIT_INTERRUPTED = 2, 130

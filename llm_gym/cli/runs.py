@@ -11,7 +11,9 @@ from llm_gym.report.transcripts import Decode
 
 def run_of(path: str | None) -> Path | None:
     """The run folder of `llmgym train` that `path` is, or that the checkpoint `path` lies in; else None."""
-    for folder in () if path is None else (Path(path), Path(path).parent.parent):
+    from llm_gym.harness.lineage import last_stage
+
+    for folder in () if path is None else (last_stage(Path(path)), Path(path).parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file() and not _of_sft(folder):
             return folder
     return None
@@ -24,9 +26,11 @@ def model_path(path: str | None) -> str | None:
         CheckpointError: the run has saved nothing yet.
     """
     from llm_gym.harness.checkpoint import RunFolder
+    from llm_gym.harness.lineage import last_stage
 
     if path is None:
         return None
+    path = str(last_stage(Path(path))) if Path(path).is_dir() else path
     if _of_sft(Path(path)):
         return str(Path(path) / "model")
     if run_of(path) != Path(path):

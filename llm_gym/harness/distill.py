@@ -84,10 +84,8 @@ class DistillLearner(Learner):
             better = self.teacher.logprobs(batch) - batch.old_logprobs
             sums = super()._backward(replace(batch, advantages=better), temperature)
             return {**sums, "distill/kl": -float(better.sum())}
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.body.hidden(batch).index_select(0, batch.source)
-            weight, bias = self.body.head()
-        student = Head(hidden, weight, bias, temperature / self.body.scale)
+        parts = self._head(self.body, batch, temperature)
+        student = Head(parts["hidden"], parts["weight"], parts["bias"], parts["temperature"])
         kl = self._divergence(student, batch)
         loss = (batch.weight * kl).sum()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -104,6 +104,8 @@ def _config(path: str | Path) -> Any:
     local = folder.exists() or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
     if local and not (folder / "config.json").is_file():
         what = "no such folder" if not folder.exists() else "it has no config.json"
+        if (folder / "adapter_config.json").is_file():
+            what = "it holds an adapter alone; `llmgym export` folds it into a model"
         raise ConfigError(f"model: {str(path)!r} is not a model folder: {what}.")
     try:
         return AutoConfig.from_pretrained(str(path))

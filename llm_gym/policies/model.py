@@ -31,11 +31,24 @@ def load_model(source: str | Path | None, device: str | None = None, dtype: torc
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
         with _no_progress_bar():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
+            if hasattr(model, "peft_config"):  # the folder holds an adapter, and names its base
+                base = next(iter(model.peft_config.values())).base_model_name_or_path
+                model = _folded(source, str(base), dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
-    return model.to(device).eval()
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
+
+
+def _folded(adapter: str | Path | None, base: str, dtype: torch.dtype) -> Any:
+    """The base model with an adapter folded into its weights, in float32 until that is done."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload().to(dtype)
 
 
 @contextmanager

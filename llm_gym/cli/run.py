@@ -1,0 +1,56 @@
+"""`llmgym run`: several runs in a row, each from what the one before has made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+
+if TYPE_CHECKING:
+    from llm_gym.cli.progress import TrainProgress
+    from llm_gym.harness.stages import Stage
+
+
+@click.command("run", short_help="Run stages (sft, train, distill) one after the other.")
+@click.argument("file", metavar="FILE")
+@click.option("--model", metavar="MODEL", help="What the first stage starts from, over that of the file.")
+@click.option("--set", "sets", metavar="N.A.B=C", multiple=True, help="A setting of stage N; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of all runs; default: runs/<name of the file>.")
+@click.option("--resume", is_flag=True, help="Go on in --out where it was stopped.")
+def command(file: str, model: str | None, sets: tuple[str, ...], out: Path | None, resume: bool) -> None:
+    """Runs the stages of a YAML file, each from the model that the one before has made.
+
+    The file has `stages`, a list such as `- sft: {dataset: chats.jsonl}` and `- train: {env: Arithmetic-v0}`, with
+    the settings of `llmgym config sft` and `llmgym config` (docs/loops.md). Every stage is a run folder of its own.
+    """
+    from llm_gym import report
+    from llm_gym.cli.progress import TrainProgress
+    from llm_gym.cli.runs import decoder, model_path
+    from llm_gym.harness.stages import read_plan, run_plan
+
+    shown: list[TrainProgress] = []
+
+    def observer(stage: Stage) -> TrainProgress:
+        shown.append(TrainProgress())
+        return shown[-1]
+
+    def done(stage: Stage, folder: Path) -> None:
+        for progress in shown:
+            progress.stop()
+        click.echo(f"{stage.name}: {report.write(folder, decode=decoder(folder))}")
+
+    with settings():
+        plan = read_plan(file, sets, model=model_path(model))
+    out = out or Path("runs") / Path(file).stem
+    try:
+        found = run_plan(plan, out, resume=resume, observer=observer, done=done)
+    except KeyboardInterrupt:
+        click.echo(f"Stopped. Go on: llmgym run {file} --resume --out {out}", err=True)
+        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        for progress in shown:
+            progress.stop()
+    click.echo(f"Model: {found}\nNext:  llmgym export {out} OUT   # for transformers and vLLM")

@@ -1,0 +1,117 @@
+"""From a checkpoint to a folder that plain transformers, peft and vLLM load, with its tokenizer and its history."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_gym import embedded
+from llm_gym.chat import load_chat
+from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
+from llm_gym.harness.card import card
+from llm_gym.harness.lineage import Source, locate
+from llm_gym.tokenizer import declared_stops, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER = "adapter_model.safetensors"
+
+
+def export_run(
+    run: str | Path, out: str | Path, *, step: int | None = None, adapter: bool = False, dtype: str | None = None
+) -> Source:
+    """Writes the model of a run as a folder of its own.
+
+    Args:
+        run: a run folder (of `llmgym sft`, `train`, `distill` or `run`), or a checkpoint in one.
+        out: a new folder; it appears whole or not at all.
+        step: the checkpoint of a run folder; None: the newest.
+        adapter: write the low-rank adapter alone, for peft; else it is folded into the weights.
+        dtype: `float32`, `bfloat16` or `float16`; None: as the checkpoint has them.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or `out` holds something already.
+        ConfigError: an unknown dtype, or no adapter where one was asked for.
+    """
+    source, out = locate(run, step), Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(unknown("dtype", dtype, DTYPES))
+    if adapter and not source.tuned:
+        raise ConfigError(f"adapter: the run {str(run)!r} trained whole weights and has none; leave --adapter out.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"out: {str(out)!r} holds something already; name a new folder.")
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        (_write_adapter if adapter else _write_model)(source, partial, DTYPES.get(dtype or ""))
+        load_tokenizer(source.folder).save_pretrained(partial)
+        (partial / "README.md").write_text(card(source, out.name, adapter=adapter), "utf-8")
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return source
+
+
+def checkpoint_model(source: Source) -> Any:
+    """The plain model of a checkpoint on the CPU, its adapter folded in.
+
+    Raises:
+        CheckpointError: a file is missing or of another model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if not source.tuned:
+            return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+        import peft
+
+        base = AutoModelForCausalLM.from_pretrained(str(source.base or embedded.PATH), dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"checkpoint: {str(source.folder)!r} cannot be read ({reason}).") from error
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Every id that ends a completion, the one that the chat template puts behind a reply first."""
+    tokenizer = load_tokenizer(folder)
+    try:
+        return list(load_chat(tokenizer).stop_ids)
+    except TemplateError:
+        return list(declared_stops(tokenizer))
+
+
+# Inside
+
+
+def _write_model(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    """Weights, config.json, and generation_config.json with every stop id."""
+    model = checkpoint_model(source)
+    stops, generation = stop_ids(source.folder), model.generation_config
+    if stops:
+        generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if generation.pad_token_id is None:
+        generation.pad_token_id = load_tokenizer(source.folder).pad_token_id
+    (model if dtype is None else model.to(dtype)).save_pretrained(folder)
+
+
+def _write_adapter(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    """The adapter's two files; its base is named as the run was told it, never as a path inside the package."""
+    tensors = load_file(source.folder / ADAPTER)
+    made = tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_file(made, folder / ADAPTER, metadata={"format": "pt"})
+    config: Mapping[str, Any] = json.loads((source.folder / "adapter_config.json").read_text("utf-8"))
+    text = json.dumps({**config, "base_model_name_or_path": source.base}, indent=2)
+    (folder / "adapter_config.json").write_text(text + "\n", "utf-8")

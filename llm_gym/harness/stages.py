@@ -1,0 +1,218 @@
+"""Several runs in a row, each starting from what the one before has made.
+
+    # stages.yaml, for `llmgym run stages.yaml --out runs/x`
+    model: null                   # what the first stage starts from; null: the embedded model
+    stages:
+      - sft: {dataset: chats.jsonl, steps: 100}
+      - train: {env: Arithmetic-v0, steps: 60}
+
+Stage 1 is an ordinary run in runs/x/1-sft, stage 2 in runs/x/2-train. All settings of all stages are looked at
+before the first begins; a run that was stopped goes on at the stage where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
+from llm_gym.harness.checkpoint import RunFolder, step_of, write_atomically
+from llm_gym.harness.config import TrainConfig, load, to_dict
+from llm_gym.harness.distill import check_distill, trainer_of
+from llm_gym.harness.exporting import export_run
+from llm_gym.harness.lineage import STAGES, locate
+from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
+from llm_gym.harness.sync import check
+from llm_gym.harness.trainer import Observer, environments
+from llm_gym.tokenizer import load_tokenizer
+
+KINDS: dict[str, type[Any]] = {"sft": SFTConfig, "train": TrainConfig, "distill": TrainConfig}
+"""What a stage may be -> its configuration."""
+FIXED = {
+    "model": "a stage starts from the one before; name the first model beside `stages`",
+    "out": "every stage has its folder in the one of all",
+}
+"""Settings that a stage cannot have, and why."""
+MERGED = "merged"
+"""Folder, beside a stage's checkpoints, of the model that an adapter was folded into for the next stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run."""
+
+    name: str
+    """Its folder: `1-sft`."""
+    kind: str
+    """A key of `KINDS`."""
+    config: Any
+    """Without `model` (that of the stage before) and `out`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All runs."""
+
+    model: str | None
+    """What the first stage starts from; None: the embedded model."""
+    stages: tuple[Stage, ...]
+
+
+def read_plan(file: str | Path, sets: Iterable[str] = (), *, model: str | None = None) -> Plan:
+    """The plan in a YAML file.
+
+    Args:
+        file: has `stages`, a list of `{kind: settings}`, and `model`.
+        sets: `2.steps=80`: settings over those of the file, by number of the stage.
+        model: over that of the file.
+
+    Raises:
+        ConfigError: something else is in it; the sentence names the stage.
+    """
+    data = _read(Path(file))
+    found = data.get("stages")
+    if not isinstance(found, list) or not found:
+        raise ConfigError(f"stages: {str(file)!r} has {found!r}, want a list such as [sft: {{...}}, train: {{...}}].")
+    over: dict[int, list[str]] = {}
+    for text in sets:
+        number, dot, assignment = text.partition(".")
+        if not dot or not number.isdecimal() or not 1 <= int(number) <= len(found):
+            raise ConfigError(f"--set: got {text!r}, want the number of a stage first, as in 1.steps=80.")
+        over.setdefault(int(number), []).append(assignment)
+    stages = tuple(_stage(i, item, over.get(i, [])) for i, item in enumerate(found, 1))
+    return Plan(model or data.get("model"), stages)
+
+
+def check_plan(plan: Plan) -> None:
+    """Looks at every stage before the first begins.
+
+    Raises:
+        SettingError: a setting, environment, data set or teacher that cannot work; the sentence names the stage.
+    """
+    for stage in plan.stages:
+        config = replace(stage.config, model=plan.model) if not getattr(stage.config, "init", None) else stage.config
+        try:
+            if stage.kind == "sft":
+                prepare(config, None, load_tokenizer(config.tokenizer or plan.model))
+                continue
+            check(config)
+            environments(config)
+            if stage.kind == "distill":
+                check_distill(config)
+        except SettingError as error:
+            raise type(error)(f"{stage.name}: {error}") from error
+
+
+def run_plan(
+    plan: Plan,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    observer: Callable[[Stage], Observer | None] = lambda stage: None,
+    done: Callable[[Stage, Path], None] = lambda stage, folder: None,
+) -> str:
+    """Runs the stages that are not complete yet; returns the folder of the last one's model.
+
+    Args:
+        plan: from `read_plan`.
+        out: the folder of all runs.
+        resume: go on where a former call was stopped.
+        observer: gives the progress display of a stage; None: none.
+        done: is told of each stage when it is complete, and of its run folder.
+
+    Raises:
+        SettingError: see `check_plan`.
+        CheckpointError: `out` holds stages, and `resume` is not set.
+    """
+    out = Path(out)
+    if (out / STAGES).exists() and not resume:
+        raise CheckpointError(f"out: {str(out)!r} already holds stages; pass --resume, or another folder.")
+    check_plan(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {"model": plan.model, "stages": [{stage.kind: to_dict(stage.config)} for stage in plan.stages]}
+    write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    model = plan.model
+    for stage in plan.stages:
+        if not complete(stage, out / stage.name):
+            _play(stage, plan.model, model, out / stage.name, observer)
+            done(stage, out / stage.name)
+        model = handed_on(out / stage.name)
+    assert model is not None
+    return model
+
+
+def complete(stage: Stage, folder: Path) -> bool:
+    """Whether a stage has nothing left to do."""
+    if stage.kind == "sft":
+        return (folder / MODEL / "config.json").is_file()
+    saved = RunFolder(folder).checkpoints()
+    return bool(saved) and step_of(saved[-1]) >= stage.config.steps
+
+
+def handed_on(folder: Path) -> str:
+    """The model that the next stage starts from: a plain one, so an adapter is folded in."""
+    if (folder / MODEL).is_dir():
+        return str(folder / MODEL)
+    source = locate(folder)
+    if not source.tuned:
+        return str(source.folder)
+    if not (folder / MERGED).is_dir():
+        export_run(folder, folder / MERGED)
+    return str(folder / MERGED)
+
+
+# Inside
+
+
+def _play(
+    stage: Stage, first: str | None, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]
+) -> None:
+    """Runs a stage, or the rest of it."""
+    if stage.kind == "sft":
+        begins = {} if stage.config.init else {"model": model}
+        sft(replace(stage.config, out=str(folder), **begins), resume=True)
+        return
+    # Defaults that depend on the model are those for the model that the first stage began with.
+    config = replace(replace(stage.config, model=first).resolved(), model=model)
+    trainer_of(config)(config, out=folder, resume=True, observer=observer(stage)).train()
+
+
+def _stage(number: int, item: Any, sets: list[str]) -> Stage:
+    """One entry of the list."""
+    where = f"stages[{number}]"
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise ConfigError(f"{where}: got {item!r:.80}, want one of {', '.join(KINDS)} and its settings.")
+    ((kind, settings),) = item.items()
+    if kind not in KINDS:
+        raise ConfigError(unknown(where, kind, KINDS))
+    for name in FIXED:
+        if (settings or {}).get(name) is not None:
+            raise ConfigError(f"{where}.{name}: got {settings[name]!r}, but {FIXED[name]}.")
+    try:
+        config = load(KINDS[kind], None, sets, **(settings or {}))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if (kind == "distill") != (getattr(config, "distill", None) is not None):
+        raise ConfigError(f"{where}: a `distill` stage, and no other, has distill.teacher.")
+    if getattr(config, "init", None) and number > 1:
+        raise ConfigError(f"{where}.init: only the first stage can start from random weights.")
+    return Stage(f"{number}-{kind}", kind, config)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"stages: cannot read {str(file)!r} ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"stages: {str(file)!r} is not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"stages: {str(file)!r} holds a {type(data).__name__}, want `model` and `stages`.")
+    for key in data:
+        if key not in ("model", "stages"):
+            raise ConfigError(unknown("key", key, ("model", "stages")))
+    return data

@@ -1,0 +1,105 @@
+"""SFT, then GRPO, then export: `llmgym eval` and plain transformers on the exported folder say what training said."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "embedded_model"))
+from corpus import Mix, examples
+
+import llm_gym  # noqa: F401  registers the environments
+from llm_gym.cli.group import llmgym
+from llm_gym.harness.evaluation import EVAL_SEED
+
+pytestmark = pytest.mark.heavy
+EPISODES = 256
+PLAN = {
+    "stages": [
+        {"sft": {"dataset": "chats.jsonl", "steps": 20, "examples_per_step": 32, "optimizer": {"lr": 1e-4}}},
+        {"train": {"env": "Arithmetic-v0", "steps": 12, "eval": {"episodes": EPISODES}}},
+    ]
+}
+
+
+def said(*words: str) -> str:
+    done = CliRunner().invoke(llmgym, list(words))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module", params=["whole", "lora"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The exported folder, and the last row of the run's metrics."""
+    folder = tmp_path_factory.mktemp(request.param)
+    chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    plan = json.loads(json.dumps(PLAN).replace("chats.jsonl", str(folder / "chats.jsonl")))
+    if request.param == "lora":
+        plan["stages"][1]["train"] |= {"lora": {"rank": 8}, "optimizer": {"lr": 2e-3}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    said("run", str(folder / "plan.yaml"), "--out", str(folder / "run"))
+    said("export", str(folder / "run"), str(folder / "out"))
+    rows = [json.loads(line) for line in (folder / "run/2-train/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval/sampled_reward"] > rows[0]["eval/sampled_reward"], "it has learned something"
+    return folder / "out", rows[-1]
+
+
+def close(a: float, b: float) -> bool:
+    """Whether two means of `EPISODES` rewards of 0 or 1 are within four standard errors of each other."""
+    p = (a + b) / 2
+    return abs(a - b) <= 4 * math.sqrt(2 * p * (1 - p) / EPISODES)
+
+
+def measured(folder: Path, *words: str) -> float:
+    file = folder.parent / f"{'-'.join(words).strip('-')}.json"
+    said("eval", "--model", str(folder), "--env", "Arithmetic-v0", *words, "--out", str(file))
+    return float(json.loads(file.read_text())["reward"]["mean"])
+
+
+def played(folder: Path, *, sample: bool) -> tuple[list[float], list[list[int]]]:
+    """Rewards and replies on the evaluation's problems, with nothing of ours but the environment."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    env = gymnasium.make("llm_gym/Arithmetic-v0", tokenizer=str(folder), split="test")
+    how = {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False, "temperature": None}
+    torch.manual_seed(0)
+    rewards, replies = [], []
+    for seed in range(EVAL_SEED, EVAL_SEED + EPISODES):
+        context, _ = env.reset(seed=seed)
+        ids = torch.from_numpy(np.asarray(context)).long()[None]
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, top_k=0, **how)
+        replies.append(made[0, len(context) :].tolist())
+        _, reward, terminated, truncated, _ = env.step(np.array(replies[-1], np.int32))
+        assert terminated or truncated
+        rewards.append(float(reward))
+    env.close()
+    return rewards, replies
+
+
+def test_eval_reproduces_the_training_evaluation(exported: tuple[Path, dict[str, Any]]) -> None:
+    folder, row = exported
+    words = ("--episodes", str(EPISODES))
+    assert measured(folder, *words, "--greedy") == row["eval/greedy_reward"]
+    assert close(measured(folder, *words, "--sampled", "--seed", "5"), row["eval/sampled_reward"])
+
+
+def test_plain_transformers_reproduces_the_training_evaluation(exported: tuple[Path, dict[str, Any]]) -> None:
+    folder, row = exported
+    rewards, replies = played(folder, sample=False)
+    assert np.mean(rewards) == row["eval/greedy_reward"]
+    file = folder.parent / "run/2-train/episodes" / f"eval_{row['step']:06d}.jsonl"
+    kept = [json.loads(line)["turns"][0]["tokens"] for line in file.read_text().splitlines()]
+    assert len(kept) == 64
+    assert replies[:64] == kept, "token for token"
+    assert close(float(np.mean(played(folder, sample=True)[0])), row["eval/sampled_reward"])
