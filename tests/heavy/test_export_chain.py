@@ -43,7 +43,7 @@ def said(*words: str) -> str:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The exported folder, and the last row of the run's metrics."""
     folder = tmp_path_factory.mktemp(request.param)
-    chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0))
+    chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0, call_rate=0.0))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     plan = json.loads(json.dumps(PLAN).replace("chats.jsonl", str(folder / "chats.jsonl")))
     if request.param == "lora":
