@@ -114,8 +114,9 @@ MUTANTS = (
     Mutant(
         "position ids count the padding on the left",
         "policies/forward.py",
-        "            position_ids=seen,\n",
-        "            position_ids=torch.arange(ids.shape[1], device=device).expand(ids.shape) + seen[:, :1],\n",
+        "logits = served.forward(torch.from_numpy(ids).to(device), seen, mask, cache)",
+        "columns = torch.arange(ids.shape[1], device=device).expand(ids.shape) + seen[:, :1]\n"
+        "        logits = served.forward(torch.from_numpy(ids).to(device), columns, mask, cache)",
         ("policies/test_transformers.py::TestBatching::test_company_changes_nothing",),
     ),
     Mutant(
@@ -214,8 +215,8 @@ MUTANTS = (
     Mutant(
         "the temperature is missing from the learner's log-probabilities",
         "harness/learner.py",
-        "temperature=temperature / body.scale",
-        "temperature=1.0 / body.scale",
+        '"temperature": temperature / body.scale',
+        '"temperature": 1.0 / body.scale',
         ("harness/test_learner.py::test_right_after_a_sync_the_ratio_is_one_at_any_temperature",),
     ),
     Mutant(
@@ -256,8 +257,8 @@ MUTANTS = (
     Mutant(
         "dropout is active in log-probabilities",
         "harness/learner.py",
-        "self.model = model.eval()",
-        "self.model = model.train()",
+        "self.model, self.world = model.eval(), world or World()",
+        "self.model, self.world = model.train(), world or World()",
         ("harness/test_learner.py::test_dropout_never_acts",),
     ),
     Mutant(
@@ -381,7 +382,7 @@ MUTANTS = (
     ),
     Mutant(
         "norms, biases and adapters are decayed",
-        "harness/learner.py",
+        "harness/optimizers.py",
         'elif parameter.ndim >= 2 and "lora_" not in name:',
         "elif parameter.requires_grad:",
         (
@@ -391,7 +392,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient norm is measured but never clipped",
-        "harness/learner.py",
+        "harness/optimizers.py",
         "nn.utils.clip_grad_norm_(with_gradient, bound or math.inf)",
         "nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])",
         (

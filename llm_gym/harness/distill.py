@@ -84,12 +84,15 @@ class DistillLearner(Learner):
             better = self.teacher.logprobs(batch) - batch.old_logprobs
             sums = super()._backward(replace(batch, advantages=better), temperature)
             return {**sums, "distill/kl": -float(better.sum())}
-        parts = self._head(self.body, batch, temperature)
-        student = Head(parts["hidden"], parts["weight"], parts["bias"], parts["temperature"])
-        kl = self._divergence(student, batch)
-        loss = (batch.weight * kl).sum()
+
+        def divergence(**hidden: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+            student = Head(*(hidden[name] for name in ("hidden", "weight", "bias", "temperature")))
+            kl = self._divergence(student, batch)
+            return (batch.weight * kl).sum(), kl.detach().sum(), _seen(student, batch)
+
+        loss, kl, seen = self._through(self.body, batch, temperature, divergence)
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"policy/loss": float(loss.detach()), "distill/kl": float(kl.detach().sum()), **_seen(student, batch)}
+        return {"policy/loss": float(loss.detach()), "distill/kl": float(kl), **seen}
 
     def _divergence(self, student: Head, batch: MicroBatch) -> torch.Tensor:
         if self.distill.kl == "top_k":

@@ -25,9 +25,10 @@ from llm_gym.harness.config import TrainConfig, load, to_dict
 from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.lineage import STAGES, locate
+from llm_gym.harness.mixture import arenas
 from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
 from llm_gym.harness.sync import check
-from llm_gym.harness.trainer import Observer, environments
+from llm_gym.harness.trainer import Observer
 from llm_gym.tokenizer import load_tokenizer
 
 KINDS: dict[str, type[Any]] = {"sft": SFTConfig, "train": TrainConfig, "distill": TrainConfig}
@@ -100,7 +101,7 @@ def check_plan(plan: Plan) -> None:
                 prepare(config, None, load_tokenizer(config.tokenizer or plan.model))
                 continue
             check(config)
-            environments(config)
+            arenas(config)
             if stage.kind == "distill":
                 check_distill(config)
         except SettingError as error:

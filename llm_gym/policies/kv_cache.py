@@ -138,9 +138,9 @@ def attend(
             raise SettingError(f"policy: the built-in engine cannot serve a model whose attention uses {name!r}.")
     rows, heads, new, _ = query.shape
     groups = heads // key.shape[1]
-    if new == 1 and attention_mask is not None and key.device.type == "cpu" and key.dtype in _EXACT:
-        if torch.get_num_threads() == 1 and not torch.is_grad_enabled():
-            return _attend_once(query.to(key.dtype), key, value, attention_mask, scaling).to(query.dtype), None
+    on_one_thread = key.device.type == "cpu" and torch.get_num_threads() == 1 and not torch.is_grad_enabled()
+    if on_one_thread and new == 1 and attention_mask is not None and key.dtype in _EXACT:
+        return _attend_once(query.to(key.dtype), key, value, attention_mask, scaling).to(query.dtype), None
     if attention_mask is not None and new > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
     folded = query.to(key.dtype).reshape(rows, key.shape[1], groups * new, -1)
