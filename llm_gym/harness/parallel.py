@@ -29,8 +29,8 @@ from llm_gym.harness.watch import Watch
 
 T = TypeVar("T")
 
-SPLITTABLE = ("adamw", "adafactor")
-"""Optimizers that work on the parts of a split model."""
+SPLITTABLE = ("adamw",)
+"""Optimizers that are right on the parts of a split model."""
 BUCKET = 1 << 24
 """Most gradient elements that travel in one piece."""
 
@@ -290,11 +290,10 @@ def check_sharding(world: World, optimizer: str, base: str | None = None) -> Non
         base: what the weights under adapters are held in; None: there are no adapters.
 
     Raises:
-        ConfigError: an optimizer that has not been shown to be right on parts of matrices, or weights of 4 bits.
+        ConfigError: an optimizer that looks at whole matrices, or weights of 4 bits.
     """
     if world.sharded and optimizer not in SPLITTABLE:
-        names = " or ".join(map(repr, SPLITTABLE))
-        raise ConfigError(f"optimizer.name: {optimizer!r} needs whole matrices; use {names}, or parallel.strategy=ddp.")
+        raise ConfigError(f"optimizer.name: {optimizer!r} needs whole matrices; use 'adamw', or parallel.strategy=ddp.")
     if world.sharded and base == "nf4":
         raise ConfigError("lora.base: 'nf4' cannot be split over processes; use parallel.strategy=ddp.")
 

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import ranks
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.heavy
 
@@ -63,6 +65,51 @@ def begun(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
 
 def gone(processes: dict[int, psutil.Process]) -> bool:
     return not psutil.wait_procs(processes.values(), timeout=DEADLINE)[1]
+
+
+def run_to_its_end(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(run / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+    return weights
+
+
+# Learning
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path) -> None:
+    """2 -> 1 and 1 -> 2, against one process that was never interrupted: the same episodes, steps and weights."""
+    several = ["--nproc", "2", "--set", f"parallel.strategy={strategy}"]
+    constant = ["--set", "optimizer.schedule=constant", "--set", "checkpoint.keep=9"]
+    run_to_its_end(train(tmp_path / "one", *constant, "--set", "checkpoint.every=2", steps=4))
+    for name, first, then in (("fewer", several, []), ("more", [], several)):
+        run_to_its_end(train(tmp_path / name, *constant, *first, steps=2))
+        run_to_its_end(train(tmp_path / name, *then, "--resume", steps=4))
+        for ours, theirs in zip(rows_of(tmp_path / name), rows_of(tmp_path / "one"), strict=True):
+            for metric in ("reward/mean", "tokens/generated", "tokens/trained"):
+                assert ours.get(metric) == theirs.get(metric)
+            assert ours.get("policy/grad_norm") == pytest.approx(theirs.get("policy/grad_norm"), rel=1e-3)
+        want = weights_of(tmp_path / "one", 4)
+        for tensor, value in weights_of(tmp_path / name, 4).items():
+            torch.testing.assert_close(value, want[tensor], rtol=0, atol=1e-5)
+        assert (tmp_path / name / "report.html").exists()
+        assert (
+            len((tmp_path / name / "provenance.yaml").read_text().split("\n- ")) <= 2
+        )  # a start each, of rank 0 alone
+
+
+def test_two_processes_learn(tmp_path: Path) -> None:
+    """A third of the default run; the whole one is in docs/benchmarks.md."""
+    command = [*LLMGYM, "train", "--nproc", "2", "--steps", "40", "--out", str(tmp_path / "run")]
+    said = run_to_its_end([*command, "--set", "optimizer.schedule=constant", "--set", "eval.episodes=256"])
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["eval/greedy_reward"] > rows[0]["eval/greedy_reward"] + 0.05
+    assert said.count("Report:") == 1
 
 
 # Losing a rank
