@@ -1,13 +1,14 @@
 """Loss and backward of a GRPO update: llm_gym's learner against TRL's GRPOTrainer, same model, tokens and sizes.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py [--vocabulary 32768] [--blocks 5] [--even]
-    OMP_NUM_THREADS=1 python benchmarks/loss.py --vocabulary 151936
+    OMP_NUM_THREADS=1 python benchmarks/loss.py --vocabulary 151936 --prompts 1 --group 4
 
-A random Qwen3 of hidden size 384 and 8 layers (float32, tied head); 2 prompts of 96 tokens, 8 completions each of 32 to
-128 tokens (`--even`: all of 128). TRL: `_compute_loss` (which includes its log-probabilities and entropies, made in
-tiles) and `backward`, with its default loss, nothing else of its step. llm_gym: `Learner._backward` of the same rows,
-packed, prompts shared, its default loss. Blocks alternate in one process, the first warms up. Below that, the two
-heads alone on the same hidden states. Medians of CPU-seconds; memory is the growth of the resident set at its peak.
+A random Qwen3 of hidden size 384 and 8 layers (float32, tied head); `--prompts` of 96 tokens, `--group` completions of
+each, of 32 to 128 tokens (`--even`: all of 128). TRL: `_compute_loss` (which includes its log-probabilities and
+entropies, made in tiles) and `backward`, with its default loss, nothing else of its step. llm_gym:
+`Learner._backward` of the same rows, packed, prompts shared, its default loss. Blocks alternate in one process, the
+first warms up. Below that, the two heads alone on the same hidden states. Medians of CPU-seconds; memory is the
+growth of the resident set at its peak.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from llm_gym.harness.model import prepare
 Update = tuple[Callable[[], None], Callable[[], None]]
 """What is measured, and what clears its gradients after it."""
 CPU = torch.device("cpu")
-PROMPTS, GROUP, PROMPT, COMPLETION = 2, 8, 96, 128
+PROMPT, COMPLETION = 96, 128
 
 
 def qwen3(vocabulary: int) -> Qwen3ForCausalLM:
@@ -60,13 +61,13 @@ def qwen3(vocabulary: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).float()
 
 
-def rollout(vocabulary: int, even: bool) -> tuple[list[Row], np.ndarray]:
+def rollout(vocabulary: int, prompts: int, group: int, even: bool) -> tuple[list[Row], np.ndarray]:
     """Random rows as an engine would have sampled them, and their advantages."""
     rng = np.random.default_rng(0)
     rows = []
-    for _ in range(PROMPTS):
+    for _ in range(prompts):
         prompt = rng.integers(0, vocabulary, PROMPT)
-        for _ in range(GROUP):
+        for _ in range(group):
             length = COMPLETION if even else int(rng.integers(COMPLETION // 4, COMPLETION + 1))
             tokens = np.concatenate([prompt, rng.integers(0, vocabulary, length)]).astype(np.int32)
             trained = np.arange(len(tokens)) >= PROMPT
@@ -84,7 +85,7 @@ def trl_update(vocabulary: int, rows: list[Row], advantages: np.ndarray) -> Upda
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=count,
-        num_generations=GROUP,
+        num_generations=count,
         max_completion_length=COMPLETION,
         beta=0.0,
         temperature=1.0,
@@ -186,6 +187,8 @@ def main() -> None:
     """Prints two comparisons."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--even", action="store_true")
     parser.add_argument("--heads", action="store_true", help="the heads alone")
@@ -193,7 +196,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    rows, advantages = rollout(args.vocabulary, args.even)
+    rows, advantages = rollout(args.vocabulary, args.prompts, args.group, args.even)
     tokens = sum(int(r.trained.sum()) for r in rows)
     if not args.heads:
         updates = {

@@ -156,13 +156,13 @@ class Learner:
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
         """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
         reference = self._reference_logprobs(batch, temperature)
-        sums: dict[str, Tensor] = {}
+        sums = {"sampler/logprob_gap_max": torch.zeros(1, device=self.device)}
 
         def per_token(rows: slice, new: Tensor, entropy: Tensor) -> Tensor:
             part = _tokens(batch, rows)
             losses, streams = self._losses(part, new, entropy, None if reference is None else reference[rows])
-            gap = streams["sampler/logprob_gap_mean"].max()
-            sums["sampler/logprob_gap_max"] = torch.maximum(sums.get("sampler/logprob_gap_max", gap), gap)
+            gaps = [sums["sampler/logprob_gap_max"], streams["sampler/logprob_gap_mean"]]
+            sums["sampler/logprob_gap_max"] = torch.cat(gaps).amax(0, keepdim=True)
             sums.update({name: sums.get(name, 0.0) + stream.sum() for name, stream in streams.items()})
             return part.weight * losses
 

@@ -199,6 +199,10 @@ def test_bfloat16_inputs_lose_nothing_more(scale: float, temperature: float) -> 
     assert ((entropy - want[1]).abs()).max() <= 1e-5 * max(1, want[1].max())
     naive = plain(h, w, t, temperature=temperature)[0]
     assert (naive - want[0]).abs().max() > 1e-3
+    one = token_loss(h, w, t, lambda rows, logprobs, _: logprobs, temperature=temperature)
+    for ours, exact in zip(torch.autograd.grad(one, (h, w)), torch.autograd.grad(want[0].sum(), (h, w)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), exact.float(), rtol=2**-7, atol=1e-5)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -246,6 +250,8 @@ def test_on_cuda(dtype: torch.dtype) -> None:
     logp, _ = token_logprobs(h, w, t.cuda())
     want = plain(h.double(), w.double(), t.cuda())[0]
     torch.testing.assert_close(logp.double(), want, rtol=1e-3, atol=1e-3)
-    ours = torch.autograd.grad(logp.sum(), (h, w))
-    for a, b in zip(ours, torch.autograd.grad(want.sum(), (h, w)), strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+    two = torch.autograd.grad(logp.sum(), (h, w))
+    one = torch.autograd.grad(token_loss(h, w, t.cuda(), lambda rows, logprobs, _: logprobs), (h, w))
+    for a, b, c in zip(one, two, torch.autograd.grad(want.sum(), (h, w)), strict=True):
+        torch.testing.assert_close(a.float(), c.float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(b.float(), c.float(), rtol=2e-2, atol=2e-2)
