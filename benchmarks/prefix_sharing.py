@@ -6,10 +6,10 @@ A Qwen3 with random weights (hidden 384, 8 layers, 6 heads of 64 and 2 key-value
 The ways: `padded`, one row for each sequence, padded to the longest; `packed`, the rows end to end; `cat` and `merge`,
 what rows begin with laid out once, by either form of attention. Every sequence's last token is only a target.
 
-Time is CPU seconds of this process: all ways once to warm up, then blocks in which they alternate; medians. Memory is
-the growth of the resident set at its peak (VmHWM) in a forked child for each way and shape, which runs it once to warm
-up and twice more; parameters and their gradients are there before, and freed tensors go back to the system at once.
-The gradient of every way is compared with that of the first: largest difference of a tensor, relative to its norm.
+Every way runs once for its gradient, which is compared with that of the first way (largest difference of a tensor,
+relative to its norm). Time is CPU seconds of this process: blocks in which the ways alternate, medians. Memory is the
+growth of the resident set at its peak (VmHWM) in a forked child for each way and shape, which runs it once to warm up
+and once more; parameters and their gradients are there before, and what is freed goes back to the system at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -139,13 +137,15 @@ def _resident(key: str) -> int:
 
 def peak(way: Way) -> float:
     """Growth of the resident set at its peak in MiB, gradients already allocated."""
+    libc = ctypes.CDLL(None)
+    for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed tensors are not kept for later
+        libc.mallopt(setting, 1 << 16)
     way.run()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     base = _resident("VmRSS")
-    for _ in range(2):
-        way.run()
+    way.run()
     return (_resident("VmHWM") - base) / 2**20
 
 
@@ -163,12 +163,10 @@ def peak_of_child(way: Way) -> float:
 def seconds(ways: list[Way], blocks: int) -> dict[str, float]:
     """Median CPU seconds of each."""
     taken: dict[str, list[float]] = {way.name: [] for way in ways}
-    for block in range(blocks + 1):
-        for way in ways:
-            start = time.process_time()
-            way.run()
-            if block:
-                taken[way.name].append(time.process_time() - start)
+    for way in ways * blocks:
+        start = time.process_time()
+        way.run()
+        taken[way.name].append(time.process_time() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -213,7 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # read once, when a process starts
-        settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
     main()

@@ -124,14 +124,14 @@ MUTANTS = (
         "harness/merge.py",
         "return [[Part(span, span) for span in spans], *below]",
         "return [[Part((0, start), (0, start))], *below]",
-        ("harness/test_model.py::test_packed_logits_are_transformers_own",),
+        ("harness/test_merge.py::test_either_form_is_attention_with_a_dense_mask",),
     ),
     Mutant(
         "completions read the prompt of another group",
         "harness/merge.py",
         "below[depth].append(Part((last, end), (first, last)))",
         "below[depth].append(Part((last, end), (0, last - first)))",
-        ("harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[grpo-]",),
+        ("harness/test_merge.py::test_parts_cover_what_a_token_sees_once",),
     ),
     Mutant(
         "attention to a prompt and to what follows it is merged without the prompt's weight",
