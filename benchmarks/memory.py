@@ -11,6 +11,7 @@ before the step). Seconds are CPU seconds of a step, the least of the repeats. R
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import tempfile
@@ -25,6 +26,8 @@ import torch
 import llm_gym.harness.trainer  # noqa: F401
 from llm_gym.harness import headroom
 
+M_MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
 MODEL = {
     "model_type": "qwen3",
     "vocab_size": 32768,
@@ -68,6 +71,7 @@ def child(folder: str, fields: dict[str, dict[str, Any]], tokens: int, repeats: 
     from llm_gym.harness.optimizers import OptimizerConfig
 
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is gone at once, and not cached by malloc
     start = _resident()
     lora = LoraConfig(**fields["lora"]) if "lora" in fields else None
     model = load_model(folder, lora=lora, memory=MemoryConfig(**fields.get("memory", {})))
