@@ -53,7 +53,7 @@ class Distiller(Trainer):
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The step's groups, every token of them to be judged, dealt into its `minibatches`."""
-        n, size = self.config.minibatches, len(groups[0].episodes)
+        n, size = self.config.minibatches, self.config.group_size
         return [self.pack(groups[i::n], np.ones((len(groups[i::n]), size))) for i in range(n)]
 
     def close(self) -> None:

@@ -161,6 +161,16 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, teacher_folder
         assert [row.get(name) for row in rows] == [row.get(name) for row in whole]
 
 
+def test_a_step_without_groups_leaves_the_weights_alone(tmp_path: Path, teacher_folder: str) -> None:
+    """Every group may fail a filter."""
+    run = Distiller(config("distill.kl=full", "minibatches=2", teacher=teacher_folder), out=tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    assert [batch.tokens for batch in run.batches([])] == [0, 0]
+    run.learn([])
+    run.close()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
