@@ -172,7 +172,7 @@ class Selection:
         """Plays a step's groups, and chooses among them."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
-        counts = Counter(expired=self._expire(step, self.oversample.max_age))
+        counts: Counter[str] = Counter()
         played: list[tuple[Task, Group]] = []
         dropped: list[Group] = []
         while (missing := self._open(slots)) and len(played) < self.budget:
@@ -182,8 +182,7 @@ class Selection:
             dropped += self._sort(step, fresh, counts)
         self.tasks.learn(played)
         chosen = self._fill(slots)
-        if not self.oversample.max_age:
-            counts["expired"] += self._expire(step, 0)
+        counts["expired"] = self._expire(step + 1)
         counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
         groups = [group for _, group in chosen]
         metrics = self._metrics(counts, len(groups), [group for _, group in played])
@@ -258,14 +257,14 @@ class Selection:
         """Takes a group for every slot that has one, the oldest first."""
         return [self.kept[env].pop(0) for env in slots if self.kept[env]]
 
-    def _expire(self, step: int, age: int) -> int:
-        """Drops groups that are older than `age` steps, or (0) all that are left; returns how many."""
-        before = sum(map(len, self.kept))
-        self.kept = [[(born, group) for born, group in own if 0 < step - born <= age] for own in self.kept]
+    def _expire(self, step: int) -> int:
+        """Drops groups that `step` would find too old; returns how many."""
+        before, age = sum(map(len, self.kept)), self.oversample.max_age
+        self.kept = [[(born, group) for born, group in own if step - born <= age] for own in self.kept]
         return before - sum(map(len, self.kept))
 
     def _metrics(self, counts: Counter[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
-        """Where the step's groups went: played + reused = trained + dropped + newly kept + expired now."""
+        """Where groups went: kept by the step before + played = trained + dropped + expired + kept."""
         flat = sum(not spread(group, 0) for group in played)
         row = {"groups/trained": float(trained), "groups/zero_spread": flat / len(played) if played else math.nan}
         if self.filters:

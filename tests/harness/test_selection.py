@@ -153,7 +153,7 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(
         waiting = Counter(g.seed for own in chosen.kept for _, g in own)
         gone = len(found.groups) + len(found.dropped) + m.get("groups/expired", 0) + sum(waiting.values())
         assert len(fresh) + before == gone
-        assert all(step - born < max(age, 1) for own in chosen.kept for born, _ in own)
+        assert all(step - born < age for own in chosen.kept for born, _ in own)
         if len(found.groups) < count:  # then the bound was reached
             assert len(fresh) == int(count * factor)
     assert len(set(trained)) == len(trained)
