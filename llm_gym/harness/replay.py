@@ -20,10 +20,11 @@ from torch import Tensor
 from llm_gym.errors import CheckpointError
 from llm_gym.harness.checkpoint import RunFolder, step_of
 from llm_gym.harness.config import PolicyConfig, TrainConfig, load
+from llm_gym.harness.distill import trainer_of
 from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.loggers import LogConfig
-from llm_gym.harness.trainer import Observer, Trainer
-from llm_gym.harness.weights import STATE, read_tensors, restore, save
+from llm_gym.harness.trainer import Observer
+from llm_gym.harness.weights import PARTS, STATE, read_tensors, restore, save
 
 COMPARED = ("policy/", "sampler/", "tokens/trained")
 """How the names of metrics begin that depend on nothing but episodes and weights."""
@@ -76,7 +77,7 @@ def _step(checkpoint: Path, step: int) -> int:
     """The step of a checkpoint, which must be before `step`; `best` is a link to one with a number."""
     folder = checkpoint.resolve()
     number = folder.name.removeprefix("step_")
-    if not number.isdigit() or int(number) >= step or not (folder / STATE).is_file():
+    if not number.isdigit() or int(number) >= step or not any((folder / name).exists() for name in (STATE, PARTS)):
         raise CheckpointError(f"from: got {str(checkpoint)!r}, want a checkpoint step_... before step {step}.")
     return int(number)
 
@@ -110,7 +111,7 @@ def replay(
     config = replace(config, eval=EvalConfig(episodes=0), log=LogConfig(), policy=PolicyConfig())
     recorded = {row["step"]: row for row in folder.metrics()}
     with TemporaryDirectory() as scratch:
-        trainer = Trainer(config, out=Path(scratch) / "run", observer=observer, play=False)
+        trainer = trainer_of(config)(config, out=Path(scratch) / "run", observer=observer, play=False)
         if checkpoint is not None:
             restore(trainer.learner, checkpoint)
         for trainer.step in range(start, step):
@@ -121,7 +122,8 @@ def replay(
             tensors = 0
             if saved.is_dir():
                 save(trainer.learner, config.model, again := Path(scratch) / saved.name)
-                tensors, more = compare_tensors(_state(saved), _state(again))
+                whole = (saved / STATE).is_file()  # else each process of the run wrote its part of the optimizer
+                tensors, more = compare_tensors(_state(saved, whole), _state(again, whole))
                 found += more
             yield Replayed(at, learned, compared, tensors, found)
         if out is not None:
@@ -157,9 +159,11 @@ def compare_tensors(
     return len({*recorded, *replayed}), tuple(found)
 
 
-def _state(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint: weights, then the optimizer's state."""
+def _state(checkpoint: Path, optimizer: bool) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: weights, then the optimizer's state if it is wanted."""
     weights = {f"weights: {name}": t for name, t in read_tensors(checkpoint).items()}
+    if not optimizer:
+        return weights
     return weights | dict(_flat(torch.load(checkpoint / STATE, weights_only=True), "optimizer: "))
 
 
