@@ -53,12 +53,18 @@ def command(
 def shown(replayed: Replayed) -> list[str]:
     """A step's comparison as lines of text."""
     loss, norm = (replayed.learned[f"policy/{name}"] for name in ("loss", "grad_norm"))
-    what = [
-        f"{count} {name}" for count, name in ((replayed.metrics, "metrics"), (replayed.tensors, "tensors")) if count
-    ]
-    verdict = "nothing recorded to compare with" if not what else f"{' and '.join(what)} are equal to the last bit"
-    if replayed.differences:
-        verdict = f"{len(replayed.differences)} of {' and '.join(what)} differ"
+    differing = sum(difference.name in replayed.learned for difference in replayed.differences)
+    counts = (
+        (differing, replayed.metrics, "metrics"),
+        (len(replayed.differences) - differing, replayed.tensors, "tensors"),
+    )
+    compared = [(differ, total, name) for differ, total, name in counts if total]
+    if not compared:
+        verdict = "nothing recorded to compare with"
+    elif replayed.differences:
+        verdict = " and ".join(f"{differ} of {total} {name}" for differ, total, name in compared) + " differ"
+    else:
+        verdict = " and ".join(f"{total} {name}" for _, total, name in compared) + " are equal to the last bit"
     lines = [f"step {replayed.step}: {verdict} (loss {loss:.6g}, gradient norm {norm:.6g})"]
     lines += [f"  {difference.name}: {difference.said}" for difference in replayed.differences[:MOST]]
     hidden = len(replayed.differences) - MOST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -130,6 +131,7 @@ def test_a_checkpoint_that_is_not_this_run_is_named_by_tensor(copy: Path) -> Non
     assert found.said == f"1 of {weights[name].numel():,} values differ, at most by 0.5"
     done = CliRunner().invoke(llmgym, ["replay", str(copy), "--step", "2"])
     assert done.exit_code == 1, done.output
+    assert re.search(r"step 2: 0 of \d+ metrics and 1 of \d+ tensors differ", done.stdout)
     assert f"  weights: {name}: 1 of" in done.stdout
 
 
