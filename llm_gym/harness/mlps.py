@@ -28,7 +28,7 @@ def _projections(module: Any) -> list[Any]:
     return [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
-def _linear(layer: Any) -> bool:
+def _is_product(layer: Any) -> bool:
     """Whether a layer is a matrix product and nothing else: no bias, no adapter, nobody looking."""
     hooks = getattr(layer, "_forward_hooks", None) or getattr(layer, "_forward_pre_hooks", None)
     return type(layer) is nn.Linear and getattr(layer, "bias", None) is None and not hooks
@@ -36,7 +36,7 @@ def _linear(layer: Any) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     layers = _projections(module)
-    if not all(map(_linear, layers)) or layers[0].weight.device.type == "meta":
+    if not all(map(_is_product, layers)) or layers[0].weight.device.type == "meta":
         return False
     gate, up, down = layers
     x = torch.linspace(-3, 3, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)[None]
@@ -57,7 +57,7 @@ def _fused(cls: type) -> type:
         layers = _projections(self)
         exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         usable = exact and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if not (usable and all(map(_linear, layers))):
+        if not (usable and all(map(_is_product, layers))):
             result: Tensor = cls.forward(self, x)  # type: ignore[attr-defined]
             return result
         flat: Tensor = _GatedMLP.apply(x.flatten(0, -2), *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]

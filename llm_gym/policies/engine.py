@@ -69,6 +69,8 @@ class Engine:
         Clearing new memory would cost a small model a sixth of its rollout. What follows does not depend on what is
         kept: the mask hides old keys and values (they are finite), and their length never limits the number of rows.
         """
+        if self.served.lean is not None:
+            self.served.lean.refresh()
         self.waiting: deque[Request] = deque()
         self.flying: list[Request] = []
         """The requests in flight, by row."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llm_gym.errors import SettingError
 from llm_gym.policies.kv_cache import ATTENTION, Layout, SlotCache, attention
-from llm_gym.policies.lean import Lean, watched
+from llm_gym.policies.lean import Lean
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,10 @@ class Served:
     autocast_dtype: torch.dtype | None = None
     """It computes in this dtype; None: in the parameters'."""
     lean: Lean | None = None
-    """The quick forward; None: the model's own."""
+    """The quick decoding step; None: the model's own forward."""
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Logits [n, vocabulary] after the last column of ids [n, T]; `mask` [n, 1, T, L] is added to the scores."""
-        if self.lean is not None and not watched(self.model):
-            return self.lean(ids, positions, mask, cache)
         with attention(self.model, ATTENTION), _autocast(ids.device, self.autocast_dtype):
             output = self.model(
                 input_ids=ids,
@@ -73,6 +71,9 @@ def feed(
         The logits after the last column, float32 or float64 [n, vocabulary].
     """
     device, dtype = cache.layout.device, cache.layout.dtype
+    first = isinstance(rows, slice) and rows.start == 0
+    if served.lean is not None and first and ids.shape[1] == 1 and served.lean.usable:
+        return torch.from_numpy(served.lean(ids[:, 0], positions[:, 0], cache))
     cache.aim(rows, positions)
     seen = torch.from_numpy(np.maximum(positions, 0)).to(device)  # padding sees the first token, and nobody sees it
     hidden = torch.arange(int(positions.max()) + 1, device=device) > seen[:, None, :, None]
@@ -103,7 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Served:
     """Learns what the model caches, and proves on two short sequences that its cached logits are its plain ones.
 
-    The quick forward is taken where it gives them too.
+    The quick decoding step is taken where it gives them too.
 
     Raises:
         SettingError: they are not, or the model works in a way that the engine does not know.
@@ -120,7 +121,7 @@ def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Served:
         try:
             return _proven(replace(served, lean=lean), ids, want)
         except SettingError as error:
-            log.debug("the quick forward is left out: %s", error)
+            log.debug("the quick decoding step is left out: %s", error)
     return _proven(served, ids, want)
 
 

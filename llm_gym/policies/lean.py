@@ -1,75 +1,156 @@
-"""A forward over cached rows for models of the Llama family, without the modules' own overhead.
+"""A decoding step for small models of the Llama family on one CPU thread, in NumPy on the module's own memory.
 
-A decoding step of a small model is a hundred small operations, and transformers spends more time between them than
-in them. Here the same layers are read (never copied: the learner's updates are seen at once) and run in a plain
-loop. `forward.probe` compares the result with the model's own logits before it is used.
+One step of a small model is a few hundred tiny operations. A call of transformers' module, or of a torch operator,
+then costs more than what it computes; NumPy's calls are several times cheaper, and its BLAS is as fast. Weights are
+read where they lie, so the learner's updates in place are seen. `forward.probe` compares the result with the model's
+own logits before it is used.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llm_gym.policies.kv_cache import SlotCache, attend
+from llm_gym.policies.kv_cache import SlotCache
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Pre-norm RMSNorm, rotary embedding over whole heads, gated MLP."""
+"""Pre-norm RMSNorm, rotary embedding over whole heads, gated MLP with SiLU."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles depend on the position alone, not on the longest one seen."""
+WIDEST = 1024
+"""Hidden size above which products take nearly all of the time, and torch's threads are worth more."""
+Array = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm (https://arxiv.org/abs/1910.07467) over the last dimension."""
+
+    weight: Array
+    eps: float
+
+    def __call__(self, x: Array) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight."""
+        scale = np.einsum("...i,...i->...", x, x)
+        scale /= x.shape[-1]
+        scale += self.eps
+        y: Array = x / np.sqrt(scale, out=scale)[..., None]
+        y *= self.weight
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A product with a weight matrix, already transposed to [inputs, outputs]."""
+
+    weight: Array
+    bias: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        """x @ weight + bias."""
+        y: Array = x @ self.weight
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Views of one decoder layer's weights."""
+
+    before: Norm
+    query: Linear
+    key: Linear
+    value: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    out: Linear
+    after: Norm
+    gate: Linear
+    up: Linear
+    down: Linear
 
 
 class Lean:
-    """The forward of one model; see `forward.Forward` for the call."""
+    """The decoding step of one model."""
 
     def __init__(self, model: Any) -> None:
-        causal = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.decoder, self.head = causal.get_decoder(), causal.get_output_embeddings()
-        self._cosine = self._sine = torch.empty(0)
+        self.model = model
+        self.decoder = model.get_decoder()
+        self._cosine = self._sine = np.empty((0, 1, 1))
+        self.refresh()
 
     @classmethod
     def of(cls, model: Any) -> Lean | None:
-        """The forward of `model`, or None where it is not known to be right: another family, half precision, hooks."""
-        causal = model.get_base_model() if hasattr(model, "peft_config") else model
-        rope = getattr(causal.config, "rope_parameters", None) or {}
-        exact = {parameter.dtype for parameter in causal.parameters()} in ({torch.float32}, {torch.float64})
-        known = type(causal).__name__ in FAMILY and rope.get("rope_type", "default") in STATIC_ROPE
-        return cls(model) if known and exact and not any(map(watched, causal.modules())) else None
+        """The step of `model`, or None where it is of no use or not known to be right."""
+        config = model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        known = type(model).__name__ in FAMILY and rope.get("rope_type", "default") in STATIC_ROPE
+        if not known or config.hidden_act != "silu" or config.hidden_size > WIDEST:
+            return None
+        plain = all(not watched(module) for module in model.modules())
+        kinds = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+        exact = kinds in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")})
+        return cls(model) if plain and exact and _linears_are_plain(model) else None
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        """Logits after the last column, [n, vocabulary]."""
-        rows, new = ids.shape
-        x = self.decoder.embed_tokens(ids.flatten())
-        cosine, sine = self._angles(positions.flatten(), cache.length, x)
-        for number, layer in enumerate(self.decoder.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            h = _norm(x, layer.input_layernorm)
-            query, key, value = (
-                _linear(h, project).view(rows * new, -1, attention.head_dim)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            if hasattr(attention, "q_norm"):
-                query, key = _norm(query, attention.q_norm), _norm(key, attention.k_norm)
-            query, key, value = (
-                stream.view(rows, new, -1, attention.head_dim).transpose(1, 2)
-                for stream in (_rotate(query, cosine, sine), _rotate(key, cosine, sine), value)
-            )
-            key, value = cache.update(key, value, number)
-            mixed, _ = attend(attention, query, key, value, mask, attention.scaling)
-            _add(x, mixed.reshape(rows * new, -1), attention.o_proj)
-            h = _norm(x, layer.post_attention_layernorm)
-            gate = mlp.act_fn(_linear(h, mlp.gate_proj)).mul_(_linear(h, mlp.up_proj))
-            _add(x, gate, mlp.down_proj)
-        return _linear(_norm(x.view(rows, new, -1)[:, -1], self.decoder.norm), self.head)
+    @property
+    def usable(self) -> bool:
+        """Whether nothing happened to the model or to torch since that calls for the model's own forward."""
+        return torch.get_num_threads() == 1 and not watched(self.model)
 
-    def _angles(self, positions: Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, 1, dim] of the positions; the sines of the first half are negated (see `_rotate`)."""
-        if len(self._cosine) < length or self._cosine.dtype != like.dtype or self._cosine.device != like.device:
-            every = torch.arange(length, device=like.device)[None]
-            cosine, sine = self.decoder.rotary_emb(like, every)
+    def refresh(self) -> None:
+        """Reads where the weights lie; after a tensor was replaced, not changed in place."""
+        self.layers = [_layer(layer) for layer in self.decoder.layers]
+        self.norm = _norm(self.decoder.norm)
+        self.embedding = _array(self.decoder.embed_tokens.weight)
+        self.head = _linear(self.model.get_output_embeddings())
+
+    def __call__(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], cache: SlotCache) -> Array:
+        """Feeds one new token to each of the first n rows.
+
+        Args:
+            ids: int64 [n].
+            positions: int64 [n], where they stand in their rows.
+            cache: takes the new keys and values.
+
+        Returns:
+            The logits after them, [n, vocabulary].
+        """
+        count, span = len(ids), int(positions.max()) + 1
+        cosine, sine = self._angles(positions, cache.length)
+        x: Array = self.embedding[ids]
+        unseen = np.where(np.arange(span) > positions[:, None], -np.inf, 0.0).astype(x.dtype)[:, None, None]
+        rows = np.arange(count)
+        with np.errstate(over="ignore"):
+            for layer, keys, values in zip(self.layers, cache.keys.numpy(), cache.values.numpy(), strict=True):
+                h = layer.before(x)
+                heads = (count, -1, keys.shape[-1])
+                query, key = layer.query(h).reshape(heads), layer.key(h).reshape(heads)
+                if layer.query_norm is not None and layer.key_norm is not None:
+                    query, key = layer.query_norm(query), layer.key_norm(key)
+                keys[rows, :, positions] = _rotate(key, cosine, sine)
+                values[rows, :, positions] = layer.value(h).reshape(heads)
+                query = _rotate(query, cosine, sine)
+                x += layer.out(_attend(query, keys[:count, :, :span], values[:count, :, :span], unseen))
+                h = layer.after(x)
+                gate = layer.gate(h)
+                gate /= np.exp(-gate) + 1.0
+                gate *= layer.up(h)
+                x += layer.down(gate)
+        return self.head(self.norm(x))
+
+    def _angles(self, positions: npt.NDArray[np.int64], length: int) -> tuple[Array, Array]:
+        """Cosines and sines [n, 1, dim] of the positions; the sines of the first half are negated (see `_rotate`)."""
+        if len(self._cosine) < length:
+            like = self.decoder.embed_tokens.weight
+            cosine, sine = self.decoder.rotary_emb(like, torch.arange(length)[None])
             sine[..., : sine.shape[-1] // 2].neg_()
-            self._cosine, self._sine = cosine[0, :, None], sine[0, :, None]
+            self._cosine, self._sine = cosine[0, :, None].numpy(), sine[0, :, None].numpy()
         return self._cosine[positions], self._sine[positions]
 
 
@@ -78,27 +159,59 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _norm(x: Tensor, module: Any) -> Tensor:
-    """RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467)."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    normal: Tensor = x * scale.add_(module.variance_epsilon).rsqrt_()
-    return normal.mul_(module.weight)
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding (https://arxiv.org/abs/2104.09864) of x [N, heads, dim], halves paired as in transformers."""
-    return (x * cosine).addcmul_(x.roll(x.shape[-1] // 2, -1), sine)
-
-
-def _linear(x: Tensor, module: Any) -> Tensor:
-    """The layer's output; a layer that is no plain one (an adapter is on it) is called."""
-    y: Tensor = nn.functional.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+def _rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    """Rotary embedding (https://arxiv.org/abs/2104.09864) of x [n, heads, dim], halves paired as in transformers."""
+    half = x.shape[-1] // 2
+    y: Array = x * cosine
+    y[..., :half] += x[..., half:] * sine[..., :half]
+    y[..., half:] += x[..., :half] * sine[..., half:]
     return y
 
 
-def _add(x: Tensor, h: Tensor, module: Any) -> None:
-    """x += module(h)."""
-    if type(module) is nn.Linear and getattr(module, "bias", None) is None:
-        x.addmm_(h, module.weight.t())
-    else:
-        x.add_(module(h))
+def _attend(query: Array, keys: Array, values: Array, unseen: Array) -> Array:
+    """Grouped-query attention of one new token of each row: query [n, heads, dim], keys [n, kept, L, dim]."""
+    count, kept, _, dim = keys.shape
+    query *= dim**-0.5
+    scores: Array = query.reshape(count, kept, -1, dim) @ keys.swapaxes(2, 3)
+    scores += unseen
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    mixed: Array = scores @ values
+    return mixed.reshape(count, -1)
+
+
+def _linears_are_plain(model: Any) -> bool:
+    """Whether no layer that multiplies by a matrix does anything else, such as an adapter."""
+    found = [m for name, m in model.get_decoder().named_modules() if name.endswith("_proj")]
+    return all(type(linear) is nn.Linear for linear in [*found, model.get_output_embeddings()])
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().numpy()
+    return array
+
+
+def _linear(module: Any) -> Linear:
+    return Linear(_array(module.weight).T, None if module.bias is None else _array(module.bias))
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(_array(module.weight), module.variance_epsilon)
+
+
+def _layer(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        before=_norm(layer.input_layernorm),
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        out=_linear(attention.o_proj),
+        after=_norm(layer.post_attention_layernorm),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+    )
