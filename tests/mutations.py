@@ -390,8 +390,8 @@ MUTANTS = (
     Mutant(
         "the schedule is stepped per micro-batch",
         "harness/learner.py",
-        "            sums = self._backward(micro.to(self.device), temperature)\n",
-        "            sums = self._backward(micro.to(self.device), temperature)\n            self.step_count += 1\n",
+        "sums = self._backward(micro.to(self.device), temperature)",
+        "sums, self.step_count = self._backward(micro.to(self.device), temperature), self.step_count + 1",
         ("harness/test_learner.py::test_the_schedule_counts_optimizer_steps_not_micro_batches",),
     ),
     Mutant(
