@@ -2,6 +2,8 @@
 # Each makes .venv if there is none; uv is used where it is installed, pip otherwise.
 PYTHON ?= python3
 VENV ?= .venv
+# Test files run at once. More need more memory: each may start an engine.
+JOBS ?= 2
 RUN := . $(VENV)/bin/activate &&
 # uv does not read pip's find-links setting.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -12,7 +14,7 @@ demo: $(VENV)/.demo
 	$(RUN) llmgym train
 
 test: $(VENV)/.test lint
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n $(JOBS) --dist loadfile
 	$(RUN) python -m pytest --doctest-modules llm_gym
 	$(RUN) for story in examples/0*.py; do echo "== $$story" && python $$story || exit 1; done
 
