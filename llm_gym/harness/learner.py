@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.corrections import importance_weights
 from llm_gym.harness.headroom import all_or_nothing
