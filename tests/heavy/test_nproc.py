@@ -91,7 +91,7 @@ def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, 
     for name, first, then in (("fewer", several, []), ("more", [], several)):
         run_to_its_end(train(tmp_path / name, *constant, *first, steps=2))
         run_to_its_end(train(tmp_path / name, *then, "--resume", steps=4))
-        for ours, theirs in zip(rows_of(tmp_path / name), rows_of(tmp_path / "one"), strict=True):
+        for ours, theirs in zip(rows_of(tmp_path / name)[1:], rows_of(tmp_path / "one")[1:], strict=True):
             for metric in ("reward/mean", "tokens/generated", "tokens/trained"):
                 assert ours.get(metric) == theirs.get(metric)
             assert ours.get("policy/grad_norm") == pytest.approx(theirs.get("policy/grad_norm"), rel=1e-3)
