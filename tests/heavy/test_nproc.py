@@ -104,7 +104,7 @@ def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, 
 
 
 def test_two_processes_learn(tmp_path: Path) -> None:
-    """A third of the default run; the whole one is in docs/benchmarks.md."""
+    """A third of the default run."""
     command = [*LLMGYM, "train", "--nproc", "2", "--steps", "40", "--out", str(tmp_path / "run")]
     said = run_to_its_end([*command, "--set", "optimizer.schedule=constant", "--set", "eval.episodes=256"])
     rows = rows_of(tmp_path / "run")
