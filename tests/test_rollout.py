@@ -502,7 +502,7 @@ class TestWithTheRealEngine:
             (row,) = episode.rows()
             assert row.trained.sum() == episode.tokens_generated
             want = teacher_forced(policy.model, row.tokens[:1], row.tokens[1:], temperature=3.0)
-            assert np.abs(want - row.logprobs[1:])[row.trained[1:]].max() < 1e-5
+            assert np.abs(want - row.logprobs[1:])[row.trained[1:]].max() < 3e-5
 
     def test_the_number_under_way_changes_nothing(self):
         exact = make_policy(None, dtype=torch.float64, device="cpu")
