@@ -27,7 +27,8 @@ class Dataset(TextEnv):
         dataset: a hub id, or the path of a .jsonl, .json, .parquet or .csv file.
         reward: `math` (the default): 1 if the reply's answer equals the column `answer`, by `envs.grading.verify`
             (`number`: the answer must be written as a number). Or the reward function `score(text, row)`:
-            `package.module:function` or the function itself. Several: a mapping of component name -> function, or a list (each named after its function).
+            `package.module:function` or the function itself. Several: a mapping of component name -> function, or a
+            list (each named after its function).
             A function may also return a mapping of component names to numbers.
         prompt: the column that holds the question, a string or a list of chat messages.
         answer: the column that holds the reference, for `reward=math` and `number`: an answer, or a solution that

@@ -22,11 +22,11 @@ from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.curriculum import CurriculumConfig
 from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.loggers import LogConfig
-from llm_gym.harness.mixture import EnvConfig
-from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
+from llm_gym.harness.mixture import EnvConfig
 from llm_gym.harness.model import LoraConfig
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.presets import PRESETS
 from llm_gym.harness.selection import OversampleConfig
@@ -68,7 +68,7 @@ class PolicyConfig:
     servers: tuple[str, ...] = ()
     """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one."""
     server: Mapping[str, Any] = field(default_factory=dict)
-    """How servers are used (`folder` for the weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
+    """How servers are used (`folder` for weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
 
 
 @dataclass(frozen=True)

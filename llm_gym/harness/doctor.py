@@ -156,7 +156,9 @@ def sandbox(setting: Setting) -> Iterator[Finding]:
     better = "; ".join(f"{name}: {missing(name)}" for name in ORDER[: ORDER.index(found.name)])
     data = {"tier": found.name, "isolation": found.isolation}
     advice = "" if full else f"{found.why} Better ones do not work here ({better})."
-    yield Finding("sandbox", "python", f"{found.name}, {found.isolation} isolation", "ok" if full else "note", advice, data)
+    yield Finding(
+        "sandbox", "python", f"{found.name}, {found.isolation} isolation", "ok" if full else "note", advice, data
+    )
 
 
 def parity(setting: Setting) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Flash attention kernels that give their log-sum-exp, and gradients for any log-sum-exp: one interface for two devices."""
+"""Flash attention kernels that give their log-sum-exp, and gradients for any of it: one interface for two devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 class Kernel(Protocol):
-    """Flash attention of a call's queries q [S, H, Q, D] over its keys k [S, G, T, D], G dividing H, and values as k."""
+    """Flash attention of a call's queries q [S, H, Q, D] over its keys k [S, G, T, D], G dividing H; values as k."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output, shaped as q, and log-sum-exp [S, H, Q, 1]."""

@@ -220,6 +220,7 @@ class Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Call], scale: float) -> Tensor:
+        """Merges the calls of the plan in their order."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.empty(*q.shape[:2], 1, dtype=exact, device=q.device)
@@ -238,6 +239,7 @@ class Merged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Each call's gradients from the merged output and log-sum-exp, added up."""
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         for call in ctx.plan:

@@ -1,7 +1,7 @@
 """Training on saved episodes alone, and how it compares with what the run recorded: bit for bit, or where not.
 
-On the machine and with the versions of the run (provenance.yaml), every metric of the learner and every weight comes out
-the same. Where something differs, that is what to look at: other kernels, other threads, a changed environment's
+On the machine and with the versions of the run (provenance.yaml), every metric of the learner and every weight comes
+out the same. Where something differs, that is what to look at: other kernels, other threads, a changed environment's
 reward weights, or a bug.
 """
 

@@ -86,9 +86,7 @@ class Mode:
 
 
 MODES = {
-    "shared": Mode(
-        _share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False
-    ),
+    "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False),
     "copy": Mode(_load, ("transformers",), None, False, "every tensor is copied into a second module"),
     "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
     "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
@@ -141,7 +139,9 @@ def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list
         raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
     if wanted not in fitting:
         kind = "" if config.lora is None or config.lora.served_apart else f"{config.lora.kind!r} "
-        which = f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters" + sharded * " and a split learner"
+        which = (
+            f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters" + sharded * " and a split learner"
+        )
         raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
     return [wanted]
 
@@ -308,4 +308,3 @@ class Sync:
                 made = self.policy.generate(list(ids.astype(np.int32)), sampling)
         tokens = rows * self.config.sampling.max_tokens / 2  # on average, as far as anybody can know
         return times["sync"] + times["burst"] * tokens / sum(len(c.tokens) for c in made)
-

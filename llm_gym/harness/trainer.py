@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
-from llm_gym.harness.advantages import advantage
 from llm_gym.harness import loggers, provenance
+from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, samples
 from llm_gym.harness.budget import Budget
 from llm_gym.harness.checkpoint import Follower, RunFolder, step_of

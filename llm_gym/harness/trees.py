@@ -7,6 +7,7 @@ depth-first order, so that everything that goes on from a piece follows it witho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def order(rows: Sequence[Ids]) -> list[int]:
 
 def common(rows: Sequence[Ids]) -> list[int]:
     """For each row how many tokens it begins with as the row before; 0 for the first."""
-    return [0, *(_common(a, b) for a, b in zip(rows, rows[1:], strict=False))]
+    return [0, *(_common(a, b) for a, b in itertools.pairwise(rows))]
 
 
 def _common(a: Ids, b: Ids) -> int:

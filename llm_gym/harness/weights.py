@@ -44,7 +44,7 @@ def save(learner: Learner, tokenizer: str | Path | None, folder: Path) -> None:
 
 
 def restore(learner: Learner, folder: Path) -> None:
-    """Reads back what `save` wrote, into the learner's own tensors; it may have been written by more or fewer processes.
+    """Reads back what `save` wrote, into the learner's own tensors; more or fewer processes may have written it.
 
     Raises:
         CheckpointError: a file is missing or of another model.

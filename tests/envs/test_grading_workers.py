@@ -91,8 +91,33 @@ def test_a_hostile_answer_costs_its_deadline_at_most_and_this_process_nothing(an
 
 @pytest.mark.parametrize(
     "piece",
-    ["9", "1,", "(1 ", "1 or ", r"\boxed{", r"\boxed{1}", "{", "}", "$", "$\n", "$1$", r"\(", r"\frac{", "answer is "]
-    + ["<answer>", "####", "1 1/", r"\text{", "final answer is ", "(A)", "* ", " ", "\n", "½", "1\\,"],
+    [
+        "9",
+        "1,",
+        "(1 ",
+        "1 or ",
+        r"\boxed{",
+        r"\boxed{1}",
+        "{",
+        "}",
+        "$",
+        "$\n",
+        "$1$",
+        r"\(",
+        r"\frac{",
+        "answer is ",
+        "<answer>",
+        "####",
+        "1 1/",
+        r"\text{",
+        "final answer is ",
+        "(A)",
+        "* ",
+        " ",
+        "\n",
+        "½",
+        "1\\,",
+    ],
 )
 def test_reading_takes_time_linear_in_the_text(piece):
     for gold in ("5", GOLD, "B"):

@@ -93,7 +93,8 @@ def test_mathematics_from_a_data_set(shared: Any) -> None:
     path = shared("data/math/math500/math.json")
     with closing(PythonTool(dataset=str(path), question="problem", answer="answer")) as env:
         _, info = env.reset(seed=0, options={"task": 0})
-        assert env.num_tasks and len(info["messages"][0]["content"]) > 10
+        assert env.num_tasks
+        assert len(info["messages"][0]["content"]) > 10
         assert run(env, "from sympy import sqrt; sqrt(8)") == "2*sqrt(2)"
 
 

@@ -130,7 +130,9 @@ def test_a_seed_makes_random_numbers_repeat(tier: str, backend: str) -> None:
 def test_cycles_are_collected_and_nothing_is_imported_again(backend: str) -> None:
     """Pages that a session writes to are no longer the zygote's."""
     with PythonSession(backend) as session:
-        session.run("import weakref\nclass Ring: pass\nring = Ring(); ring.ring = ring; seen = weakref.ref(ring); del ring")
+        session.run(
+            "import weakref\nclass Ring: pass\nring = Ring(); ring.ring = ring; seen = weakref.ref(ring); del ring"
+        )
         assert session.run("x = [[] for _ in range(10_000)]\nseen() is None").output == "True\n"
         private = "next(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if 'Private_Dirty' in line)"
         assert int(session.run(private).output) < 24_000
@@ -285,7 +287,7 @@ def test_settings_are_checked_at_once() -> None:
 
 
 def test_required_refuses_a_machine_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_reasons", {name: "not here" for name in pool.ORDER[:-1]} | {"none": ""})
+    monkeypatch.setattr(pool, "_reasons", dict.fromkeys(pool.ORDER[:-1], "not here") | {"none": ""})
     assert sandbox.tier("auto").name == "none"
     with pytest.raises(SettingError, match="required.*landlock: not here"):
         sandbox.tier("required")

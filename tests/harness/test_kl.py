@@ -60,7 +60,12 @@ def test_estimators_values() -> None:
 
 # A policy over sequences of two tokens: the second token's distribution depends on the first.
 
-TREE = {(): THETA, 0: torch.tensor([1.0, 0.0, -1.0]), 1: torch.tensor([0.2, 0.1, 0.5]), 2: torch.tensor([-2.0, 0.3, 1.0])}
+TREE = {
+    (): THETA,
+    0: torch.tensor([1.0, 0.0, -1.0]),
+    1: torch.tensor([0.2, 0.1, 0.5]),
+    2: torch.tensor([-2.0, 0.3, 1.0]),
+}
 TREE_REFERENCE = {(): REFERENCE, 0: SAMPLER, 1: REFERENCE.flip(0), 2: SAMPLER.flip(0)}
 
 

@@ -175,7 +175,9 @@ def test_doras_are_merged_for_vllm() -> None:
     assert modes("lora") == modes("rslora") == ["adapter", "merged"]
     assert modes("dora") == ["merged"]
     assert modes("dora", engine="transformers") == ["shared"]
-    with pytest.raises(ConfigError, match=r"'adapter' does not work with engine 'vllm' with 'dora' adapters; valid: auto, merged"):
+    with pytest.raises(
+        ConfigError, match=r"'adapter' does not work with engine 'vllm' with 'dora' adapters; valid: auto, merged"
+    ):
         modes("dora", "adapter")
 
 

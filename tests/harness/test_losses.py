@@ -173,7 +173,13 @@ def test_sapo_is_a_soft_gate(advantage: float, tau: float) -> None:
     """Gradient by the log-probability: -A * ratio * 4 p (1 - p), p = sigmoid(tau (ratio - 1)); at ratio 1 it is -A."""
     ratio = torch.tensor([0.2, 1.0, 3.0], dtype=DOUBLE)
     new = ratio.log().requires_grad_()
-    loss, _ = sapo(new, torch.zeros(3, dtype=DOUBLE), torch.full((3,), advantage, dtype=DOUBLE), tau_positive=1.0, tau_negative=1.05)
+    loss, _ = sapo(
+        new,
+        torch.zeros(3, dtype=DOUBLE),
+        torch.full((3,), advantage, dtype=DOUBLE),
+        tau_positive=1.0,
+        tau_negative=1.05,
+    )
     p = 1 / (1 + torch.exp(-tau * (ratio - 1)))
     torch.testing.assert_close(loss.detach(), -advantage * 4 / tau * p)
     grad = gradient_of(loss, new)
@@ -216,7 +222,9 @@ def test_no_advantage_no_gradient(name: str) -> None:
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     """Central differences of the value; the other two hold a weight constant, and have their formulas tested above."""
     fn: LossFn = LOSSES[name]
-    torch.autograd.gradcheck(lambda x: fn(Streams(x, OLD, CREDIT, SEQUENCE), LossConfig(name=name))[0], NEW.clone().requires_grad_())
+    torch.autograd.gradcheck(
+        lambda x: fn(Streams(x, OLD, CREDIT, SEQUENCE), LossConfig(name=name))[0], NEW.clone().requires_grad_()
+    )
 
 
 # Exact policy gradients: a policy over three tokens, every expectation a sum of three terms.

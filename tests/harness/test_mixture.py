@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from test_trainer import Digits, StopAfter, stable, weights
+from test_trainer import StopAfter, stable, weights
 
 from llm_gym import report
 from llm_gym.core import Episode, StopReason

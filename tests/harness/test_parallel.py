@@ -135,7 +135,7 @@ def test_what_cannot_work_is_refused_in_one_sentence() -> None:
 def store() -> Iterator[Callable[[], TCPStore]]:
     """Makes clients of one real store."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield lambda: TCPStore("127.0.0.1", server.port, is_master=False, timeout=datetime.timedelta(seconds=60))
+    return lambda: TCPStore("127.0.0.1", server.port, is_master=False, timeout=datetime.timedelta(seconds=60))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -42,10 +43,8 @@ class Dies(Silent):
 def run(out: Path, *, resume: bool = False, **how) -> tuple[list[dict], list[str]]:
     """Rows and questions of a run of four steps."""
     config = load(TrainConfig, env="test/Careless-v0", sets=[*SMALL, "checkpoint.every=2"], steps=4)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Trainer(config, out=out, resume=resume, **how).train()
-    except KeyboardInterrupt:
-        pass
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second"))} for row in rows]
     files = sorted((out / "episodes").glob("*.jsonl"))

@@ -61,9 +61,12 @@ def spoken(*lengths: int) -> Group:
 
 def test_lengths_and_distinct_completions() -> None:
     group = spoken(2, 2, 8)
-    assert FILTERS["min_length"](group, 4) and not FILTERS["min_length"](group, 4.1)
-    assert FILTERS["max_length"](group, 4) and not FILTERS["max_length"](group, 3.9)
-    assert FILTERS["distinct"](group, 2) and not FILTERS["distinct"](group, 3)
+    assert FILTERS["min_length"](group, 4)
+    assert not FILTERS["min_length"](group, 4.1)
+    assert FILTERS["max_length"](group, 4)
+    assert not FILTERS["max_length"](group, 3.9)
+    assert FILTERS["distinct"](group, 2)
+    assert not FILTERS["distinct"](group, 3)
 
 
 def even_seed(group: Group, limit: object) -> bool:
@@ -143,7 +146,7 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(
         fresh = [task.seed for task in player.played[first:]]
         m = found.metrics
         assert len(fresh) <= max(count, int(count * factor))
-        assert Counter(e.seed for e in found.played) == Counter({seed: 2 for seed in fresh})
+        assert Counter(e.seed for e in found.played) == Counter(dict.fromkeys(fresh, 2))
         assert m["groups/played"] == len(fresh)
         assert m["groups/trained"] == len(found.groups) <= count
         assert m["groups/dropped/spread"] == len(found.dropped)
@@ -182,7 +185,8 @@ def test_left_overs_are_used_first_and_are_one_step_old() -> None:
         assert [g.seed for g in found.groups][: len(left)] == left
         assert found.metrics["groups/reused"] == len(left)
         assert found.metrics["groups/kept"] == sum(map(len, chosen.kept))
-    assert player.played and left
+    assert player.played
+    assert left
 
 
 def test_off_means_one_round_and_nothing_kept() -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from llm_gym.errors import SyncError
 from llm_gym.harness import TrainConfig, Trainer, load, proof
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.model import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
+from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.harness.sync import MODES, engine_of, engine_options, modes_of
 from llm_gym.policies.transformers import TransformersPolicy
@@ -61,8 +61,10 @@ def test_one_forgotten_tensor_is_seen_by_the_canaries_alone(stale: str) -> None:
     later = learner(seed=1)
     policy = copied(learner())
     old = dict(policy.model.state_dict())
-    tensors = {n: old[n].clone() if stale in n or (n, stale) == ("lm_head.weight", "model.embed_tokens.weight") else t
-               for n, t in plain_tensors(later.model)}
+    tensors = {
+        n: old[n].clone() if stale in n or (n, stale) == ("lm_head.weight", "model.embed_tokens.weight") else t
+        for n, t in plain_tensors(later.model)
+    }
     policy.load(tensors.items(), version=1)
     with pytest.raises(SyncError, match="disagree"):
         proof_of(later, policy)({}, version=1, how="sync")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from llm_gym.core import Completion, Episode, Group, StopReason, Turn
 from llm_gym.harness.curriculum import CurriculumConfig, Difficulty, Epochs
-from llm_gym.harness.tasks import Dealer, Task, Tasks, task_seeds
 from llm_gym.harness.evaluation import EVAL_SEED
+from llm_gym.harness.tasks import Dealer, Task, Tasks, task_seeds
 
 
 def group_of(*rewards: float, seed: int = 0, env: str = "e", reason: StopReason = StopReason.ANSWERED) -> Group:

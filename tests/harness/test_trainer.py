@@ -15,7 +15,6 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load, trainer
 from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.evaluation import EVAL_SEED
 from llm_gym.harness.model import load_model
 from llm_gym.harness.trainer import Silent
 

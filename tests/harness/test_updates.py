@@ -40,7 +40,9 @@ def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path,
     groups = group(episodes, 4)
     seen = []
     step = run.learner.step
-    monkeypatch.setattr(run.learner, "step", lambda batch, **how: seen.append((batch, step(batch, **how))) or seen[-1][1])
+    monkeypatch.setattr(
+        run.learner, "step", lambda batch, **how: seen.append((batch, step(batch, **how))) or seen[-1][1]
+    )
     row = run.learn(episodes)
     run.close()
     assert len(seen) == 4
@@ -49,7 +51,9 @@ def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path,
     trained = {float(a) for batch, _ in seen for m in batch.micro for a in m.advantages}
     credits = run.weigh(rewards_of(groups))
     assert trained == {float(np.float32(a)) for a in credits.ravel() if a}
-    assert sum(batch.tokens for batch, _ in seen) == 2 * sum(e.tokens_generated for e in episodes) == row["tokens/trained"]
+    assert (
+        sum(batch.tokens for batch, _ in seen) == 2 * sum(e.tokens_generated for e in episodes) == row["tokens/trained"]
+    )
     ratios = [metrics["policy/ratio_mean"] for _, metrics in seen]
     assert ratios[0] == pytest.approx(1, abs=1e-6)
     assert abs(ratios[3] - 1) > 1e-6

@@ -133,7 +133,7 @@ class _Comparison:
         if isinstance(gold, Relation) and isinstance(got, Relation):
             names = _name(gold), _name(got)
             if all(names):
-                return names[0] == names[1] and self.nodes(gold.parts[-1], got.parts[-1]) or self.equations(gold, got)
+                return (names[0] == names[1] and self.nodes(gold.parts[-1], got.parts[-1])) or self.equations(gold, got)
             if any(names) and {*gold.signs, *got.signs} == {"="} and len(got.parts) > 2:
                 return names[0] is not None and self.nodes(gold.parts[-1], got.parts[-1])
             return self.equations(gold, got)

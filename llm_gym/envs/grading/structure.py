@@ -133,7 +133,7 @@ def _list(text: str, depth: int) -> Node | None:
 
 
 def _relation(text: str, depth: int) -> Node | None:
-    signs = [m for m in _SIGN.finditer(text)]
+    signs = list(_SIGN.finditer(text))
     spans = _cuts(text, [m.start() for m in signs], [m.end() - m.start() for m in signs])
     if len(spans) == 1:
         return None

@@ -27,7 +27,8 @@ MAX_ANSWER = 2_000
 
 Status = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "no_reference"]
 """`no_answer`: the reply states none, or (for a number) none that is one. `unparsed`: what it states cannot
-be read. `timeout`, `crashed`: comparing it overran its deadline or its memory. `no_reference`: the reference states nothing. All but `correct` score 0."""
+be read. `timeout`, `crashed`: comparing it overran its deadline or its memory. `no_reference`: the reference states
+nothing. All but `correct` score 0."""
 Kind = Literal["math", "number"]
 
 

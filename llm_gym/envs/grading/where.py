@@ -2,8 +2,8 @@
 
 The policies are explicit. `auto` follows the usual rules: the last `#### ...`; or the last
 `\\boxed{...}` (but a "final answer is ..." after it counts); or the last `<answer>...</answer>`; or
-the last line or sentence "Answer: ...", "A: ...", "the answer is ..."; or else what the text ends with. A marker whose content is no answer
-is no answer: it never falls back to something weaker.
+the last line or sentence "Answer: ...", "A: ...", "the answer is ..."; or else what the text ends with. A marker whose
+content is no answer is no answer: it never falls back to something weaker.
 
 Every function here takes time linear in the text, and none recurses.
 """

@@ -8,6 +8,7 @@ They read nothing but their pipe, hold no file or socket of this process, and en
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -117,10 +118,8 @@ class Worker:
     @staticmethod
     def _close(stream: Any) -> None:
         if stream is not None:
-            try:
+            with contextlib.suppress(OSError):  # what was not yet written has nobody to read it
                 stream.close()
-            except OSError:
-                pass  # what was not yet written has nobody to read it
 
 
 class Pool:

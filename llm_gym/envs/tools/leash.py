@@ -7,6 +7,7 @@ sessions of their own included. If the trainer died it also removes FOLDER, whic
 library, and little of it: it starts in a few milliseconds.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -121,10 +122,8 @@ def _descendants() -> "set[int]":
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 if __name__ == "__main__":

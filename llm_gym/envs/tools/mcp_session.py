@@ -229,7 +229,7 @@ class Session:
 
 
 class Pool:
-    """Sessions with one set of servers, some of them started ahead of need; environments with the same servers share it.
+    """Sessions with one set of servers, some of them started ahead of need; environments with these servers share it.
 
     Args:
         servers: as for `Session`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -96,10 +97,9 @@ class Handle:
         if self.namespaces and self.pidfd is not None:  # its pid 1: the kernel kills the rest
             _kill(self.pidfd)
         self.lease.sock.shutdown(2)  # a forked child of the trainer may hold it open
-        if self.pidfd is not None:
-            if not poll([self.pidfd], END_SECONDS):
-                logger.warning("a session of the sandbox did not end within %.0f s; killing its reaper.", END_SECONDS)
-                _kill(self.pidfd)
+        if self.pidfd is not None and not poll([self.pidfd], END_SECONDS):
+            logger.warning("a session of the sandbox did not end within %.0f s; killing its reaper.", END_SECONDS)
+            _kill(self.pidfd)
         self.abandon()
 
     def abandon(self) -> None:
@@ -113,10 +113,8 @@ class Handle:
 
 
 def _kill(pidfd: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 AnyHandle = TypeVar("AnyHandle", bound=Handle)
@@ -224,7 +222,8 @@ def scratch(tier: tiers.Tier) -> str:
 def launch(tier: tiers.Tier, base: str, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
     """Starts the zygote in a new session with a clean environment; never forks the trainer's memory.
 
-    `base` is a folder for the scratch folders of a reduced tier. The zygote is given the trainer's pidfd, so it ends with the trainer however that ends.
+    `base` is a folder for the scratch folders of a reduced tier. The zygote is given the trainer's pidfd, so it ends
+    with the trainer however that ends.
     """
     control, far = Channel.pair()
     command, environment = _command(tier, far.fileno())

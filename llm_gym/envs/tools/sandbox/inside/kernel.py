@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
+from ipykernel import ipkernel
 from ipykernel.control import ControlThread
 from ipykernel.displayhook import ZMQDisplayHook, ZMQShellDisplayHook
 from ipykernel.heartbeat import Heartbeat
 from ipykernel.iostream import OutStream
-from ipykernel import ipkernel
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.shellchannel import ShellChannelThread

@@ -58,7 +58,7 @@ def main(house: House, request: dict[str, Any], fds: list[int]) -> None:
 
 
 def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, others: list[int]) -> int | None:
-    """Until the session ends, or its lease, the zygote, or one of `others`: its wait status, or None if it still runs."""
+    """Until the session ends, or its lease, the zygote, or one of `others`: its wait status, None if it still runs."""
     watched = [lease, ready, wakeup, *others]
     while True:
         for event in poll(watched, None):

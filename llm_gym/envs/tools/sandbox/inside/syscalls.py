@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -151,7 +152,5 @@ def send_signal(pidfd: int, number_: int) -> None:
     """Signals the process that `pidfd` holds; nothing happens if it is gone."""
     import signal
 
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number_)
-    except ProcessLookupError:
-        pass
