@@ -33,8 +33,8 @@ class Sizes(NamedTuple):
     """Vocabulary entries whose weights are converted at once, where they are not in the working precision."""
 
 
-SIZES = {"cpu": Sizes(512, 2**24, 2**17, 8192)}
-"""By device type. 2**24 float32 logits are 64 MB: 512 tokens at a vocabulary of 32k, 110 at 152k."""
+SIZES = {"cpu": Sizes(512, 20 * 2**20, 2**17, 8192)}
+"""By device type. That is at most 80 MB of float32 logits: 512 tokens at a vocabulary of 32k, 128 at 152k."""
 ACCELERATOR = Sizes(8192, 2**28, 2**26, 2**15)
 """Of every other device, where a chunk must be large to keep it busy: 1 GB."""
 
@@ -254,7 +254,9 @@ class _Head:
         self.half = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.work = hidden.dtype if self.half else self.exact
         self.sizes, self.width = SIZES.get(hidden.device.type, ACCELERATOR), len(weight)
-        self.rows = max(1, min(self.sizes.tokens, self.sizes.logits // self.width, len(hidden)))
+        room = self.sizes.logits // self.width
+        room -= room % 16 if room > 16 else 0  # products are slower at odd sizes
+        self.rows = max(1, min(self.sizes.tokens, room, len(hidden)))
         self.piece = max(1, min(self.sizes.piece // self.rows, self.width))
         self.none = torch.empty(0, dtype=self.exact, device=hidden.device)
         self.buffer = self.none.new_empty(self.width * self.rows)
