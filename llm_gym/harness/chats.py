@@ -8,7 +8,7 @@ on exactly the ids that it will read later.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ def load_examples(
     rows = load_rows(dataset, split, name=subset)
     if Path(dataset).suffix not in (".json", ".jsonl"):
         rows = [_without_nulls(row) for row in rows]
-    found = find_columns(rows[0], columns or {})
+    found = find_columns({name: None for row in rows for name in row}, columns or {})  # a file's rows may be ragged
 
     def read(row: Mapping[str, Any]) -> Example:
         return read_example(row, found, system_prompt)
@@ -94,11 +94,11 @@ def encode_all(
     return kept, {"dropped": len(rows) - len(kept), "cut": int(shortened)}
 
 
-def find_columns(row: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+def find_columns(present: Collection[str], given: Mapping[str, str]) -> dict[str, str]:
     """Which column holds what: `messages`, or `prompt` and `completion`; and `tools`, if it is there.
 
     Args:
-        row: the first row of the data.
+        present: every column that any row of the data has.
         given: what a row holds -> the name of its column, where that is no usual one.
 
     Raises:
@@ -107,15 +107,15 @@ def find_columns(row: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, 
     for part, column in given.items():
         if part not in NAMES:
             raise DataError(unknown("columns", part, NAMES))
-        if column not in row:
-            raise DataError(unknown(f"columns.{part}", column, row) + f" (columns: {', '.join(row)})")
-    usual = {part: next((name for name in names if name in row), "") for part, names in NAMES.items()}
+        if column not in present:
+            raise DataError(unknown(f"columns.{part}", column, present) + f" (columns: {', '.join(present)})")
+    usual = {part: next((name for name in names if name in present), "") for part, names in NAMES.items()}
     found = {part: name for part, name in {**usual, **given}.items() if name}
     pairs = "messages" not in found or (given.keys() & {"prompt", "completion"} and "messages" not in given)
     chat = ("prompt", "completion") if pairs else ("messages",)
     if missing := [part for part in chat if part not in found]:
         raise DataError(
-            f"columns: the data has no column for {missing[0]!r} (columns: {', '.join(row)}); "
+            f"columns: the data has no column for {missing[0]!r} (columns: {', '.join(present)}); "
             f"name it, as in columns.{missing[0]}=NAME."
         )
     return {part: found[part] for part in (*chat, "tools") if part in found}

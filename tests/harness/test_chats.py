@@ -165,6 +165,13 @@ def test_unusual_columns_are_named_and_a_system_prompt_goes_first(tmp_path: Path
     assert example["messages"] == [{"role": "system", "content": "Be brief."}, *chat("a", "b")["messages"]]
 
 
+def test_a_column_may_begin_below_the_first_row(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write(tmp_path / "a.jsonl", [{"messages": chat}, {"messages": chat, "tools": tools}])
+    assert [example["tools"] for example in load_examples(file)] == [None, tools]
+
+
 def test_what_a_table_fills_in_is_left_out(tmp_path: Path) -> None:
     """Arrow gives every object the keys of all, null where there was none."""
     calls = [
