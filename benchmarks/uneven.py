@@ -1,6 +1,6 @@
 """Uneven multi-turn episodes on a vLLM engine in process: our rollout beside the raw engine, and beside lockstep.
 
-    OMP_NUM_THREADS=1 python benchmarks/uneven.py [--blocks 5] [--episodes 64]
+    OMP_NUM_THREADS=1 python benchmarks/uneven.py [--blocks 9] [--episodes 64]
 
 Every episode has 1 to 6 turns. Each turn has its own exact number of tokens (log-normal, median 16, from 4 to 256;
 stop tokens are ignored), and between two turns a tool takes from 0 to 300 ms (Lomax: half of the calls below 20 ms,
@@ -239,7 +239,7 @@ def plays(policy: Exact, seeds: range, blocks: int, tokens: int) -> dict[str, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--episodes", type=int, default=64)
     arguments = parser.parse_args()
     seeds = range(arguments.episodes)

@@ -67,6 +67,7 @@ class EngineThread:
         """Set while the engine's memory is given away: nothing is decoded."""
         self._finish = finish
         self._calls: queue.SimpleQueue[Request | tuple[Callable[[Any], Any] | None, Future[Any]]] = queue.SimpleQueue()
+        self._gathered: dict[asyncio.AbstractEventLoop, list[Request]] = defaultdict(list)
         self._ended = False
         ready: Future[Any] = Future()
         self._thread = threading.Thread(target=self._serve, args=(make, ready), name="vllm-engine", daemon=True)
@@ -79,8 +80,20 @@ class EngineThread:
             raise
 
     def submit(self, request: Request) -> None:
-        """Hands in a request; its future is resolved in its own event loop."""
-        self._calls.put(request)
+        """Hands in a request; its future is resolved in its own event loop.
+
+        Those of one turn of the event loop go in together: an engine that started on the first would take the
+        interpreter from whoever prepares the others, and decode them a step later.
+        """
+        gathered = self._gathered[request.loop]
+        gathered.append(request)
+        if len(gathered) == 1:
+            request.loop.call_soon(self._hand_in, request.loop)
+
+    def _hand_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        for request in self._gathered.pop(loop):
+            if not request.future.done():  # cancelled meanwhile
+                self._calls.put(request)
         self._refuse_if_ended()
 
     def abort(self, request: Request) -> None:

@@ -109,10 +109,11 @@ def test_completions_are_those_of_the_models_forward(steps):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-def test_several_threads_use_the_models_forward(steps):
+def test_several_threads_use_the_models_forward(steps, monkeypatch):
     policy = TransformersPolicy(tiny())
     steps.clear()
-    torch.set_num_threads(2)
+    # not by set_num_threads: once a vLLM engine ran in this process, vLLM has replaced it by a function of no effect
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     policy.generate(contexts(3), SAMPLING, seeds=range(3))
     assert not steps
 
