@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import struct
 import sys
 import time
@@ -18,26 +17,18 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import gymnasium
 import numpy as np
 
-from llm_gym import envs
 from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, Turn
 from llm_gym.env import finite
 from llm_gym.errors import RewardError, SettingError, boundary
 from llm_gym.policies import Completer
-from llm_gym.policies.running import Worker, run_here
+from llm_gym.policies.running import run_here
+from llm_gym.seats import Env, Seat, Seats
 
-Env = gymnasium.Env[Any, Any]
 OnEpisode = Callable[[Episode], None]
 CONCURRENT = 128
 """Episodes under way at once, unless the policy has a `max_rows` of its own."""
-PATIENCE = 10.0
-"""Seconds that `Driver.close` waits for environments that close in a thread."""
-BRIEF = 1.0
-"""Seconds that it waits where a call is still under way in an environment: most tools answer by then."""
-
-log = logging.getLogger(__name__)
 
 
 def rollout(
@@ -116,14 +107,7 @@ class Driver:
         self.policy, self.sampling = policy, sampling or Sampling()
         self.max_concurrent = max_concurrent or int(getattr(policy, "max_rows", CONCURRENT))
         self.time_limit = time_limit
-        self._args = dict(env_args or {})
-        self._make = env
-        self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
-        self._name = name
-        self._blocking: bool | None = None  # not known before the first environment was made
-        self._free: list[_Seat] = []
-        self._seats: set[_Seat] = set()
-        self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
+        self._seats = Seats(env, env_args or {}, name)
 
     def run(
         self,
@@ -176,14 +160,7 @@ class Driver:
 
     def close(self) -> None:
         """Closes every environment; the driver makes new ones if it is used again."""
-        for seat in list(self._seats):
-            self._discard(seat)
-        self._free.clear()
-        ending, self._ending = self._ending, []
-        began = time.monotonic()
-        left = [w for w, patience in ending if not w.join(max(0.0, began + patience - time.monotonic()))]
-        if left:
-            log.warning("%d environments of %s did not close and are left behind", len(left), self.env_id)
+        self._seats.close()
 
     def __enter__(self) -> Driver:
         return self
@@ -211,7 +188,7 @@ class Driver:
         clock = asyncio.timeout(self.time_limit)
         try:
             async with clock:
-                tale.seat = await self._take_seat()
+                tale.seat = await self._seats.take()
                 await self._turns(job, tale)
         except Exception as error:
             if isinstance(error, TimeoutError) and clock.expired():
@@ -219,9 +196,11 @@ class Driver:
             else:
                 tale.stop_reason = boundary(error, policy=tale.asking)
                 tale.error = f"{type(error).__name__}: {error}"
-        self._leave_seat(tale)
+        if tale.seat is not None:
+            broken = tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE)
+            self._seats.leave(tale.seat, broken=broken)
         return Episode(
-            self.env_id,
+            self._seats.env_id,
             job.seed,
             tuple(tale.turns),
             tale.stop_reason,
@@ -268,13 +247,15 @@ class Driver:
         """
         number = finite(value)
         if number is None:
-            raise RewardError(f"{self.env_id}: {name!r} is {value!r:.80} at seed {job.seed}, want a finite number.")
+            raise RewardError(
+                f"{self._seats.env_id}: {name!r} is {value!r:.80} at seed {job.seed}, want a finite number."
+            )
         return number
 
     async def _reply(self, env: Env, messages: Iterable[Message], sampling: Sampling, seed: int) -> Completion:
         chat = getattr(env.unwrapped, "chat", None)
         if chat is None:
-            raise SettingError(f"policy: it reads chat messages only, and {self.env_id} has none.")
+            raise SettingError(f"policy: it reads chat messages only, and {self._seats.env_id} has none.")
         completion: Completion = await self.policy.reply(list(messages), chat, sampling, seed=seed)  # type: ignore[attr-defined]
         return completion
 
@@ -287,70 +268,6 @@ class Driver:
         if stops is None and (chat := getattr(inner, "chat", None)) is not None:
             stops = tuple(sorted({*chat.stop_ids, *getattr(self.policy, "stop_ids", ())}))
         return Sampling(sampling.temperature, limit, sampling.top_k, sampling.top_p, sampling.min_p, stops)
-
-    async def _take_seat(self) -> _Seat:
-        """An environment nobody plays in; a new one if there is none."""
-        if self._free:
-            return self._free.pop()
-        if self._blocking is None:
-            seat = _Seat(self._first(), None)
-            self._blocking = bool(seat.env.metadata.get("blocking", False))
-            seat.worker = Worker() if self._blocking else None
-        elif self._blocking:
-            seat = await self._make_in_thread()
-        else:
-            seat = _Seat(self._new(), None)
-        self._seats.add(seat)
-        return seat
-
-    async def _make_in_thread(self) -> _Seat:
-        """A seat whose environment is made, used and closed in a thread of its own."""
-        worker, made = Worker(), list[Env]()
-        try:
-            await worker.run(lambda: made.append(self._new()))
-        except BaseException:  # if cancelled, the environment may yet appear
-            self._end(worker, lambda: _close(*made), BRIEF)
-            raise
-        return _Seat(made[0], worker)
-
-    def _first(self) -> Env:
-        """The first environment: if it cannot be made, none can."""
-        try:
-            env = self._new()
-        except SettingError:
-            raise
-        except Exception as error:
-            raise SettingError(
-                f"env: cannot make {self.env_id!r} with {self._args}: {type(error).__name__}: {error}"
-            ) from error
-        if env.spec is not None:
-            self.env_id = env.spec.id
-        self.env_id = self._name or self.env_id
-        return env
-
-    def _new(self) -> Env:
-        return envs.make(self._make, **self._args) if isinstance(self._make, str) else self._make(**self._args)
-
-    def _leave_seat(self, tale: _Tale) -> None:
-        """Frees the episode's environment, or closes it if it may be broken."""
-        if tale.seat is None:
-            return
-        if tale.seat.abandoned or tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE):
-            self._discard(tale.seat)
-        else:
-            self._free.append(tale.seat)
-
-    def _discard(self, seat: _Seat) -> None:
-        self._seats.discard(seat)
-        if seat.worker is None:
-            _close(seat.env)
-            return
-        self._end(seat.worker, lambda: _close(seat.env), BRIEF if seat.abandoned else PATIENCE)
-
-    def _end(self, worker: Worker, last: Callable[[], None], patience: float) -> None:
-        """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
-        worker.stop(last)
-        self._ending.append((worker, patience))
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +290,7 @@ class _Job:
 class _Tale:
     """An episode while it is being played."""
 
-    seat: _Seat | None = None
+    seat: Seat | None = None
     turns: list[Turn] = field(default_factory=list)
     messages: Iterable[Message] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
@@ -381,34 +298,6 @@ class _Tale:
     error: str | None = None
     asking: bool = False
     """Whether the policy, not the environment, is at work."""
-
-
-@dataclass(eq=False, slots=True)
-class _Seat:
-    """An environment, and the thread its calls run in if they block."""
-
-    env: Env
-    worker: Worker | None
-    abandoned: bool = False
-    """Whether a call was left unfinished."""
-
-    async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.worker is None:
-            return function(*args, **kwargs)
-        try:
-            return await self.worker.run(function, *args, **kwargs)
-        except asyncio.CancelledError:
-            self.abandoned = True
-            raise
-
-
-def _close(*envs: Env) -> None:
-    """Closes environments; an error is only logged, for nothing depends on them any more."""
-    for env in envs:
-        try:
-            env.close()
-        except Exception:
-            log.warning("closing an environment failed", exc_info=True)
 
 
 def _stop_reason(info: Mapping[str, Any], terminated: bool, cut: bool) -> StopReason:
