@@ -38,6 +38,7 @@ class KernelHandle(Handle):
     """
 
     personality = "kernel"
+    most_ready = 16
 
     def __init__(self, namespaces: bool) -> None:
         super().__init__(namespaces)

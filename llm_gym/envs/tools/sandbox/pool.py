@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
@@ -21,14 +22,15 @@ from llm_gym.errors import SettingError, unknown
 logger = logging.getLogger(__name__)
 
 ORDER = ("bubblewrap", "namespaces", "landlock", "none")
-LEAST_READY, MOST_READY = 2, 16
-"""Sessions kept ready: a quarter of those in use, within these bounds."""
+LEAST_READY = 2
+"""As many sessions are kept ready at least; else as many as were ever in use at once, up to their `most_ready`."""
 
 _lock = threading.RLock()
 _reasons: dict[str, str] = {}
 _sandboxes: dict[str, Sandbox] = {}
 _ready: dict[Hashable, deque[Handle]] = {}
 _in_use: dict[Hashable, int] = {}
+_most: dict[Hashable, int] = {}
 
 
 def missing(name: str) -> str:
@@ -91,12 +93,11 @@ def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
     key = (kind, chosen.name, limits)
     with _lock:
         sandbox = _sandbox(chosen)
+        _in_use[key] = _in_use.get(key, 0) + 1
+        _most[key] = max(_most.get(key, 0), _in_use[key])
         ready = _ready.setdefault(key, deque())
-        in_use = _in_use[key] = _in_use.get(key, 0) + 1
-        wanted = 1 + max(LEAST_READY, min(MOST_READY, in_use // 4))
-        while len(ready) < wanted:
-            ready.append(sandbox.spawn(limits, kind))
-        handle = ready.popleft()
+        handle = ready.popleft() if ready else sandbox.spawn(limits, kind)
+        _order(ready, key, sandbox, limits, kind)
     try:
         handle.wait_ready()
         if handle.alive():
@@ -111,10 +112,19 @@ def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
 
 
 def give_back(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> None:
-    """One session fewer is in use."""
+    """One session fewer is in use. Where they are used in waves, those of the next wave start now."""
+    key = (kind, chosen.name, limits)
     with _lock:
-        key = (kind, chosen.name, limits)
         _in_use[key] = max(0, _in_use.get(key, 0) - 1)
+        if (sandbox := _sandboxes.get(chosen.name)) is not None and key in _ready and sandbox.alive():
+            with contextlib.suppress(SandboxError):  # it has just ended: whoever takes a session will hear of it
+                _order(_ready[key], key, sandbox, limits, kind)
+
+
+def _order(ready: deque[Handle], key: Hashable, sandbox: Sandbox, limits: Limits, kind: type[Handle]) -> None:
+    """Orders sessions until enough are ready; does not wait for them."""
+    while len(ready) < max(LEAST_READY, min(kind.most_ready, _most.get(key, 0))):
+        ready.append(sandbox.spawn(limits, kind))
 
 
 def _sandbox(chosen: tiers.Tier) -> Sandbox:
@@ -143,6 +153,7 @@ def shutdown() -> None:
         for name in list(_sandboxes):
             _forget(name)
         _in_use.clear()
+        _most.clear()
 
 
 def _after_fork() -> None:
@@ -157,6 +168,7 @@ def _after_fork() -> None:
     _sandboxes.clear()
     _ready.clear()
     _in_use.clear()
+    _most.clear()
 
 
 atexit.register(shutdown)

@@ -45,6 +45,8 @@ class Handle:
     """
 
     personality = "worker"
+    most_ready = 64
+    """As many are kept ready at most; 6 MB each."""
 
     def __init__(self, namespaces: bool) -> None:
         self.lease, far_lease = Channel.pair()  # closing it ends the session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -17,6 +18,7 @@ _LAZY = (
     "IPython.core.profiledir IPython.core.ultratb IPython.utils.io ipykernel.debugger "
     "tornado.gen tornado.locks tornado.platform.asyncio tornado.queues"
 ).split()
+_HUGE, _MADV_COLLAPSE = 2 << 20, 25
 
 
 def warm(packages: list[str], folder: str) -> None:
@@ -40,3 +42,17 @@ def warm(packages: list[str], folder: str) -> None:
     shell.execution_count = 1
     gc.collect()
     gc.freeze()
+    if os.path.exists("/proc/self/maps"):
+        collapse()
+
+
+def collapse() -> None:
+    """Puts what is warm into huge pages, where the system can: there is less for every fork to copy."""
+    madvise = ctypes.CDLL(None).madvise
+    with open("/proc/self/maps") as file:
+        for line in file:
+            place, rights, _, _, _, *name = line.split()
+            if rights == "rw-p" and (not name or name[0] == "[heap]"):
+                start, end = (int(x, 16) for x in place.split("-"))
+                for at in range(-(-start // _HUGE) * _HUGE, end - _HUGE + 1, _HUGE):
+                    madvise(ctypes.c_void_p(at), ctypes.c_size_t(_HUGE), _MADV_COLLAPSE)
