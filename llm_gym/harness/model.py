@@ -283,12 +283,15 @@ def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, T
 
 
 def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter's tensors by the names that peft saves them under, and its `adapter_config.json` as a mapping."""
+    """The adapter's tensors by the names that peft saves them under, and its `adapter_config.json` as a mapping.
+
+    Tensors come whole, as from `plain_tensors`.
+    """
     import peft
 
     config = next(iter(model.peft_config.values())).to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return {name: t.detach() for name, t in peft.get_peft_model_state_dict(model).items()}, plain
+    return {name: whole(t.detach()) for name, t in peft.get_peft_model_state_dict(model).items()}, plain
 
 
 def export(model: Any, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from llm_gym.errors import ConfigError, RankError
+from llm_gym.errors import ConfigError, PolicyError, RankError
 from llm_gym.harness.batching import Batch, MicroBatch, Sample, pack
 from llm_gym.harness.watch import Watch
 
@@ -127,6 +129,22 @@ class World:
         result: T = made
         return result
 
+    def every(self, make: Callable[[], T], what: str) -> T:
+        """What `make` gives here, begun by all together; if it fails on one, all raise the error that came first."""
+        if self.size == 1:
+            return make()
+        self.meet(what)
+        made: Any = None
+        failed = None
+        try:
+            made = make()
+        except Exception as error:
+            failed = (time.time(), error)
+        if errors := [each for each in self.gather(failed, what) if each is not None]:
+            raise min(errors, key=itemgetter(0))[1]
+        result: T = made
+        return result
+
     def meet(self, what: str) -> None:
         """Waits until every rank is here."""
         self.gather(None, what)
@@ -219,12 +237,13 @@ class World:
         """If something fails in here because a rank is lost, its name is said.
 
         Raises:
-            RankError: in place of torch's `RuntimeError`.
+            RankError: in place of torch's `RuntimeError`, or of the engine's error that it caused.
         """
         try:
             yield
-        except RuntimeError as error:
-            if self._watch is None:
+        except (RuntimeError, PolicyError) as error:
+            cause = error.__cause__ if isinstance(error, PolicyError) else error
+            if self._watch is None or not isinstance(cause, RuntimeError):
                 raise
             try:
                 self._watch.blame(what)

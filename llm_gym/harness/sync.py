@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,39 +24,38 @@ from llm_gym.harness.model import adapter_tensors, export, load_model, plain_ten
 from llm_gym.harness.parallel import World
 from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.policies import ENGINES, make_policy
-from llm_gym.policies.checksums import checksums
+from llm_gym.policies.checksums import recorded
 
-Push = Callable[[Any, Any, int, Path], Mapping[str, Tensor]]
-"""(model, policy, version, folder to write) -> the tensors that were sent, by name."""
+Tensors = Iterable[tuple[str, Tensor]]
+Seen = Callable[[Tensors], Tensors]
+"""What every tensor that is sent passes through, as it goes."""
+Push = Callable[[Any, Any, int, Path, Seen], None]
+"""Of (model, policy, version, folder to write, seen)."""
 
 
-def _share(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+def _share(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     policy.refresh(version=version)
-    return {}
 
 
-def _load(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
-    tensors = dict(plain_tensors(model))
-    policy.load(tensors.items(), version=version)
-    return tensors
+def _load(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    policy.load(seen(plain_tensors(model)), version=version)
 
 
-def _load_adapter(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+def _load_adapter(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     tensors, config = adapter_tensors(model)
-    policy.load_adapter(tensors.items(), config, version=version)
-    return tensors
+    policy.load_adapter(list(seen(tensors.items())), config, version=version)
 
 
-def _load_folder(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+def _load_folder(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     with _written(model, folder):
         policy.load_folder(folder, version=version)
-    return dict(plain_tensors(model))
+    deque(seen(plain_tensors(model)), maxlen=0)
 
 
-def _restart(model: Any, policy: Any, version: int, folder: Path) -> Mapping[str, Tensor]:
+def _restart(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     with _written(model, folder):
         policy.restart(folder, version=version)
-    return dict(plain_tensors(model))
+    deque(seen(plain_tensors(model)), maxlen=0)
 
 
 @contextmanager
@@ -92,8 +92,12 @@ MODES = {
     "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
     "adapter": Mode(_load_adapter, ("vllm", "server"), True, True, "the adapter alone is replaced", over_base=True),
     "merged": Mode(_load, ("vllm", "server"), True, True, "as `tensors` or `file`, the adapter folded in"),
-    "disk": Mode(_load_folder, ("vllm", "server"), None, False, "a checkpoint is written, and loaded again"),
-    "restart": Mode(_restart, ("vllm",), None, False, "a checkpoint is written, and a new engine started on it"),
+    "disk": Mode(
+        _load_folder, ("vllm", "server"), None, False, "a checkpoint is written, and loaded again", sharded=False
+    ),
+    "restart": Mode(
+        _restart, ("vllm",), None, False, "a checkpoint is written, and a new engine started on it", sharded=False
+    ),
 }
 """Name -> what it does."""
 BURST, CONTEXT, TOKENS = 64, 32, 32
@@ -169,25 +173,25 @@ def check(config: TrainConfig, world: World | None = None) -> None:
     """
     engine, world = engine_of(config), world or World()
     modes_of(config, engine, sharded=world.sharded)
-    if world.size > 1 and engine != "transformers":
-        raise ConfigError(f"policy.engine: {engine!r} cannot sample a run of several processes; 'transformers' can.")
     if config.policy.sleep and not (engine == "vllm" and torch.cuda.is_available()):
         raise ConfigError("policy.sleep: only vLLM on a CUDA device can give its memory back while the learner trains.")
     if engine == "vllm":
         from llm_gym.policies.vllm import check as check_arguments
 
-        check_arguments(config.policy.vllm)
+        check_arguments(config.policy.vllm, ranks=world.size)
     if engine == "server":
         from llm_gym.policies.server import ServerPolicy, addresses
 
         addresses(config.policy.servers)
-        known = inspect.signature(ServerPolicy).parameters.keys() - {"model", "servers", "version", "on_wait"}
+        known = inspect.signature(ServerPolicy).parameters.keys() - {"model", "servers", "version", "on_wait", "ranks"}
         for name in config.policy.server.keys() - known:
             raise ConfigError(unknown("policy.server option", name, known))
 
 
 class Sync:
-    """The sampler of a run, and how it is brought up to date.
+    """The sampler of a run, and how it is brought up to date; every process of the run has one, and calls it.
+
+    Each has an engine of its own, and proves it; servers are shared, and get their weights from rank 0.
 
     Args:
         config: the run's; `check` has accepted it.
@@ -198,6 +202,7 @@ class Sync:
 
     Raises:
         SyncError: engine and learner disagree from the start.
+        RankError: another process of the run is gone.
     """
 
     policy: Any
@@ -206,7 +211,8 @@ class Sync:
     def __init__(
         self, config: TrainConfig, learner: Learner, *, folder: Path, version: int, tell: Callable[[str], None]
     ) -> None:
-        self.config, self.learner, self.folder = config, learner, folder
+        self.config, self.learner, self.world = config, learner, learner.world
+        self.folder = folder.with_name(f"{folder.name}-{self.world.rank}") if self.world.rank else folder
         modes = modes_of(config, engine_of(config), sharded=learner.world.sharded)
         best = modes[0]
         try:
@@ -226,12 +232,14 @@ class Sync:
 
         Raises:
             SyncError: they did not.
+            RankError: another process of the run is gone.
         """
         times: dict[str, float] = {}
-        sent = MODES[self.mode].push(self.learner.model, self.policy, version, self.folder)
-        with clock(times, "time/proof"):
-            how = f"sync {self.mode!r} after step {version}"
-            gap = self.proof(checksums(sent.items(), self.dtype), version=version, how=how)
+        sent: dict[str, int] = {}
+        with self.world.naming("sync"):
+            self._push(version, lambda tensors: recorded(tensors, self.dtype, sent) if self._sends else tensors)
+            with clock(times, "time/proof"):
+                gap = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
         return {"sync/mode": self.mode, "sync/canary_gap_max": gap, **times}
 
     @contextmanager
@@ -253,6 +261,16 @@ class Sync:
         """Ends the engine."""
         self.policy.close()
 
+    @property
+    def _sends(self) -> bool:
+        """Whether weights go out from this process: to its own engine, or from the first one to the servers."""
+        return self.world.rank == 0 or engine_of(self.config) != "server"
+
+    def _push(self, version: int, seen: Seen) -> None:
+        if self.learner.device.type == "cuda":
+            torch.cuda.synchronize()  # the engine's thread may read the weights on another stream
+        MODES[self.mode].push(self.learner.model, self.policy, version, self.folder, seen)
+
     def _start(self, mode: str, version: int) -> None:
         """An engine for `mode`, in place of any other, with the learner's weights."""
         if getattr(self, "mode", None) == mode:
@@ -264,7 +282,12 @@ class Sync:
         source: Any = config.model
         if engine == "transformers":
             source = model if mode == "shared" else load_model(config.model, device=self.learner.device)
-        self.policy = make_policy(source, engine=engine, version=version, **engine_options(config, mode))
+        options = engine_options(config, mode) | ({"ranks": self.world} if engine == "server" else {})
+
+        def begin() -> None:
+            self.policy = make_policy(source, engine=engine, version=version, **options)
+
+        self.world.every(begin, "starting the engine")
         self.mode = mode
         self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype
         self.proof = self._proof()
@@ -286,7 +309,7 @@ class Sync:
         for mode in modes:
             try:
                 self._start(mode, version)
-                seconds[mode] = self._seconds(version)
+                seconds[mode] = max(self.world.gather(self._seconds(version), "measuring"))
             except PolicyError:  # a server that was started without adapters
                 if mode == modes[-1]:
                     raise
@@ -296,7 +319,7 @@ class Sync:
 
     def _seconds(self, version: int) -> float:
         """Estimated seconds of synchronisation and sampling in one step of the run."""
-        rows = self.config.prompts_per_step * self.config.group_size
+        rows = -(-self.config.prompts_per_step * self.config.group_size // self.world.size)
         ids = np.random.default_rng(1).integers(0, self.learner.body.config.vocab_size, (min(rows, BURST), CONTEXT))
         sampling = Sampling(self.config.sampling.temperature, max_tokens=TOKENS, stop_token_ids=())
         times: dict[str, float] = {}

@@ -7,7 +7,7 @@ vLLM's padding of the vocabulary, add nothing. What it cannot see is a permutati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -53,6 +53,15 @@ def checksum(tensor: torch.Tensor) -> int:
 def checksums(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, int]:
     """The checksum of every named tensor in the dtype that the engine holds it in."""
     return {name: checksum(tensor.detach().to(dtype)) for name, tensor in tensors}
+
+
+def recorded(
+    tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, into: dict[str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, one at a time; `into` gets the checksum in `dtype` of each that has passed."""
+    for name, tensor in tensors:
+        into[name] = checksum(tensor.detach().to(dtype))
+        yield name, tensor
 
 
 def differing(expected: Mapping[str, int], reports: Sequence[Report]) -> list[str]:

@@ -11,10 +11,11 @@ import os
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import handover
 from llm_gym.policies.remote import Loop, RemoteError, delay
 from llm_gym.policies.routing import choose, pieces
-from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Server, Weights
+from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ FAULTS = 6
 """A healthy server that answers so many times with an error will not do otherwise."""
 _START = "start it with `llmgym serve`"
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,8 @@ class ServerPolicy:
         start_seconds: how long to wait for servers that are not up yet.
         retry_seconds: how long a request waits for a server to come back before it fails.
         on_wait: hears what is waited for, and for how long.
+        ranks: the processes that use these servers together, each with such a policy, and load weights at the same
+            time; None: this one alone.
 
     Raises:
         ConfigError: a server that does not answer in time, serves another model, or lacks what updates need.
@@ -67,19 +71,25 @@ class ServerPolicy:
         start_seconds: float = 60.0,
         retry_seconds: float = 300.0,
         on_wait: Callable[[str], None] = log.info,
+        ranks: Ranks | None = None,
     ) -> None:
         urls = addresses(servers)
-        self.version, self.max_rows = version, PER_SERVER * len(urls)
+        rank, size = (ranks.rank, ranks.size) if ranks is not None else (0, 1)
+        self._ranks, self._leads, self._alone = ranks, rank == 0, size == 1
+        urls = urls[rank % len(urls) :] + urls[: rank % len(urls)]  # equally busy servers are taken in this order
+        self.version, self.max_rows = version, max(1, PER_SERVER * len(urls) // size)
         self.max_context = 0
         self.dtype: torch.dtype
         self._model, self._retry = str(model or PATH), retry_seconds
         self._updates = itertools.count(1)
         self._want = Weights(uuid.uuid4().hex[:12], update=0, base=0, version=version)
-        self._files = handover.new_folder(folder)
+        self._files = handover.new_folder(folder) if self._leads else None
         self._closed = False
         self._loop = Loop("llm_gym-servers")
         try:
-            self._loop.run(self._connect(urls, start_seconds, on_wait))
+            self._want = self._first(lambda: self._loop.run(self._connect(urls, start_seconds, on_wait)))
+            if not self._leads:
+                self._loop.run(self._connect(urls, start_seconds, on_wait))
             if max_context is not None and max_context > self.max_context:
                 raise ConfigError(f"max_context: got {max_context}, but the servers' limit is {self.max_context}.")
             self.max_context = max_context or self.max_context
@@ -116,6 +126,8 @@ class ServerPolicy:
         Raises:
             PolicyError: a server cannot load them, or none is there for `retry_seconds`.
         """
+        if not self._leads:
+            deque(tensors, maxlen=0)  # those of a split model must be gathered by all processes
         self._switch(version, lambda path: handover.write(path / "model.safetensors", tensors))
 
     def load_folder(self, folder: str | Path, *, version: int) -> None:
@@ -161,7 +173,8 @@ class ServerPolicy:
             with contextlib.suppress(PolicyError):
                 self._loop.run(self._disconnect())
             self._loop.stop()
-            shutil.rmtree(self._files, ignore_errors=True)
+            if self._files is not None:
+                shutil.rmtree(self._files, ignore_errors=True)
 
     # Below here, coroutines run in the thread of `self._loop`.
 
@@ -217,7 +230,18 @@ class ServerPolicy:
         return ready[choose([server.load for server in ready], cached)]
 
     def _switch(self, version: int, write: Callable[[Path], None], *, adapter: bool = False) -> None:
-        """Makes all servers serve what `write` puts into a folder, and forgets what was before."""
+        """Makes all servers serve what `write` puts into a folder; all processes go on when the first has done so."""
+        weights = self._first(lambda: self._send(version, write, adapter=adapter))
+        if not self._leads:
+            self._loop.run(self._update(weights))
+        self.version = version
+
+    def _first(self, make: Callable[[], T]) -> T:
+        return make() if self._ranks is None else self._ranks.first(make, "weights for the servers")
+
+    def _send(self, version: int, write: Callable[[Path], None], *, adapter: bool) -> Weights:
+        """Hands over what `write` puts into a folder, and forgets what was before."""
+        assert self._files is not None
         number, before = next(self._updates), self._want
         path = self._files / str(number)
         path.mkdir()
@@ -227,9 +251,9 @@ class ServerPolicy:
         else:
             weights = Weights(before.run, number, number, version, path)
         self._loop.run(self._update(weights))
-        self.version = version
         for old in {before.source, before.adapter} - {None, weights.source}:
             shutil.rmtree(str(old), ignore_errors=True)
+        return weights
 
     async def _update(self, weights: Weights) -> None:
         self._want = weights
@@ -259,13 +283,15 @@ class ServerPolicy:
             if reports := [answer for answer in found if not isinstance(answer, BaseException)]:
                 return reports
 
-    async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> None:
+    async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> Weights:
         self._any = asyncio.Event()
-        self._servers = [Server(url, lambda: self._want, self._changed) for url in urls]
+        role: Role = "alone" if self._alone else "leader" if self._leads else "follower"
+        self._servers = [Server(url, lambda: self._want, self._changed, role) for url in urls]
         limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self._servers))
         self.max_context = min(limits)
         self.dtype = await self._dtype()
         self._watches = [asyncio.ensure_future(server.watch()) for server in self._servers]
+        return self._want
 
     async def _greet(self, server: Server, start_seconds: float, on_wait: Callable[[str], None]) -> int:
         """Waits for a server, looks whether it is what it must be, and returns its limit of tokens."""

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from llm_gym.core import Completion, FinishReason
 from llm_gym.policies.remote import Remote, RemoteError, delay
 from llm_gym.policies.routing import Prefixes
+
+T = TypeVar("T")
 
 ADAPTER = "llm_gym"
 """The name under which requests ask for the adapter."""
@@ -37,9 +39,22 @@ IDLE = 2.0
 SAY = 15.0
 """Seconds between two lines about a server that stays away."""
 
+Role = Literal["alone", "leader", "follower"]
+"""Of several processes with the same servers the leader alone gives them weights, and followers wait for that."""
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 log = logging.getLogger(__name__)
+
+
+class Ranks(Protocol):
+    """Processes that sample from the same servers (`harness.parallel.World`)."""
+
+    rank: int
+    size: int
+
+    def first(self, make: Callable[[], T], what: str) -> T:
+        """What `make` gives, or raises, on rank 0 alone; on every rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,10 +92,13 @@ class Server:
         url: where it is.
         want: what it must serve now.
         changed: called when `ready` changes.
+        role: whether this process gives it weights.
     """
 
-    def __init__(self, url: str, want: Callable[[], Weights], changed: Callable[[], None]) -> None:
-        self.remote = Remote(url)
+    def __init__(
+        self, url: str, want: Callable[[], Weights], changed: Callable[[], None], role: Role = "alone"
+    ) -> None:
+        self.remote, self.role = Remote(url), role
         self.ready = False
         self.load = 0
         """Requests under way."""
@@ -151,8 +169,12 @@ class Server:
         Requests under way are held meanwhile and go on with the new weights, their caches recomputed.
 
         Raises:
-            RemoteError: it cannot be reached, or cannot load them.
+            RemoteError: it cannot be reached, or cannot load them; for a follower: it does not serve them yet.
         """
+        if self.role == "follower":
+            if await self.label() != self._want().label:
+                raise RemoteError(f"{self.remote.url} serves other weights")
+            return False
         async with self._lock:
             sent = False
             while (held := await self.label()) != (want := self._want()).label:
@@ -256,12 +278,17 @@ class Server:
         self._be(True)
 
     async def watch(self) -> None:
-        """Looks now and then whether it still answers while requests are under way; runs for ever."""
+        """Looks now and then whether it still answers while requests are under way; runs for ever.
+
+        A leader always looks, and at the weights too: followers wait for it to bring a server back.
+        """
         while True:
             await asyncio.sleep(HEARTBEAT)
-            if self.ready and self.load:
+            if self.ready and (self.load or self.role == "leader"):
                 try:
                     await self.remote.call("GET", "/health", seconds=CONTROL)
+                    if self.role == "leader" and await self.label() != self._want().label:
+                        self.doubt(RemoteError(f"{self.remote.url} serves other weights"))
                 except RemoteError as error:
                     self.doubt(error, gone=True)
 

@@ -37,10 +37,7 @@ _FIXED = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process may have set it to 0
 }
-_DEFAULT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the CPU default takes half of the machine's memory
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+_DEFAULT = {"VLLM_LOGGING_LEVEL": "WARNING"}
 _OWN = ("host", "port", "model", "worker_extension_cls")
 _PR_SET_PDEATHSIG = 1
 _ERROR = re.compile(r"\b(?P<kind>\w*(?:Error|Exception)|Value error)[:,] (?P<text>.+?)(?: \[type=.*)?$")

@@ -284,15 +284,16 @@ def _drain(thread: EngineThread, engine: Any) -> None:
 def _reachable(tensors: Iterable[tuple[str, torch.Tensor]], workers: int) -> Iterator[tuple[str, Any]]:
     """Tensors as the engine's workers can take them, and the suffix of the method that does.
 
-    In this process: the tensors themselves. In processes of their own: a file in shared memory.
+    In this process: the tensors themselves, one at a time, taken by the engine's thread. In processes of their own: a
+    file in shared memory.
     """
     if workers == 1:
-        yield "", [(name, tensor.detach()) for name, tensor in tensors]
+        yield "", ((name, tensor.detach()) for name, tensor in tensors)
         return
     from safetensors.torch import save_file
 
     unique: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in tensors:  # the two names of a tied tensor are one tensor in a file
+    for name, tensor in list(tensors):  # the two names of a tied tensor are one in a file; all live: addresses differ
         unique.setdefault(tensor.data_ptr(), (name, tensor.detach().cpu().contiguous()))
     with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="llm_gym-", suffix=".safetensors") as file:
         save_file(dict(unique.values()), file.name)

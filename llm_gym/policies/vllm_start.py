@@ -14,7 +14,6 @@ from llm_gym.errors import ConfigError, SettingError, unknown
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to be handed tensors
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the CPU default takes half of the machine's memory
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -30,10 +29,16 @@ _RESERVED = {
 }
 """Engine arguments that are not the user's to set, and why."""
 _EXTENSION = "llm_gym.policies.vllm_worker.WorkerExtension"
+_CPU_CACHE = 1 << 30
+"""Bytes of the key-value cache on a CPU, where vLLM would take half of the machine's memory for each engine."""
 
 
-def check(engine_args: Mapping[str, Any]) -> None:
+def check(engine_args: Mapping[str, Any], *, ranks: int = 1) -> None:
     """Refuses engine arguments that cannot work, before anything is loaded.
+
+    Args:
+        engine_args: the user's.
+        ranks: processes that train together, each with an engine of its own.
 
     Raises:
         ConfigError: an argument that this vLLM does not have, or that is not the user's to set.
@@ -46,6 +51,12 @@ def check(engine_args: Mapping[str, Any]) -> None:
     for name in engine_args:
         if name not in known:
             raise ConfigError(unknown("policy.vllm engine argument", name, known - set(_RESERVED)))
+        spans = name.endswith("parallel_size") and engine_args[name] not in (None, 1)
+        if ranks > 1 and (spans or name == "distributed_executor_backend"):
+            raise ConfigError(
+                f"policy.vllm.{name}: got {engine_args[name]!r}, but each of {ranks} processes has its own engine on "
+                "one device; for engines that span several use servers."
+            )
     if engine_args.get("enable_sleep_mode"):
         import torch
 
@@ -79,12 +90,38 @@ def make_engine(settings: Mapping[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
-        return LLMEngine.from_engine_args(arguments(**settings))
+        return LLMEngine.from_engine_args(arguments(**settings, **_among_others()))
     except BaseException as error:
         cleanup_dist_env_and_memory()
         if not isinstance(error, Exception):
             raise
         raise SettingError(f"policy.vllm: the engine cannot serve {settings['model']!r}: {sentence(error)}") from error
+
+
+def _among_others() -> dict[str, Any]:
+    """Engine arguments for one of several processes that have joined in torch.distributed; all must start together.
+
+    vLLM takes its groups out of theirs then: with `external_launcher` each process is a replica of one worker, on the
+    device of its `LOCAL_RANK` (the executor of one process would take device 0 everywhere). An engine that ends also
+    ends torch.distributed, whoever began it: here it must not.
+    """
+    from torch import distributed
+    from vllm.distributed import parallel_state
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return {}
+    os.environ.setdefault("LOCAL_RANK", "0")
+    parallel_state.destroy_distributed_environment = _leave_others
+    return {"distributed_executor_backend": "external_launcher"}
+
+
+def _leave_others() -> None:
+    """Ends vLLM's own group of all processes; it makes a new one for the next engine."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
 def sentence(error: Exception) -> str:
@@ -113,5 +150,5 @@ def defaults() -> dict[str, Any]:
         # CPU: compiled graphs start in 46 s and are no faster; a block of 128 gives short turns no prefix hits; a
         # prefill split over steps breaks per-request seeds.
         settings |= {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
-        settings |= {"max_num_batched_tokens": 8192, "max_num_seqs": 128}
+        settings |= {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": _CPU_CACHE}
     return settings

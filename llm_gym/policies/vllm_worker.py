@@ -7,14 +7,14 @@ are called by name through `collective_rpc`. Names of tensors are Hugging Face's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llm_gym.policies.checksums import Report, checksum
+from llm_gym.policies.checksums import Report, checksum, recorded
 
 ADAPTER = 1
 """The one LoRA id in use; every version of the adapter takes its place."""
@@ -32,7 +32,7 @@ class WorkerExtension:
     def llm_gym_load(self, tensors: Tensors) -> None:
         """Replaces the model's weights; an adapter, if any, is emptied: the policy is then just these tensors."""
         received: dict[str, int] = {}
-        self.model_runner.reload_weights(weights_iterator=_recorded(tensors, self.model_config.dtype, received))
+        self.model_runner.reload_weights(weights_iterator=recorded(tensors, self.model_config.dtype, received))
         _refresh_tied_head(self.model_runner.get_model())
         self._llm_gym_received = received
         if hasattr(self, "_llm_gym_adapter"):  # vLLM drops adapters with the weights that they were made for
@@ -56,13 +56,6 @@ class WorkerExtension:
         received = getattr(self, "_llm_gym_received", {}) | received
         held = {name: [checksum(part.to(self.model_config.dtype)) for part in _held(self, name)] for name in names}
         return Report(received={n: received[n] for n in names if n in received}, held=held, meant=meant)
-
-
-def _recorded(tensors: Tensors, dtype: torch.dtype, received: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, as they pass by."""
-    for name, tensor in tensors:
-        received[name] = checksum(tensor.detach().to(dtype))
-        yield name, tensor
 
 
 def _read(path: Path) -> Tensors:

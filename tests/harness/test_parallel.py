@@ -93,6 +93,22 @@ def test_an_error_of_the_first_is_raised_by_all() -> None:
         Told(1, 2, lambda value: [error, None]).first(lambda: 1, "y")
 
 
+def test_where_one_fails_all_raise_what_came_first() -> None:
+    """Also those that did not fail, and those that only failed because it did."""
+    first, then = ConfigError("first"), RankError("then")
+    said: list[Any] = [(2.0, then), None, (1.0, first)]
+    for rank in (0, 1, 2):
+        with pytest.raises(ConfigError, match="first"):
+            Told(rank, 3, lambda value: said).every(lambda: 1, "x")
+    assert Told(0, 2, lambda value: [value, None]).every(lambda: 7, "x") == 7
+
+    def fail() -> None:
+        raise first
+
+    with pytest.raises(ConfigError, match="first"):
+        Told(0, 2, lambda value: [value, None]).every(fail, "x")
+
+
 def test_metrics_are_summed_by_name_or_the_worst() -> None:
     world = Told(0, 2, lambda value: [value, {"a": 2.0, "b": 1.0}])
     assert world.add({"a": 1.0}, "x") == {"a": 3.0, "b": 1.0}
@@ -120,8 +136,8 @@ def test_what_cannot_work_is_refused_in_one_sentence() -> None:
         check_sharding(split, "muon")
     with pytest.raises(ConfigError, match=r"policy.sync: 'shared' does not work.*split learner; valid: auto, copy"):
         check(load(TrainConfig, sets=["policy.sync=shared"]), split)
-    with pytest.raises(ConfigError, match=r"policy.engine: 'server' cannot sample a run of several processes"):
-        check(load(TrainConfig, sets=["policy.engine=server", "policy.servers=[http://127.0.0.1:1]"]), World(0, 2))
+    with pytest.raises(ConfigError, match=r"policy.sync: 'disk' does not work.*split learner; valid: auto, file"):
+        check(load(TrainConfig, sets=["policy.servers=[http://127.0.0.1:1]", "policy.sync=disk"]), split)
     with pytest.raises(ConfigError, match="parallel.timeout: got 0.0"):
         load(TrainConfig, sets=["parallel.timeout=0"])
     with pytest.raises(ConfigError, match="did you mean 'fsdp'"):
