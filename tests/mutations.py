@@ -430,7 +430,7 @@ MUTANTS = (
     ),
     Mutant(
         "a call that blocks holds up every other episode",
-        "rollout.py",
+        "seats.py",
         'self._blocking = bool(seat.env.metadata.get("blocking", False))',
         "self._blocking = False",
         ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
@@ -459,7 +459,6 @@ MUTANTS = (
 )
 
 LATER = {
-    "unequal tokens per rank; unequal micro-batch counts per rank": "there is one process yet",
     "weights written to an engine that sleeps": "CUDA only; in-process engines have tests in tests/heavy",
     "the oldest-version bound is broken": "every rollout is synchronous yet: all tokens have the newest version",
     "math grader off the main thread; a hung grade is a silent 0": "there is only the grader of numbers yet",
