@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.layers import decoder_layers, parse_layers
 from llm_gym.harness.optimizers import require
+from llm_gym.harness.sharding import whole
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},  # https://arxiv.org/abs/2106.09685
@@ -93,9 +95,10 @@ class LoraConfig:
             source, **how, quantization_config=four, device_map={"": str(device)}
         )
         for module in model.modules():
-            # Or bitsandbytes lays the weights out anew in a forward on a CPU, and what `plain` reads is wrong.
+            # Or bitsandbytes lays the weights out anew in a forward on a CPU, and what `numbers` reads is wrong.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+                module.quant_state = module.weight.quant_state  # a weight that is split forgets it
         return model
 
 
@@ -140,7 +143,7 @@ def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:
 
     Of frozen weights in half precision or 4 bits the result is float32, so that a small adapter is not rounded away.
     """
-    weight = plain(getattr(layer, "base_layer", layer).weight)
+    weight = numbers(getattr(layer, "base_layer", layer))
     if not adapters or not hasattr(layer, "lora_A") or layer.disable_adapters:
         return weight
     if not weight.dtype.is_floating_point or weight.element_size() < 4:
@@ -148,20 +151,27 @@ def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
-        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        weight = weight + _beside(weight, layer.get_delta_weight(name)).to(weight.dtype)
         if name in layer.lora_magnitude_vector:
             # DoRA: each row keeps its direction and gets a length of its own; the norm counts as a constant.
             norm = torch.linalg.norm(weight.detach(), dim=1)
-            weight = (layer.lora_magnitude_vector[name].weight / norm).to(weight.dtype)[:, None] * weight
+            lengths = _beside(weight, layer.lora_magnitude_vector[name].weight)
+            weight = (lengths / norm).to(weight.dtype)[:, None] * weight
     return weight
 
 
-def plain(weight: Tensor) -> Tensor:
-    """A weight as numbers, out of its 4 bits if it is held so."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
+def _beside(weight: Tensor, part: Tensor) -> Tensor:
+    """Of an adapter: as it is beside a weight that is split as it is, else whole."""
+    found: Tensor = part if isinstance(weight, DTensor) else whole(part)
+    return found
 
-    numbers: Tensor = dequantize_4bit(weight.data, state)
-    return numbers
+
+def numbers(layer: Any) -> Tensor:
+    """A linear layer's weight as numbers: out of its 4 bits if it is held so, and then whole, even if it is split."""
+    weight: Tensor = layer.weight
+    state = getattr(layer, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(whole(weight).data, state)
+    return weight

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_gym.errors import ConfigError, unknown
-from llm_gym.harness.sharding import whole
+from llm_gym.harness.sharding import whole, whole_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +172,7 @@ def _adamw8bit(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimiz
     """
     from bitsandbytes.optim import AdamW8bit
 
-    made: torch.optim.Optimizer = AdamW8bit(groups, lr=settings.peak, betas=settings.betas, eps=settings.eps)
-    return made
+    return whole_steps(AdamW8bit)(groups, lr=settings.peak, betas=settings.betas, eps=settings.eps)
 
 
 def _adafactor(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -182,12 +181,12 @@ def _adafactor(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimiz
     torch scales the rate by max(eps2, RMS of the weights). With eps2 = 1 it is the root mean square of an update,
     as AdamW's rate is roughly, so that one rate suits both (only weights of an RMS above 1, some norms, move by more).
     """
-    return torch.optim.Adafactor(groups, lr=settings.peak, eps=(None, 1.0))
+    return whole_steps(torch.optim.Adafactor)(groups, lr=settings.peak, eps=(None, 1.0))
 
 
 def _muon(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """https://kellerjordan.github.io/posts/muon/."""
-    return torch.optim.Muon(groups, lr=settings.muon_lr)
+    return whole_steps(torch.optim.Muon)(groups, lr=settings.muon_lr)
 
 
 OPTIMIZERS = {

@@ -31,8 +31,6 @@ from llm_gym.harness.watch import Watch
 
 T = TypeVar("T")
 
-SPLITTABLE = ("adamw",)
-"""Optimizers that are right on the parts of a split model."""
 BUCKET = 1 << 24
 """Most gradient elements that travel in one piece."""
 
@@ -298,23 +296,6 @@ class _Stores:
 
     base: Any = None
     count = 0
-
-
-def check_sharding(world: World, optimizer: str, base: str | None = None) -> None:
-    """What a split model cannot do.
-
-    Args:
-        world: the processes of the run.
-        optimizer: its name.
-        base: what the weights under adapters are held in; None: there are no adapters.
-
-    Raises:
-        ConfigError: an optimizer that looks at whole matrices, or weights of 4 bits.
-    """
-    if world.sharded and optimizer not in SPLITTABLE:
-        raise ConfigError(f"optimizer.name: {optimizer!r} needs whole matrices; use 'adamw', or parallel.strategy=ddp.")
-    if world.sharded and base == "nf4":
-        raise ConfigError("lora.base: 'nf4' cannot be split over processes; use parallel.strategy=ddp.")
 
 
 def here() -> tuple[int, int]:

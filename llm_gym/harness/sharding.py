@@ -71,8 +71,8 @@ def _call(compute: Callable[..., T], *args: Any) -> T:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split; every rank must ask for it."""
+def whole(tensor: Any) -> Any:
+    """The whole of a tensor that may be split (anything else as it is); every rank must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -94,6 +94,48 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
             seen[key] = whole(value).cpu()
         state[name] = seen[key]
     return state
+
+
+# Steps that look at more than one element
+
+
+class _WholeSteps(torch.optim.Optimizer):
+    """Where parameters are split, gathers one after the other, with its gradient and state, steps it, and splits it.
+
+    Every rank takes the same step, so it is that of one process to the last bit. State of the parameter's shape is
+    split as the parameter is; the rest (a row, a column, scales of blocks) is small, and whole on every rank.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """As the optimizer's own."""
+        groups = self.param_groups
+        if not any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+            return super().step(closure)
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_one(group, parameter)
+        finally:
+            self.param_groups = groups
+        split_state(self)
+        return None
+
+    @torch.no_grad()
+    def _step_one(self, group: dict[str, Any], parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        stand_in = nn.Parameter(whole(parameter))
+        stand_in.grad = whole(parameter.grad)
+        self.state[stand_in] = {name: whole(value) for name, value in self.state.pop(parameter, {}).items()}
+        self.param_groups = [{**group, "params": [stand_in]}]
+        super().step(None)
+        parameter.copy_(split_as(stand_in, parameter))
+        self.state[parameter] = self.state.pop(stand_in)
+
+
+def whole_steps(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same class, of an optimizer that looks at whole tensors, whose steps are right on split ones too."""
+    return type(optimizer.__name__, (_WholeSteps, optimizer), {})
 
 
 # On disk

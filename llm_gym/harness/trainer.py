@@ -26,7 +26,7 @@ from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.mixture import Drivers, arenas, describe_each, exams_of, scoring, selection_of
 from llm_gym.harness.model import load_model
 from llm_gym.harness.optimizers import check_optimizer
-from llm_gym.harness.parallel import check_sharding, connect
+from llm_gym.harness.parallel import connect
 from llm_gym.harness.randomness import reseed
 from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
@@ -111,7 +111,6 @@ class Trainer:
         self.observer = observer if observer is not None and self.world.rank == 0 else Silent()
         check(config, self.world)
         check_optimizer(config.optimizer)
-        check_sharding(self.world, config.optimizer.name, None if config.lora is None else config.lora.base)
         loggers.check(config.log)
         self.arenas = arenas(config)
         papers = exams_of(config, self.arenas)

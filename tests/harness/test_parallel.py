@@ -1,4 +1,4 @@
-"""Several processes, as far as threads and one process can show; real ones are in tests/heavy (ranks, nproc)."""
+"""Several processes, as far as threads and forks can show; many more ranks are in tests/heavy (ranks, nproc)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from forks import in_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import qwen3, samples
 from torch.distributed import TCPStore
+from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
 from llm_gym.harness import watch
 from llm_gym.harness.batching import pack
 from llm_gym.harness.config import TrainConfig, load
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.parallel import ParallelConfig, World, check_sharding
+from llm_gym.harness.lora import LoraConfig
+from llm_gym.harness.model import load_model, plain_tensors
+from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.parallel import ParallelConfig, World
 from llm_gym.harness.sync import check
 from llm_gym.harness.watch import Watch
 
@@ -127,13 +132,72 @@ def test_idle_passes_weigh_nothing() -> None:
     assert all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
 
 
+# Real ranks
+
+
+def test_gradients_are_summed_over_ranks() -> None:
+    """Not averaged; a rank without one counts as zero, and where no rank has one it stays so."""
+
+    def work(world: World) -> list[list[float] | None]:
+        both, one, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+        both.grad = torch.tensor([1.0, 2.0]) * (world.rank + 1)
+        if world.rank == 1:
+            one.grad = torch.tensor([5.0, 0.0])
+        world.sum_gradients([both, one, none])
+        return [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
+
+    assert in_ranks(3, work) == [[[6.0, 12.0], [5.0, 0.0], None]] * 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_take_the_steps_of_one(strategy: str, optimizer: str) -> None:
+    """Loss, entropy and gradient norm of three steps in float64; all presets and shares are in tests/heavy."""
+
+    def work(world: World) -> list[dict[str, float]]:
+        settings = OptimizerConfig(optimizer, lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=1e3)
+        learner = Learner(qwen3(dtype=torch.float64), settings, total_steps=4, world=world)
+        batch = world.pack(samples([9, 14, 5, 11, 8]), max_tokens=20)
+        return [learner.step(batch) for _ in range(3)]
+
+    alone = work(World())
+    assert alone[2]["policy/grad_norm"] != pytest.approx(alone[0]["policy/grad_norm"], rel=1e-3)
+    for steps in in_ranks(2, work, strategy):
+        for step, want in zip(steps, alone, strict=True):
+            assert step == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_weights_of_4_bits_are_split_too(kind: str) -> None:
+    """Each rank holds half of them, takes the steps of one process, and sends the engine the same tensors."""
+    pytest.importorskip("bitsandbytes")
+
+    def work(world: World) -> tuple[list[dict[str, float]], dict[str, float], int]:
+        torch.manual_seed(0)  # adapters are drawn
+        model = load_model(lora=LoraConfig(rank=4, kind=kind, base="nf4"))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        learner = Learner(model, OptimizerConfig(lr=1e-2), total_steps=4, world=world)
+        batch = world.pack(samples([9, 14, 5, 11, 8]), max_tokens=20)
+        metrics = [learner.step(batch) for _ in range(3)]
+        sent = {name: float(tensor.double().norm()) for name, tensor in plain_tensors(model)}
+        held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
+        return metrics, sent, held
+
+    metrics, sent, held = work(World())
+    for steps, tensors, part in in_ranks(2, work, "fsdp"):
+        assert all(step == pytest.approx(want, rel=1e-5) for step, want in zip(steps, metrics, strict=True))
+        assert tensors == pytest.approx(sent, rel=1e-6)
+        assert part <= 0.51 * held
+
+
 # What is refused
 
 
 def test_what_cannot_work_is_refused_in_one_sentence() -> None:
     split = World(0, 2, ParallelConfig("fsdp"))
-    with pytest.raises(ConfigError, match=r"optimizer.name: 'muon'.*parallel.strategy=ddp"):
-        check_sharding(split, "muon")
     with pytest.raises(ConfigError, match=r"policy.sync: 'shared' does not work.*split learner; valid: auto, copy"):
         check(load(TrainConfig, sets=["policy.sync=shared"]), split)
     with pytest.raises(ConfigError, match=r"policy.sync: 'disk' does not work.*split learner; valid: auto, file"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,11 @@ from llm_gym.harness.learner import Learner  # noqa: E402
 from llm_gym.harness.lora import LoraConfig  # noqa: E402
 from llm_gym.harness.memory import MemoryConfig, economise  # noqa: E402
 from llm_gym.harness.model import prepare  # noqa: E402
-from llm_gym.harness.optimizers import OptimizerConfig  # noqa: E402
-from llm_gym.harness.parallel import SPLITTABLE, ParallelConfig, World, connect  # noqa: E402
+from llm_gym.harness.optimizers import OPTIMIZERS, OptimizerConfig  # noqa: E402
+from llm_gym.harness.parallel import ParallelConfig, World, connect  # noqa: E402
 from llm_gym.harness.presets import PRESETS  # noqa: E402
-from llm_gym.harness.sharding import whole  # noqa: E402
+from llm_gym.harness.sharding import split_as, whole  # noqa: E402
+from llm_gym.harness.weights import restore, save  # noqa: E402
 
 
 def free_port() -> int:
@@ -136,6 +138,34 @@ def by_hand(rows: Any, world: World, how: Any) -> Batch:
     return replace(batch, micro=batch.micro[cuts[world.size][world.rank]])
 
 
+WHOLE = tuple(n for n in ("muon", "adafactor", "adamw8bit") if find_spec(OPTIMIZERS[n].package or "torch"))
+"""Optimizers that look at more than one element, as far as they are installed."""
+
+
+def drawn_steps(learner: Learner, numbers: range) -> None:
+    """Optimizer steps whose gradients are drawn: the same to the last bit on any number of processes."""
+    for number in numbers:
+        torch.manual_seed(number)
+        for parameter in learner.model.parameters():
+            parameter.grad = split_as(torch.randn(parameter.shape), parameter)
+        for optimizer in learner.optimizers:
+            optimizer.step()
+
+
+def four_steps(name: str, world: World, folder: Path, source: Path | None = None) -> dict[str, Any]:
+    """The weights after four drawn steps, with a checkpoint after two; or after the last two, from `source`."""
+    model = qwen3(hidden_size=64, intermediate_size=96)  # some matrices are large enough for moments in 8 bits
+    learner = Learner(model, OptimizerConfig(name, lr=1e-2, weight_decay=0.1), total_steps=4, world=world)
+    if source is None:
+        drawn_steps(learner, range(2))
+        folder.mkdir(parents=True, exist_ok=True)
+        save(learner, None, folder)
+    else:
+        restore(learner, source)
+    drawn_steps(learner, range(2, 4))
+    return {tensor: whole(p.detach()).clone() for tensor, p in model.named_parameters()}
+
+
 def main(out: str) -> None:
     torch.set_num_threads(1)
     found: dict[Any, Any] = {}
@@ -143,9 +173,13 @@ def main(out: str) -> None:
         world = connect(ParallelConfig(strategy, timeout=300))
         for share in ("dealt", "by hand"):
             for name, case in CASES.items():
-                if strategy == "fsdp" and case.optimizer not in SPLITTABLE:
-                    continue
                 found[strategy, share, name] = two_steps(case, world, share)
+        if strategy == "fsdp" or world.size == 1:
+            for name in WHOLE:
+                saved = [Path(out).parent / f"{name}-{size}" for size in range(1, world.size + 1)]
+                found["four steps", name] = four_steps(name, world, saved[-1])
+                for size, folder in enumerate(saved[:-1], 1):
+                    found["two steps", name, size] = four_steps(name, world, saved[-1], folder)
         if world.rank == 0:
             torch.save(found, out)
         world.close()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
 
+from llm_gym.harness.parallel import World
+
 pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[int, dict[Any, Any]]:
+def folder(tmp_path_factory) -> Path:
+    """Where the processes write."""
+    made: Path = tmp_path_factory.mktemp("ranks")
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[int, dict[Any, Any]]:
     """World size -> (strategy, how the work is shared, case) -> what came out."""
     made = {}
     for size in (1, 2, 3):
-        file = tmp_path_factory.mktemp("ranks") / "found.pt"
+        file = folder / f"{size}.pt"
         ranks.run([sys.executable, ranks.__file__, str(file)], size)
         made[size] = torch.load(file, weights_only=False)
     return made
@@ -29,9 +39,6 @@ SETUPS = [(size, strategy, share) for size in (2, 3) for strategy in ("ddp", "fs
 @pytest.mark.parametrize("name", ranks.CASES)
 @pytest.mark.parametrize(("size", "strategy", "share"), SETUPS)
 def test_it_is_that_of_one_process(size: int, strategy: str, share: str, name: str, found) -> None:
-    if strategy == "fsdp" and ranks.CASES[name].optimizer not in ranks.SPLITTABLE:
-        assert ("fsdp", share, name) not in found[size]  # refused, see tests/harness/test_parallel.py
-        return
     one, many = found[1]["ddp", share, name], found[size][strategy, share, name]
     most = 1e-6 if ranks.CASES[name].dtype == "float32" else 1e-9
     assert max(float(g.abs().max()) for g in one["gradients"].values()) > 1e-4
@@ -43,6 +50,19 @@ def test_it_is_that_of_one_process(size: int, strategy: str, share: str, name: s
             )
     for metrics, want in zip(many["metrics"], one["metrics"], strict=True):
         assert metrics == pytest.approx(want, rel=10 * most, abs=10 * most)
+
+
+@pytest.mark.parametrize("name", ranks.WHOLE)
+def test_an_optimizer_of_whole_matrices_steps_split_ones_to_the_last_bit(name: str, folder: Path, found) -> None:
+    """From the start, and resumed on 2 and 3 processes from the checkpoint of fewer, on one from those of more."""
+    want = found[1]["four steps", name]
+    got = [found[2]["four steps", name], found[3]["four steps", name]]
+    got += [found[size]["two steps", name, start] for size, start in ((2, 1), (3, 1), (3, 2))]
+    got += [ranks.four_steps(name, World(), folder, folder / f"{name}-{size}") for size in (2, 3)]
+    for weights in got:
+        assert weights.keys() == want.keys()
+        for tensor, value in want.items():
+            assert torch.equal(weights[tensor], value), tensor
 
 
 def test_the_work_lay_as_was_meant(found) -> None:
