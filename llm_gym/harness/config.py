@@ -44,7 +44,8 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Whether to save, and keep as `checkpoints/best`, the step with the best evaluation (`eval/sampled_reward`)."""
+    """Whether to save, and keep as `checkpoints/best`, the step with the best `eval/sampled_reward` (of a mixture,
+    `eval/mixture_reward`)."""
 
 
 @dataclass(frozen=True)

@@ -118,24 +118,28 @@ def check(config: LogConfig) -> None:
 
 
 class Loggers:
-    """The loggers of a run.
+    """The loggers of a run; none until `start`.
 
     Args:
-        config: which; `check` has accepted it.
-        run: the run folder.
-        settings: the run's, as plain values.
-        step: steps already done.
         tell: is told, in a line, of a logger that is switched off.
-
-    Raises:
-        ConfigError: one cannot start.
     """
 
-    def __init__(
-        self, config: LogConfig, run: Path, settings: Mapping[str, Any], step: int, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell = tell
         self.open: dict[str, Logger] = {}
+
+    def start(self, config: LogConfig, run: Path, settings: Mapping[str, Any], step: int) -> None:
+        """Opens all of them, or none.
+
+        Args:
+            config: which; `check` has accepted it.
+            run: the run folder.
+            settings: the run's, as plain values.
+            step: steps already done.
+
+        Raises:
+            ConfigError: one cannot start.
+        """
         for name in config.to:
             try:
                 start: Callable[..., Logger] = by_name("log.to", name, LOGGERS)

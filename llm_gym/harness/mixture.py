@@ -119,10 +119,29 @@ def exams_of(config: TrainConfig, found: Sequence[Arena]) -> list[Exam]:
     papers = exams(config.eval, found[0].env_id, found[0].eval_args)
     if not papers:
         return []
-    own = [exam(a.env_id, a.eval_args, re.sub(r"[^\w.-]", "-", a.label)) for a in found[1:]]
+    own = [exam(a.env_id, a.eval_args, _exam_name(a)) for a in found[1:]]
     if twice := {one.name for one in own} & {one.name for one in papers}:
         raise ConfigError(f"eval.envs: {min(twice)!r} is also the name of an environment of the run; give it another.")
     return [papers[0], *own, *papers[1:]]
+
+
+def best_metric(found: Sequence[Arena]) -> str:
+    """The metric that says which step is best."""
+    return "eval/sampled_reward" if len(found) == 1 else "eval/mixture_reward"
+
+
+def eval_reward(found: Sequence[Arena], row: Mapping[str, float]) -> dict[str, float]:
+    """That metric for a mixture: the mean of the environments' sampled rewards, by their weights in training.
+
+    Args:
+        found: the run's environments.
+        row: what an evaluation measured.
+    """
+    if len(found) == 1:
+        return {}
+    rewards = [row["eval/sampled_reward"], *(row[f"eval/{_exam_name(a)}/sampled_reward"] for a in found[1:])]
+    weights = [arena.weight for arena in found]
+    return {best_metric(found): sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)}
 
 
 def scoring(found: Sequence[Arena], groups: Sequence[Group]) -> dict[str, Any]:
@@ -216,6 +235,11 @@ def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
     )
     made.close()
     return arena
+
+
+def _exam_name(arena: Arena) -> str:
+    """Its name in the metrics of an evaluation, where it is not the first."""
+    return re.sub(r"[^\w.-]", "-", arena.label)
 
 
 def _same_tokens(one: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
-from llm_gym.harness import loggers, provenance
+from llm_gym.harness import loggers, mixture, provenance
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, samples
 from llm_gym.harness.budget import Budget
@@ -123,8 +124,9 @@ class Trainer:
         self.observer.on_start(config, self.run.path, self.step)
         self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step))
         tell = self.observer.on_note
-        log = config.log if self.world.rank == 0 else loggers.LogConfig()
-        self.loggers = loggers.Loggers(log, self.run.path, to_dict(config), self.step, tell)
+        self.loggers = loggers.Loggers(tell)
+        start = partial(self.loggers.start, config.log, self.run.path, to_dict(config), self.step)
+        self.world.first(start, "starting the loggers")
         self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
         device = "cpu" if self.world.sharded else self.world.device  # parts go where they belong when it is split
@@ -270,7 +272,7 @@ class Trainer:
             row, transcripts = self.evaluation(self._play)
         for name, episodes in transcripts.items():
             self.run.write_episodes("_".join(filter(None, (f"eval_{self.step:06d}", name))), episodes)
-        return {**row, **times} if row else {}
+        return {**row, **mixture.eval_reward(self.arenas, row), **times} if row else {}
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
@@ -318,7 +320,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the run keeps its best step, and that is the one just written."""
-        best = lambda: self.run.best("eval/sampled_reward") == self.step  # noqa: E731
+        best = lambda: self.run.best(mixture.best_metric(self.arenas)) == self.step  # noqa: E731
         return self.config.checkpoint.keep_best and self.world.first(best, "choosing the best step")
 
     def _write(self, row: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def test_a_logger_that_cannot_start_stops_the_run_and_closes_the_others(tmp_path
     config = LogConfig((HERE, "builtins:open"))
     check(config)
     with pytest.raises(ConfigError, match="'builtins:open' cannot start"):
-        Loggers(config, tmp_path, {}, 0, lambda text: None)
+        Loggers(lambda text: None).start(config, tmp_path, {}, 0)
     assert Diary.kept[-1] == ("closed", None)
 
 
@@ -114,7 +114,8 @@ def test_after_a_resume_tensorboard_shows_each_step_once(tmp_path: Path) -> None
     pytest.importorskip("tensorboard")
 
     def write(step: int, rows: range) -> None:
-        loggers = Loggers(LogConfig(("tensorboard",)), tmp_path, {}, step, lambda text: pytest.fail(text))
+        loggers = Loggers(lambda text: pytest.fail(text))
+        loggers.start(LogConfig(("tensorboard",)), tmp_path, {}, step)
         for at in rows:
             loggers.log({"step": at, "reward/mean": float(at + 10 * step), "nothing": math.nan, "word": "x"})
         loggers.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs import make
 from llm_gym.errors import ConfigError, RewardError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load, trainer
+from llm_gym.harness.evaluation import Evaluation
 from llm_gym.harness.mixture import arenas
 from llm_gym.harness.trainer import Silent
 
@@ -103,6 +105,22 @@ def test_a_mixture_plays_each_environment_by_its_weight(tmp_path: Path) -> None:
     ]
     assert len(set(drawn)) == 4
     assert load(TrainConfig, tmp_path / "run" / "config.yaml") == config(steps=2, envs=MIXTURE).resolved()
+
+
+def test_the_best_step_of_a_mixture_is_that_of_all_its_environments(tmp_path: Path, monkeypatch) -> None:
+    """By weights 2 : 1, step 2 is best; the first environment alone would say step 1, an even mean step 3."""
+    measured = iter([(0.0, 0.0), (0.9, 0.0), (0.8, 0.5), (0.4, 1.2), (math.nan, 9.0)])
+
+    def measure(self, play):
+        first, second = next(measured)
+        return {"eval/sampled_reward": first, "eval/test-Two-v0/sampled_reward": second}, {}
+
+    monkeypatch.setattr(Evaluation, "__call__", measure)
+    sets = ["eval.every=1", "checkpoint.keep_best=true", "prompts_per_step=3"]
+    rows = Trainer(config(*sets, steps=4, envs=MIXTURE), out=tmp_path / "run").train()
+    assert [row["eval/mixture_reward"] for row in rows[:4]] == pytest.approx([0, 0.6, 0.7, 2 / 3])
+    assert rows[4]["eval/mixture_reward"] is None
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step_000002"
 
 
 def test_each_environment_of_a_mixture_keeps_its_reward_weights_and_limits(tmp_path: Path) -> None:

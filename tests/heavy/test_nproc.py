@@ -82,6 +82,19 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
 # Learning
 
 
+def test_a_logger_that_cannot_start_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
+    """It is opened on rank 0 alone; the other says the same, and does not wait to find rank 0 gone."""
+    both = ranks.start(train(tmp_path / "run", "--set", "log.to=[json:loads]"), 2, stdout=-1, stderr=-1)
+    try:
+        said = [process.communicate(timeout=DEADLINE)[1].splitlines()[-1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert said[0].startswith("Error: log.to: 'json:loads' cannot start (")
+    assert said[1] == said[0]
+    assert [process.returncode for process in both] == [2, 2]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path) -> None:
     """2 -> 1 and 1 -> 2, against one process that was never interrupted: the same episodes, steps and weights."""
