@@ -1,13 +1,16 @@
-"""As a program, trains with an engine in each process: `python engines.py <folder> <server> <run> ...`."""
+"""As a program, trains with an engine in each process: `python engines.py <folder> <server>`."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
+from llm_gym.errors import SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 
-FEW = ["prompts_per_step=3", "group_size=8", "eval.episodes=0", "steps=3", "optimizer.lr=1e-3", "parallel.timeout=300"]
+FEW = ["prompts_per_step=3", "group_size=8", "eval.episodes=0", "steps=3", "parallel.timeout=300"]
 CACHE = 128 << 20
 VLLM = ["policy.engine=vllm", "policy.vllm.max_model_len=256", f"policy.vllm.kv_cache_memory_bytes={CACHE}"]
 FSDP = ["parallel.strategy=fsdp"]
@@ -21,19 +24,28 @@ RUNS: dict[str, list[str]] = {
 """Name -> settings; three groups are dealt to two processes unevenly."""
 
 
-def config(name: str, server: str) -> TrainConfig:
+def train(name: str, out: Path, server: str) -> None:
     servers = [f"policy.servers=[{server}]"] if "server" in name else []
-    return load(TrainConfig, sets=[*FEW, *RUNS[name], *servers])
-
-
-def train(name: str, out: Path, server: str = "") -> Trainer:
-    run = Trainer(config(name, server), out=out / name)
+    run = Trainer(load(TrainConfig, sets=[*FEW, *RUNS[name], *servers]), out=out / name)
     run.train()
-    (out / name / f"version-{run.world.rank}").write_text(str(run.policy.version))
-    return run
+    said = {"version": run.policy.version}
+    if "vllm" in name:
+        said["cache"] = run.policy._thread.engine.vllm_config.cache_config.kv_cache_memory_bytes
+    (out / name / f"rank-{run.world.rank}").write_text(json.dumps(said))
+
+
+def fail(out: Path) -> None:
+    """Rank 1 has no room for its cache, while rank 0 is inside vLLM's start."""
+    if os.environ["RANK"] == "1":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "100000"
+    try:
+        Trainer(load(TrainConfig, sets=[*FEW, *VLLM]), out=out / "failed")
+    except SettingError as error:
+        (out / f"failed-{os.environ['RANK']}").write_text(str(error))
 
 
 if __name__ == "__main__":
-    folder, address, *names = sys.argv[1:]
-    for each in names:
-        train(each, Path(folder), address)
+    folder, address = Path(sys.argv[1]), sys.argv[2]
+    for each in RUNS:
+        train(each, folder, address)
+    fail(folder)

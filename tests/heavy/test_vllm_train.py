@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.parallel import World
 from llm_gym.harness.proof import Proof
+from llm_gym.harness.sync import check
 from llm_gym.harness.trainer import Silent
 
 pytestmark = pytest.mark.heavy
@@ -106,6 +109,16 @@ def test_versions_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         lines = (tmp_path / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()
         assert {turn["version"] for line in lines for turn in json.loads(line)["turns"]} == {step - 1}
+
+
+def test_with_several_processes_an_engine_of_several_devices_is_refused() -> None:
+    """Before a model is loaded: the processes of such an engine would have to sample the same episodes."""
+    for argument, value in (("tensor_parallel_size", 2), ("distributed_executor_backend", "mp")):
+        given = config(f"policy.vllm.{argument}={value}")
+        with pytest.raises(ConfigError, match=rf"policy.vllm.{argument}: got {value!r}, but each of 2 .* servers"):
+            check(given, World(0, 2))
+        check(given)
+    check(config("policy.vllm.tensor_parallel_size=1"), World(0, 2))
 
 
 @pytest.fixture(scope="module")
