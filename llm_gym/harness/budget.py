@@ -45,8 +45,10 @@ class Budget:
 
     def __init__(self, tokens: int | str, learner: Learner, tell: Callable[[str], None]) -> None:
         self.learner, self.tell = learner, tell
-        measured = tokens if isinstance(tokens, int) else self._measured()
+        measured, why = (tokens, "") if isinstance(tokens, int) else self._measured()
         self.tokens = min(learner.world.gather(measured, "measuring memory"))
+        if why:
+            tell(f"memory: {why}: {self.tokens:,} tokens a micro-batch.")
 
     def step(self, batch: Batch, *, temperature: float) -> dict[str, float]:
         """`Learner.step`, as often as it takes to fit; nothing is counted twice.
@@ -74,27 +76,25 @@ class Budget:
             longest = max(len(micro.tokens) for micro in batch.micro)
             raise ShortOfMemory(
                 f"memory: a row of {longest:,} tokens does not fit alone ({why}); try memory.checkpointing=1, "
-                "memory.offload=true, lora, or fewer tokens (sampling.max_tokens)."
+                "memory.offload=true, lora, or fewer tokens (sampling.max_tokens, max_length)."
             )
         self.tokens = max(splittable) // 2
         self.tell(f"memory: ran out; from now on {self.tokens:,} tokens a micro-batch, this step once more.")
 
-    def _measured(self) -> int:
+    def _measured(self) -> tuple[int, str]:
+        """What fits, and why so."""
         device = self.learner.device
         try:
             free, fixed, each = measure(self.learner)
         except headroom.Unknown as unknown:
-            self.tell(f"memory: {unknown}: {USUAL:,} tokens a micro-batch.")
-            return USUAL
+            return USUAL, str(unknown)
         except ShortOfMemory:
-            self.tell(f"memory: {PROBE[1]:,} tokens do not fit: {LEAST:,} tokens a micro-batch.")
-            return LEAST
-        tokens = int((SHARE[device.type] * free - fixed) / max(each, 1.0))
+            return LEAST, f"{PROBE[1]:,} tokens do not fit"
+        sharing = 1 if device.type == "cuda" else self.learner.world.neighbours  # a GPU is one process's own
+        tokens = int((SHARE[device.type] * free / sharing - fixed) / max(each, 1.0))
         tokens = min(MOST, max(LEAST, tokens - tokens % LEAST))
-        self.tell(
-            f"memory: {free / 2**30:,.1f} GiB free, {each / 1000:,.0f} kB a token: {tokens:,} tokens a micro-batch."
-        )
-        return tokens
+        shared = f" for {sharing} processes" if sharing > 1 else ""
+        return tokens, f"{free / 2**30:,.1f} GiB free{shared}, {each / 1000:,.0f} kB a token"
 
 
 def measure(learner: Learner) -> tuple[int, float, float]:
@@ -126,7 +126,7 @@ def _run(learner: Learner, batch: Batch) -> None:
     """Forward and backward, as in a step."""
     with headroom.all_or_nothing(learner.model):
         for micro in batch.micro:
-            learner._backward(micro.to(learner.device), 1.0)
+            learner.rehearse(micro.to(learner.device))
 
 
 def _probe(learner: Learner, tokens: int) -> Batch:

@@ -23,7 +23,7 @@ from llm_gym.harness.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.logprobs import token_logprobs
 from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher, check_tokenizers
+from llm_gym.harness.teacher import DistillConfig, Indifferent, LocalTeacher, ServedTeacher, Teacher, check_tokenizers
 from llm_gym.harness.trainer import Trainer, device_of
 from llm_gym.tokenizer import load_tokenizer
 
@@ -78,6 +78,15 @@ class DistillLearner(Learner):
     def __init__(self, *args: Any, teacher: Teacher, settings: DistillConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.distill = teacher, settings
+
+    def rehearse(self, batch: MicroBatch) -> None:
+        """As the learner's; servers are not asked about tokens that mean nothing."""
+        teacher = self.teacher
+        self.teacher = teacher if isinstance(teacher, LocalTeacher) else Indifferent()
+        try:
+            super().rehearse(batch)
+        finally:
+            self.teacher = teacher
 
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
         if self.distill.kl == "sampled":

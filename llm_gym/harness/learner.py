@@ -129,6 +129,10 @@ class Learner:
         known = known[: len(batch.micro)]
         return replace(batch, micro=tuple(replace(m, proximal=p) for m, p in zip(batch.micro, known, strict=True)))
 
+    def rehearse(self, batch: MicroBatch) -> None:
+        """Forward and backward of a micro-batch that stands for others; its gradient is added to what is there."""
+        self._backward(batch, 1.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states and the step count; the weights are the model's own."""
         return {"step": self.step_count, "optimizers": [o.state_dict() for o in self.optimizers]}

@@ -73,6 +73,8 @@ class World:
     ) -> None:
         self.rank, self.size, self.config = rank, size, config or ParallelConfig()
         self.device, self.group = torch.device(device), group
+        self.neighbours = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        """How many of them are on this machine, this one included."""
         self._watch = None if store is None else Watch(store, rank, size, self.config.timeout)
 
     @property

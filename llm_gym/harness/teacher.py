@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -114,6 +115,22 @@ class LocalTeacher:
     def top(self, batch: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
         """As `Teacher`."""
         return top_logprobs(self.head(batch), k)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Indifferent:
+    """Finds all tokens equally likely, and knows none: takes the place of a served teacher where memory is measured."""
+
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """As `Teacher`: 0."""
+        return torch.zeros(len(batch.target), device=batch.target.device)
+
+    def top(self, batch: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
+        """As `Teacher`: the first k ids, at 1/(k + 1) each."""
+        ids = torch.arange(k, device=batch.target.device).expand(len(batch.target), k)
+        return ids, torch.full(ids.shape, -math.log(k + 1.0), device=ids.device)
 
     def close(self) -> None:
         """Nothing to do."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import gradients, qwen3, row, samples
+from test_parallel import Told
 
 from llm_gym.errors import ConfigError, ShortOfMemory
 from llm_gym.harness import TrainConfig, Trainer, budget, headroom, load
@@ -231,3 +232,19 @@ def test_a_run_decides_once_and_writes_it_down(tmp_path: Path) -> None:
     written = load(TrainConfig, tmp_path / "config.yaml")
     assert written.token_budget == trainer.budget.tokens
     assert isinstance(written.token_budget, int)
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them find half as much each, and what is said is what counts: the least of all."""
+    monkeypatch.setattr(headroom, "free", lambda device: 6 * 10**8)
+    monkeypatch.setattr(budget, "LEAST", 1)
+    monkeypatch.setattr(budget, "measure", lambda learner: (headroom.free(CPU), 1000.0, 1e5))
+    told: list[str] = []
+    learner = Learner(qwen3())
+    assert Budget("auto", learner, told.append).tokens == 2999
+    learner.world = Told(0, 2, lambda value: [value, 1234])
+    assert Budget("auto", learner, told.append).tokens == 1234
+    learner.world = Told(0, 2, lambda value: [value, value])
+    assert Budget("auto", learner, told.append).tokens == 1499
+    assert [line.rpartition(": ")[2].split()[0] for line in told] == ["2,999", "1,234", "1,499"]
+    assert [" for 2 processes" in line for line in told] == [False, True, True]

@@ -13,12 +13,13 @@ from llm_gym import embedded
 from llm_gym.errors import SettingError
 from llm_gym.harness import TrainConfig, load, trainer
 from llm_gym.harness.batching import pack
+from llm_gym.harness.budget import Budget
 from llm_gym.harness.distill import Distiller, DistillLearner, trainer_of
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import Body, export, load_model
 from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.teacher import DistillConfig, LocalTeacher
+from llm_gym.harness.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher
 from llm_gym.harness.trainer import Silent, Trainer
 
 DOUBLE = torch.float64
@@ -31,9 +32,7 @@ def judge(seed: int = 9) -> LocalTeacher:
     return made
 
 
-def learner(
-    kl: str, model: Any, teacher: LocalTeacher, loss: LossConfig | None = None, top_k: int = 4
-) -> DistillLearner:
+def learner(kl: str, model: Any, teacher: Teacher, loss: LossConfig | None = None, top_k: int = 4) -> DistillLearner:
     settings = DistillConfig(teacher="x", kl=kl, top_k=top_k)
     return DistillLearner(model, OptimizerConfig(lr=1e-3), loss or LossConfig(), teacher=teacher, settings=settings)
 
@@ -194,3 +193,21 @@ def test_mistakes_are_found_before_the_model_loads(
 
 def test_without_a_teacher_it_is_the_trainer() -> None:
     assert trainer_of(TrainConfig()) is Trainer
+
+
+@pytest.mark.parametrize("kl", ["sampled", "top_k"])
+def test_servers_are_not_asked_while_memory_is_measured(kl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any) -> None:
+        pytest.fail("the server was asked")
+
+    teacher = ServedTeacher.__new__(ServedTeacher)
+    for name in ("logprobs", "top"):
+        monkeypatch.setattr(teacher, name, asked)
+    made = learner(kl, qwen3(1), teacher)
+    told: list[str] = []
+    assert Budget("auto", made, told.append).tokens >= 1024
+    assert made.teacher is teacher
+    assert len(told) == 1
+    every = pack(samples([24, 6]), max_tokens=100)
+    made.rehearse(every.micro[0])
+    assert all(bool(grad.isfinite().all()) for grad in gradients(made.model).values())
