@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, EXIT_SETTING, OneSentence
 from llm_gym.errors import LLMGymError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PATIENCE = 10
 """Seconds that processes have to end when one of them has."""
@@ -21,8 +24,17 @@ DEFERENCE = 2.0
 """Seconds that a process waits for the first one to say what went wrong in both."""
 
 
-def launch(nproc: int) -> None:
+nproc_option: Callable[[F], F] = click.option(
+    "--nproc", type=click.IntRange(1), default=1, help="Processes on this machine that train together."
+)
+
+
+def launch(nproc: int, *, verdict: int | None = None) -> None:
     """Runs the `llmgym` command under way as `nproc` ranks through torchrun's agent, to their end.
+
+    Args:
+        nproc: how many.
+        verdict: an exit code by which the first of them answers, and which becomes this process's.
 
     Raises:
         OneSentence: names the rank that ended early; the others are stopped.
@@ -51,7 +63,7 @@ def launch(nproc: int) -> None:
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         rank = min(codes, key=lambda rank: codes[rank])  # signals, which are negative, are the first cause
-        if codes[rank] in (EXIT_SETTING, EXIT_INTERRUPTED):  # it has said why
+        if codes[rank] in (EXIT_SETTING, EXIT_INTERRUPTED, verdict):  # it has said why
             raise click.exceptions.Exit(codes[rank]) from None
         how = (
             f"was killed by {signal.Signals(-code).name}" if (code := codes[rank]) < 0 else f"failed (exit code {code})"

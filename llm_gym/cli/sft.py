@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from llm_gym.cli.group import settings
+from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import config_option, sets_option
 
 
@@ -17,6 +18,7 @@ from llm_gym.cli.options import config_option, sets_option
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
+@nproc_option
 @click.option("--out", help="Run folder.  [default: runs/sft]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 def command(
@@ -25,6 +27,7 @@ def command(
     file: str | None,
     sets: tuple[str, ...],
     steps: int | None,
+    nproc: int,
     out: str | None,
     resume: bool,
 ) -> None:
@@ -36,6 +39,7 @@ def command(
     from llm_gym import report
     from llm_gym.cli.runs import model_path
     from llm_gym.harness import load
+    from llm_gym.harness.parallel import here
     from llm_gym.harness.sft import SFTConfig, sft
 
     with settings():
@@ -43,7 +47,17 @@ def command(
             file = str(Path(out or "runs/sft") / "config.yaml")
         config = load(SFTConfig, file, sets, dataset=dataset, model=model_path(model), steps=steps, out=out)
         folder = config.out or "runs/sft"
-    sft(replace(config, out=folder), resume=resume)
+    rank, size = here()
+    if nproc > size:
+        return launch(nproc)
+    try:
+        with as_rank(rank):
+            sft(replace(config, out=folder), resume=resume)
+    except KeyboardInterrupt:
+        click.echo(f"Stopped. Go on from its newest checkpoint: llmgym sft --resume --out {folder}", err=True)
+        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+    if rank > 0:
+        return
     click.echo(f"Model:  {Path(folder) / 'model'}")
     click.echo(f"Report: {report.write(folder)}")
     click.echo(f"Next:   llmgym eval --model {folder} --env Arithmetic-v0")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
-from llm_gym.cli.nproc import as_rank, launch
+from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import chosen, config_option, env_args_option, envs_option, parse_args, sets_option
 from llm_gym.errors import SettingError
 
@@ -36,7 +36,7 @@ LINE = 160
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
-@click.option("--nproc", type=click.IntRange(1), default=1, help="Processes on this machine that train together.")
+@nproc_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")

@@ -24,7 +24,7 @@ from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Form, Layout
-from llm_gym.harness.sharding import whole
+from llm_gym.harness.sharding import is_sharded, whole
 from llm_gym.policies.model import copy_weights
 
 log = logging.getLogger(__name__)
@@ -246,20 +246,22 @@ def _probe(vocabulary: int, device: torch.device) -> MicroBatch:
 def merged(model: Any) -> Any:
     """A plain copy with the adapters folded in; the model itself is only read.
 
-    Folding in place and back would leave rounding errors in the base weights.
+    Folding in place and back would leave rounding errors in the base weights. If it is split over several processes,
+    each of them must ask, and gets the whole.
     """
-    if getattr(base_of(model), "quantization_method", None) is not None:
+    if getattr(base_of(model), "quantization_method", None) is not None or is_sharded(base_of(model)):
         return _rebuilt(model)
     plain = copy.deepcopy(model)
     return plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
 
 
 def _rebuilt(model: Any) -> Any:
-    """A model of numbers from one in 4 bits, adapters folded in, in float32 on the CPU."""
+    """A model of numbers from one in 4 bits, or split over processes, adapters folded in, in float32 on the CPU."""
     base = base_of(model)
     config = copy.deepcopy(base.config)
-    del config.quantization_config
-    plain = type(base)._from_config(config, dtype=torch.float32)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     copy_weights(plain, plain_tensors(model))
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain.eval()

@@ -4,7 +4,7 @@
     sft(SFTConfig(dataset="chats.jsonl", steps=200, out="runs/sft"))
 
 What a row of the data may hold is in `chats`. The loss of a step is the mean over all its trained tokens, however
-they were split into micro-batches; so is that of an evaluation, over the whole held-out set.
+they were split into micro-batches and over processes; so is that of an evaluation, over the whole held-out set.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from llm_gym.chat import load_tokenizer
 from llm_gym.core import Row
 from llm_gym.errors import ConfigError
 from llm_gym.harness import weights
-from llm_gym.harness.batching import Batch, Sample, pack
+from llm_gym.harness.batching import Batch, Sample
+from llm_gym.harness.budget import Budget
 from llm_gym.harness.chats import Example, encode, encode_all, load_examples
-from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
 from llm_gym.harness.config import CheckpointConfig, dump
+from llm_gym.harness.layers import base_of
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
-from llm_gym.harness.model import LoraConfig, export, load_model, new_model
+from llm_gym.harness.model import LoraConfig, load_model, merged, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.parallel import ParallelConfig, World, check_sharding, connect
+from llm_gym.harness.sharding import is_sharded
 
 MODEL = "model"
 """Folder of the finished model, in the run folder."""
@@ -93,8 +97,10 @@ class SFTConfig:
     """Low-rank adapters; None trains every weight."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """What memory is spent on."""
-    token_budget: int = 16384
-    """Most tokens in one micro-batch; the gradient does not depend on it."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes share the work (`llmgym sft --nproc`)."""
+    token_budget: int | Literal["auto"] = 16384
+    """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     eval: SFTEvalConfig = field(default_factory=SFTEvalConfig)
     """Loss on chats that are not trained on."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=100, keep=1))
@@ -105,7 +111,9 @@ class SFTConfig:
     """`auto`, `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "examples_per_step", "max_length", "token_budget"):
+        if self.token_budget != "auto" and self.token_budget < 1:
+            raise ConfigError(f"token_budget: got {self.token_budget}, want at least 1, or auto.")
+        for name in ("steps", "examples_per_step", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
         if self.epochs is not None and not self.epochs > 0:
@@ -121,14 +129,14 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads, as token ids."""
+    """What a run reads, as token ids; the same on every rank."""
 
-    draw: Callable[[int], Batch]
-    """The batch of a step, a function of the step alone."""
+    draw: Callable[[int], list[Row]]
+    """The rows of a step, a function of the step alone."""
     steps: int
     """Optimizer steps of the run."""
-    held_out: Batch | None
-    """What the loss is measured on."""
+    held_out: Sequence[Row]
+    """What the loss is measured on; may be empty."""
     notes: tuple[str, ...]
     """What a person should know of it."""
     counts: Mapping[str, int]
@@ -143,11 +151,12 @@ def sft(
     resume: bool = False,
     progress: bool = True,
 ) -> Any:
-    """Fine-tunes a model and returns it.
+    """Fine-tunes a model and returns it; started by torchrun, together with the other processes.
 
     Args:
         config: every decision of the run.
-        examples: chats instead of `config.dataset`; a function gives the chats of a step (generated data).
+        examples: chats instead of `config.dataset`; a function gives the chats of a step (generated data), and is
+            called by the first process alone.
         model: a model from an earlier call, trained on in place (its tokenizer must be `config`'s).
         resume: go on from the newest checkpoint in `config.out`, or from the start if there is none yet.
         progress: whether to show a progress bar.
@@ -155,64 +164,93 @@ def sft(
     Raises:
         SettingError: settings or data that cannot work, before the model is loaded.
         CheckpointError: the folder already holds a run, and `resume` is not set.
+        RankError: another process is gone or stuck.
     """
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    data = prepare(config, examples, tokenizer)
-    run, saved = _open(config, resume)
-    learner = Learner(
-        model if model is not None else _model(config),
-        config.resolved(),
-        LossConfig(name="sft"),
-        total_steps=data.steps,
-    )
-    if saved is not None:
-        weights.restore(learner, saved)
-    elif run is not None and data.held_out is not None:
-        run.log({"step": 0, **held_out_loss(learner, data.held_out)})
+    world = connect(config.parallel, _device(config))
+    try:
+        check_sharding(world, config.optimizer.name, None if config.lora is None else config.lora.base)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        data = prepare(config, examples, tokenizer, world)
+        run, saved = _open(config, resume, world)
+        start = 0 if saved is None else step_of(saved)
+        with _bar(data, start, progress and world.rank == 0) as (tell, advance), world.naming("fine-tuning"):
+            learner = Learner(
+                _model(config, world, model),
+                config.resolved(),
+                LossConfig(name="sft"),
+                total_steps=data.steps,
+                world=world,
+            )
+            if saved is not None:
+                weights.restore(learner, saved)
+            _fine_tune(config, Budget(config.token_budget, learner, tell), data, run, advance)
+        if config.out is not None:
+            save(learner.model, tokenizer, Path(config.out) / MODEL, config.save_dtype, world)
+        return learner.model
+    finally:
+        world.close()
+
+
+def _fine_tune(
+    config: SFTConfig, budget: Budget, data: Data, run: RunFolder | None, advance: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """The remaining steps."""
+    learner = budget.learner
+    pack = partial(_pack, budget)
+    held_out = pack(data.held_out) if data.held_out else None
+    if run is not None:
+        run.write_config(dump(replace(config, token_budget=budget.tokens)))  # resumed, it packs its rows alike
+        if learner.step_count == 0 and held_out is not None:
+            run.log({"step": 0, **held_out_loss(learner, held_out)})
     write = partial(weights.save, learner, config.tokenizer or config.model)
-    with _bar(data, learner.step_count, progress) as advance:
-        for step in range(learner.step_count, data.steps):
-            row = _train_step(learner, data, step)
-            if data.held_out is not None and _due(config.eval.every, step + 1, data):
-                row |= held_out_loss(learner, data.held_out)
-            advance(row)
-            if run is not None:
-                run.log(row)
-            if run is not None and _due(config.checkpoint.every, step + 1, data):
-                run.save(step + 1, write, keep=config.checkpoint.keep)
-    if config.out is not None:
-        save(learner.model, tokenizer, Path(config.out) / MODEL, config.save_dtype)
-    return learner.model
+    for step in range(learner.step_count, data.steps):
+        row = _train_step(budget, data, step)
+        if held_out is not None and _due(config.eval.every, step + 1, data):
+            row |= held_out_loss(learner, held_out)
+        advance(row)
+        if run is not None:
+            run.log(row)
+        if run is not None and _due(config.checkpoint.every, step + 1, data):
+            run.save(step + 1, write, keep=config.checkpoint.keep)
 
 
-def prepare(config: SFTConfig, examples: Any, tokenizer: Any) -> Data:
+def prepare(config: SFTConfig, examples: Any, tokenizer: Any, world: World | None = None) -> Data:
     """Reads and encodes everything that the run will see.
+
+    Args:
+        config: the run's.
+        examples: see `sft`.
+        tokenizer: the model's.
+        world: the processes that train together; each encodes everything.
 
     Raises:
         SettingError: data that cannot be read or trained on; the sentence names the row.
     """
     if callable(examples):
-        made = examples
-        held_out, _ = _held_out(config, tokenizer)
+        made, alone = examples, world or World()
         return Data(
-            lambda step: _pack([encode(e, tokenizer) for e in made(step)], config), config.steps, held_out, (), {}
+            lambda step: [encode(e, tokenizer) for e in alone.first(lambda: made(step), "making chats")],
+            config.steps,
+            _held_out(config, tokenizer),
+            (),
+            {},
         )
     if examples is None and config.dataset is None:
         raise ConfigError("dataset: got None, want a hub id or a file of chats.")
     where = repr(config.dataset) if examples is None else "the examples"
     chats = _load(config, str(config.dataset), config.split) if examples is None else examples
     rows, counts = encode_all(chats, tokenizer, max_length=config.max_length, cut=config.long == "cut", where=where)
-    held_out, held_rows = _held_out(config, tokenizer)
+    held_out = _held_out(config, tokenizer)
     known = {row.tokens.tobytes() for row in rows}
-    counts["also_held_out"] = sum(row.tokens.tobytes() in known for row in held_rows)
+    counts["also_held_out"] = sum(row.tokens.tobytes() in known for row in held_out)
     steps = config.steps if config.epochs is None else math.ceil(config.epochs * len(rows) / config.examples_per_step)
     said = {
         "dropped": f"{{}} of {len(chats)} chats are longer than {config.max_length} tokens, and dropped",
         "cut": f"{{}} of {len(chats)} chats are longer than {config.max_length} tokens, and cut",
-        "also_held_out": f"{{}} of {len(held_rows)} held-out chats are trained on too",
+        "also_held_out": f"{{}} of {len(held_out)} held-out chats are trained on too",
     }
     return Data(
-        lambda step: _pack([rows[i] for i in indices(step, len(rows), config)], config),
+        lambda step: [rows[i] for i in indices(step, len(rows), config)],
         steps,
         held_out,
         tuple(text.format(counts[name]) for name, text in said.items() if counts[name]),
@@ -223,13 +261,15 @@ def prepare(config: SFTConfig, examples: Any, tokenizer: Any) -> Data:
 def held_out_loss(learner: Learner, batch: Batch) -> dict[str, float]:
     """Cross-entropy per trained token over a whole set, in nats, and its exponential, the perplexity.
 
-    Every token weighs the same, so the numbers do not depend on how the set was packed.
+    Every token weighs the same, so the numbers do not depend on how the set was packed, or dealt to processes.
     """
-    total = 0.0
+    idle, total = learner.world.idle(len(batch.micro)), 0.0
     for micro in batch.micro:
         logprobs, _ = learner.logprobs(micro, entropy=False)
         total -= float(logprobs.double().sum())
-    loss = total / batch.tokens
+    for micro in idle:
+        learner.logprobs(micro, entropy=False)
+    loss = learner.world.add({"loss": total}, "evaluation")["loss"] / batch.tokens
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": float(batch.tokens)}
 
 
@@ -241,22 +281,28 @@ def indices(step: int, count: int, config: SFTConfig) -> npt.NDArray[np.int64]:
     return chosen
 
 
-def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
-    """Writes model and tokenizer as one Hugging Face folder."""
-    export(model, folder, dtype=getattr(torch, dtype))
-    tokenizer.save_pretrained(str(folder))
+def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32", world: World | None = None) -> None:
+    """Writes model and tokenizer as one Hugging Face folder, adapters folded in; the first process does.
+
+    Every process calls it: of a split model each has a part.
+    """
+    world = world or World()
+    plain = merged(model) if world.sharded or world.rank == 0 else model
+    if world.rank == 0:
+        plain.to(getattr(torch, dtype)).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
 
 
 # Inside
 
 
-def _train_step(learner: Learner, data: Data, step: int) -> dict[str, float]:
-    batch, started = data.draw(step), time.perf_counter()
-    metrics = learner.step(batch)
-    seconds = time.perf_counter() - started
+def _train_step(budget: Budget, data: Data, step: int) -> dict[str, Any]:
+    batch, started = _pack(budget, data.draw(step)), time.perf_counter()
+    metrics = budget.step(batch, temperature=1.0)
+    seconds = {"time/step": time.perf_counter() - started}
     names = {"policy/loss": "loss", "policy/grad_norm": "grad_norm", "policy/lr": "lr", "policy/entropy": "entropy"}
     row = {short: metrics[name] for name, short in names.items() if name in metrics}
-    row |= {"tokens/trained": metrics["tokens/trained"], "time/step": seconds}
+    row |= {"tokens/trained": metrics["tokens/trained"], **budget.learner.world.worst(seconds, "a step")}
     return {"step": step + 1, **row, **(data.counts if step == 0 else {})}
 
 
@@ -270,24 +316,34 @@ def _load(config: SFTConfig, dataset: str, split: str) -> list[Example]:
     )
 
 
-def _held_out(config: SFTConfig, tokenizer: Any) -> tuple[Batch | None, list[Row]]:
-    """What the loss is measured on: packed, and row by row."""
+def _held_out(config: SFTConfig, tokenizer: Any) -> list[Row]:
+    """What the loss is measured on."""
     dataset = config.eval.dataset or config.dataset
     if dataset is None or not (config.eval.dataset or config.eval.split):
-        return None, []
+        return []
     chats = _load(config, dataset, config.eval.split or "train")
     rows, _ = encode_all(
         chats, tokenizer, max_length=config.max_length, cut=config.long == "cut", where=f"eval.dataset {dataset!r}"
     )
-    return _pack(rows, config), rows
+    return rows
 
 
-def _pack(rows: Sequence[Row], config: SFTConfig) -> Batch:
-    return pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=config.token_budget)
+def _pack(budget: Budget, rows: Sequence[Row]) -> Batch:
+    """This process's share of the rows, packed."""
+    return budget.learner.world.pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget.tokens)
 
 
-def _model(config: SFTConfig) -> Any:
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def _device(config: SFTConfig) -> str:
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model(config: SFTConfig, world: World, model: Any) -> Any:
+    """What is trained: the model given, or that of the settings."""
+    if model is not None and is_sharded(base_of(model)):
+        raise ConfigError("model: got one that a former run has split over processes; load what that run has written.")
+    if model is not None:
+        return model
+    device = "cpu" if world.sharded else world.device  # parts go where they belong when it is split
     if config.init:
         return new_model(config.init, seed=config.seed, device=device)
     with torch.random.fork_rng(devices=[]):
@@ -295,32 +351,43 @@ def _model(config: SFTConfig) -> Any:
         return load_model(config.model, device=device, lora=config.lora, memory=config.memory)
 
 
-def _open(config: SFTConfig, resume: bool) -> tuple[RunFolder | None, Path | None]:
+def _open(config: SFTConfig, resume: bool, world: World) -> tuple[RunFolder | None, Path | None]:
     """The run folder, and the checkpoint to go on from."""
     if config.out is None:
         return None, None
-    run = RunFolder(config.out)
-    if not resume or not run.config_file.exists():
-        run.start(dump(config))
-        return run, None
-    run.write_config(dump(config))
-    saved = run.checkpoints()
-    run.rewind(step_of(saved[-1]) if saved else -1)
-    return run, saved[-1] if saved else None
+    run = RunFolder(config.out) if world.rank == 0 else Follower(config.out)
+
+    def begin() -> Path | None:
+        if not resume or not run.config_file.exists():
+            run.start(dump(config))
+            return None
+        run.write_config(dump(config))
+        saved = run.checkpoints()
+        run.rewind(step_of(saved[-1]) if saved else -1)
+        return saved[-1] if saved else None
+
+    return run, world.first(begin, "opening the run folder")
 
 
 @contextmanager
-def _bar(data: Data, start: int, shown: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A progress bar under what is to be known of the data; what it yields shows a row of metrics."""
+def _bar(
+    data: Data, start: int, shown: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[Mapping[str, Any]], None]]]:
+    """A progress bar under what is to be known of the data; yields what says a line, and what shows a row."""
     columns = (TextColumn("sft"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
-        for note in data.notes if shown else ():
-            progress.console.print(f"sft: {note}.", highlight=False)
+
+        def tell(text: str) -> None:
+            if shown:
+                progress.console.print(text, highlight=False)
+
+        for note in data.notes:
+            tell(f"sft: {note}.")
         task = progress.add_task("sft", total=data.steps, completed=start, what="")
 
-        def show(row: Mapping[str, float]) -> None:
+        def show(row: Mapping[str, Any]) -> None:
             speed = row["tokens/trained"] / row["time/step"]
             held_out = f"  held-out {row['eval/loss']:.4f}" if "eval/loss" in row else ""
             progress.update(task, advance=1, what=f"loss {row['loss']:.4f}{held_out}  {speed:,.0f} tokens/s")
 
-        yield show
+        yield tell, show

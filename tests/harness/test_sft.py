@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_parallel import Told
 
 from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
@@ -20,6 +21,7 @@ from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig, load_model, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.parallel import ParallelConfig, World
 from llm_gym.harness.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
 
 INIT = {
@@ -235,3 +237,44 @@ def test_settings_are_checked() -> None:
     assert SFTConfig(lora=LoraConfig()).resolved().lr == 1e-4
     assert SFTConfig(init=INIT).resolved().lr == 2e-3
     assert SFTConfig(optimizer=OptimizerConfig(lr=1.0)).resolved().lr == 1.0
+
+
+def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path: Path, capsys) -> None:
+    file = write(tmp_path / "chats.jsonl", wild())
+    smooth = OptimizerConfig(lr=1e-3, eps=1e-3)
+    a, b = (
+        sft(config(tmp_path / name, dataset=file, steps=2, token_budget=budget, optimizer=smooth))
+        for name, budget in (("a", "auto"), ("b", 20))
+    )
+    assert "tokens a micro-batch." in capsys.readouterr().out
+    written = load(SFTConfig, tmp_path / "a" / "run" / "config.yaml").token_budget
+    assert isinstance(written, int)
+    assert written > 20
+    assert load(SFTConfig, tmp_path / "b" / "run" / "config.yaml").token_budget == 20
+    for ours, theirs in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="token_budget: got 0, want at least 1, or auto"):
+        SFTConfig(token_budget=0)
+
+
+def test_what_a_split_model_cannot_do_is_said_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_gym.harness import sft as module
+
+    several = World(0, 2, ParallelConfig("fsdp"))
+    monkeypatch.setattr(module, "connect", lambda *_: several)
+    with pytest.raises(ConfigError, match="optimizer.name: 'muon' needs whole matrices"):
+        sft(SFTConfig(init=INIT, optimizer=OptimizerConfig(name="muon")), chats(3), progress=False)
+
+
+def test_held_out_tokens_of_other_processes_count() -> None:
+    rows = [Sample(encode(chat, load_tokenizer()), 1.0, i) for i, chat in enumerate(wild())]
+    learner = Learner(new_model(INIT, seed=3).double(), OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
+    whole = held_out_loss(learner, pack(rows, max_tokens=150))
+    sums = {}
+    for rank in range(2):
+        learner.world = Told(rank, 2, lambda value: [value, value])
+        share = learner.world.pack(rows, max_tokens=150)
+        learner.world = Told(rank, 2, lambda value: [value, {"loss": 0.0}])
+        sums[rank] = held_out_loss(learner, share)["eval/loss"] * share.tokens
+        assert 0 < sums[rank] / share.tokens < whole["eval/loss"]
+    assert sum(sums.values()) / whole["eval/tokens"] == pytest.approx(whole["eval/loss"], rel=1e-12)
