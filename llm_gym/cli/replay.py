@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llm_gym.cli.group import settings
+from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import sets_option
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST = 12
 """Differences shown of a step."""
+DIFFERS = 1
+"""Exit code."""
 
 
 @click.command("replay", short_help="Train on a run's saved episodes again, and compare with what it recorded.")
@@ -22,32 +25,42 @@ MOST = 12
 @click.option("--step", type=click.IntRange(1), required=True, help="The step to train again.")
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Checkpoint; default: the newest before it.")
 @sets_option
+@nproc_option
 @click.option("--out", type=click.Path(path_type=Path), help="Write the trained model here.")
 @click.pass_context
 def command(
-    ctx: click.Context, run: Path, step: int, source: Path | None, sets: tuple[str, ...], out: Path | None
+    ctx: click.Context, run: Path, step: int, source: Path | None, sets: tuple[str, ...], nproc: int, out: Path | None
 ) -> None:
     """Trains on the saved episodes of RUN alone, up to --step: no engine, no rollout.
 
     It begins at the newest checkpoint before the step, or at the untrained model, and replays what lies between. Each
     step's metrics are compared with the run's, and its weights where the run has a checkpoint, to the last bit. The
     exit code is 1 if anything differs. Episodes of `llmgym train --rollout-only` are trained, with nothing to compare.
+    A run of several processes comes out the same with as many.
     """
     from llm_gym.harness.checkpoint import RunFolder
     from llm_gym.harness.config import TrainConfig, load
-    from llm_gym.harness.replay import replay, starting_point
+    from llm_gym.harness.parallel import here
+    from llm_gym.harness.replay import processes_of, replay, starting_point
 
     with settings():
         load(TrainConfig, run / "config.yaml", sets)
         start, checkpoint = starting_point(RunFolder(run), step, source)
-    click.echo(f"{run}, from {checkpoint or 'the untrained model'}: step {start + 1} to {step}")
+    rank, size = here()
+    if nproc > size:
+        return launch(nproc, verdict=DIFFERS)
+    say = click.echo if rank == 0 else lambda text: None
+    say(f"{run}, from {checkpoint or 'the untrained model'}: step {start + 1} to {step}")
+    if (then := processes_of(RunFolder(run), step)) != size:
+        say(f"The run had {then} processes, this has {size}: sums are rounded otherwise. For the same: --nproc {then}")
     same = True
-    for replayed in replay(run, step, source=source, sets=sets, out=out):
-        click.echo("\n".join(shown(replayed)))
-        same = same and not replayed.differences
+    with as_rank(rank):
+        for replayed in replay(run, step, source=source, sets=sets, out=out):
+            say("\n".join(shown(replayed)))
+            same = same and not replayed.differences
     if out is not None:
-        click.echo(f"Model: {out}")
-    ctx.exit(0 if same else 1)
+        say(f"Model: {out}")
+    ctx.exit(DIFFERS if rank == 0 and not same else 0)
 
 
 def shown(replayed: Replayed) -> list[str]:

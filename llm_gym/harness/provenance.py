@@ -23,12 +23,13 @@ PACKAGES = (
 """Distributions whose versions can change what a run computes, as far as they are installed."""
 
 
-def describe(env: str, step: int) -> dict[str, Any]:
+def describe(env: str, step: int, processes: int = 1) -> dict[str, Any]:
     """One start of a run.
 
     Args:
         env: full id of its environment.
         step: steps done before: 0 for a new run.
+        processes: how many train together.
 
     Returns:
         plain values: Python and platform, llm_gym and its commit if it is a checkout, the commit of the repository
@@ -36,6 +37,7 @@ def describe(env: str, step: int) -> dict[str, Any]:
     """
     return {
         "step": step,
+        "processes": processes,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -8,13 +8,14 @@ reward weights, or a bug.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from llm_gym.errors import CheckpointError
@@ -23,7 +24,8 @@ from llm_gym.harness.config import PolicyConfig, TrainConfig, load
 from llm_gym.harness.distill import trainer_of
 from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.loggers import LogConfig
-from llm_gym.harness.trainer import Observer
+from llm_gym.harness.sharding import read_parts
+from llm_gym.harness.trainer import Observer, Trainer
 from llm_gym.harness.weights import PARTS, STATE, read_tensors, restore, save
 
 COMPARED = ("policy/", "sampler/", "tokens/trained")
@@ -73,6 +75,15 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
     return start, source
 
 
+def processes_of(run: RunFolder, step: int) -> int:
+    """How many processes trained a step of the run, as far as provenance.yaml says; else 1."""
+    try:
+        starts = yaml.safe_load((run.path / "provenance.yaml").read_text("utf-8"))
+        return int([start.get("processes", 1) for start in starts if start["step"] < step][-1])
+    except (OSError, LookupError, TypeError, yaml.YAMLError):
+        return 1
+
+
 def _step(checkpoint: Path, step: int) -> int:
     """The step of a checkpoint, which must be before `step`; `best` is a link to one with a number."""
     folder = checkpoint.resolve()
@@ -93,6 +104,8 @@ def replay(
 ) -> Iterator[Replayed]:
     """Trains on the saved episodes of every step from the starting point to `step`, and compares each.
 
+    Processes started by torchrun replay together; the differences that rank 0 has seen are everybody's.
+
     Args:
         run: a run folder; it is only read.
         step: the last step to train.
@@ -112,23 +125,35 @@ def replay(
     recorded = {row["step"]: row for row in folder.metrics()}
     with TemporaryDirectory() as scratch:
         trainer = trainer_of(config)(config, out=Path(scratch) / "run", observer=observer, play=False)
-        if checkpoint is not None:
-            restore(trainer.learner, checkpoint)
-        for trainer.step in range(start, step):
-            at = trainer.step + 1
-            learned = trainer.learn(folder.read_episodes(f"step_{at:06d}"))
-            compared, found = compare_metrics(recorded.get(at, {}), learned)
-            saved = folder.path / "checkpoints" / f"step_{at:06d}"
-            tensors = 0
-            if saved.is_dir():
-                save(trainer.learner, config.model, again := Path(scratch) / saved.name)
-                whole = (saved / STATE).is_file()  # else each process of the run wrote its part of the optimizer
-                tensors, more = compare_tensors(_state(saved, whole), _state(again, whole))
-                found += more
-            yield Replayed(at, learned, compared, tensors, found)
-        if out is not None:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            save(trainer.learner, config.model, Path(out))
+        try:
+            if checkpoint is not None:
+                restore(trainer.learner, checkpoint)
+            for trainer.step in range(start, step):
+                at = trainer.step + 1
+                with trainer.world.naming("replay"):
+                    learned = trainer.learn(folder.read_episodes(f"step_{at:06d}"))
+                compared, found = compare_metrics(recorded.get(at, {}), learned)
+                tensors, more = _compare_checkpoint(trainer, folder.path / "checkpoints" / f"step_{at:06d}")
+                yield Replayed(at, learned, compared, tensors, found + more)
+            if out is not None:
+                Path(out).mkdir(parents=True, exist_ok=True)
+                save(trainer.learner, config.model, Path(out))
+        finally:
+            trainer.world.close()
+
+
+def _compare_checkpoint(trainer: Trainer, saved: Path) -> tuple[int, tuple[Difference, ...]]:
+    """What the run saved of a step, if it did, against the same step replayed; looked at by the first process."""
+    world, again = trainer.world, trainer.run.path / saved.name
+    if not saved.is_dir():
+        return 0, ()
+    save(trainer.learner, trainer.config.model, again)
+
+    def compare() -> tuple[int, tuple[Difference, ...]]:
+        alike = [name for name in (STATE, PARTS) if all((folder / name).exists() for folder in (saved, again))]
+        return compare_tensors(_state(saved, alike), _state(again, alike))
+
+    return world.first(compare, "comparing")
 
 
 def compare_metrics(recorded: Mapping[str, Any], learned: Mapping[str, Any]) -> tuple[int, tuple[Difference, ...]]:
@@ -159,12 +184,14 @@ def compare_tensors(
     return len({*recorded, *replayed}), tuple(found)
 
 
-def _state(checkpoint: Path, optimizer: bool) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint: weights, then the optimizer's state if it is wanted."""
-    weights = {f"weights: {name}": t for name, t in read_tensors(checkpoint).items()}
-    if not optimizer:
-        return weights
-    return weights | dict(_flat(torch.load(checkpoint / STATE, weights_only=True), "optimizer: "))
+def _state(checkpoint: Path, optimizers: Sequence[str]) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: weights, then the optimizer's state by the form in which it lies there."""
+    found = {f"weights: {name}": t for name, t in read_tensors(checkpoint).items()}
+    for name in optimizers:
+        file = checkpoint / name
+        state = read_parts(file) if name == PARTS else torch.load(file, weights_only=True)
+        found |= dict(_flat(state, "optimizer: "))
+    return found
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -152,6 +154,14 @@ def load_parts(learner: Any, folder: Path) -> None:
     load(state, checkpoint_id=folder)
     learner.step_count = state["step"]
     set_optimizer_state_dict(learner.model, learner.optimizers, state["optimizers"])
+
+
+def read_parts(folder: Path) -> dict[str, Any]:
+    """What `save_parts` wrote, whole, without a learner; one process may ask."""
+    with TemporaryDirectory() as scratch:
+        dcp_to_torch_save(folder, whole := Path(scratch) / "whole.pt")
+        state: dict[str, Any] = torch.load(whole, weights_only=True)
+    return state
 
 
 def _state(learner: Any) -> dict[str, Any]:

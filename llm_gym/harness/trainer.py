@@ -122,7 +122,7 @@ class Trainer:
         checkpoint = self.world.first(lambda: self._open_run(resume), "opening the run folder")
         self.step = 0 if checkpoint is None else step_of(checkpoint)
         self.observer.on_start(config, self.run.path, self.step)
-        self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step))
+        self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step, self.world.size))
         tell = self.observer.on_note
         self.loggers = loggers.Loggers(tell)
         start = partial(self.loggers.start, config.log, self.run.path, to_dict(config), self.step)

@@ -49,7 +49,7 @@ def test_versions_are_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SOME_TOKEN", "hf_very_secret")
     monkeypatch.setenv("USER", "somebody-here")
     found = describe(ENV, 7)
-    assert found["step"] == 7
+    assert (found["step"], found["processes"]) == (7, 1)
     assert found["packages"]["torch"] == torch.__version__
     assert found["repository"]["commit"] == git(tmp_path, "rev-parse", "HEAD").strip()
     assert found["environment"]["entry_point"] == "llm_gym.envs.arithmetic:Arithmetic"
