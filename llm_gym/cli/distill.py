@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from llm_gym.cli import train
+from llm_gym.cli.nproc import nproc_option
 from llm_gym.cli.options import config_option, env_args_option, env_option, sets_option
 
 
@@ -27,6 +28,7 @@ from llm_gym.cli.options import config_option, env_args_option, env_option, sets
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
+@nproc_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.pass_context

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.nproc import as_rank, launch, nproc_option
 
 if TYPE_CHECKING:
     from llm_gym.cli.progress import TrainProgress
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 @click.argument("file", metavar="FILE")
 @click.option("--model", metavar="MODEL", help="What the first stage starts from, over that of the file.")
 @click.option("--set", "sets", metavar="N.A.B=C", multiple=True, help="A setting of stage N; may be repeated.")
+@nproc_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of all runs; default: runs/<name of the file>.")
 @click.option("--resume", is_flag=True, help="Go on in --out where it was stopped.")
-def command(file: str, model: str | None, sets: tuple[str, ...], out: Path | None, resume: bool) -> None:
+def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out: Path | None, resume: bool) -> None:
     """Runs the stages of a YAML file, each from the model that the one before has made.
 
     The file has `stages`, a list such as `- sft: {dataset: chats.jsonl}` and `- train: {env: Arithmetic-v0}`, with
@@ -29,6 +31,7 @@ def command(file: str, model: str | None, sets: tuple[str, ...], out: Path | Non
     from llm_gym import report
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.cli.runs import decoder, model_path
+    from llm_gym.harness.parallel import here
     from llm_gym.harness.stages import read_plan, run_plan
 
     shown: list[TrainProgress] = []
@@ -45,12 +48,17 @@ def command(file: str, model: str | None, sets: tuple[str, ...], out: Path | Non
     with settings():
         plan = read_plan(file, sets, model=model_path(model))
     out = out or Path("runs") / Path(file).stem
+    rank, size = here()
+    if nproc > size:
+        return launch(nproc)
     try:
-        found = run_plan(plan, out, resume=resume, observer=observer, done=done)
+        with as_rank(rank):
+            found = run_plan(plan, out, resume=resume, observer=observer, done=done)
     except KeyboardInterrupt:
         click.echo(f"Stopped. Go on: llmgym run {file} --resume --out {out}", err=True)
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
     finally:
         for progress in shown:
             progress.stop()
-    click.echo(f"Model: {found}\nNext:  llmgym export {out} OUT   # for transformers and vLLM")
+    if rank == 0:
+        click.echo(f"Model: {found}\nNext:  llmgym export {out} OUT   # for transformers and vLLM")

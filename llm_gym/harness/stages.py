@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -26,10 +26,13 @@ from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.lineage import STAGES, locate
 from llm_gym.harness.mixture import arenas
+from llm_gym.harness.parallel import ParallelConfig, World, check_sharding, connect, here
 from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
 from llm_gym.harness.sync import check
 from llm_gym.harness.trainer import Observer
 from llm_gym.tokenizer import load_tokenizer
+
+T = TypeVar("T")
 
 KINDS: dict[str, type[Any]] = {"sft": SFTConfig, "train": TrainConfig, "distill": TrainConfig}
 """What a stage may be -> its configuration."""
@@ -97,10 +100,12 @@ def check_plan(plan: Plan) -> None:
     for stage in plan.stages:
         config = replace(stage.config, model=plan.model) if not getattr(stage.config, "init", None) else stage.config
         try:
+            world = World(*here(), config.parallel)
+            check_sharding(world, config.optimizer.name, None if config.lora is None else config.lora.base)
             if stage.kind == "sft":
                 prepare(config, None, load_tokenizer(config.tokenizer or plan.model))
                 continue
-            check(config)
+            check(config, world)
             arenas(config)
             if stage.kind == "distill":
                 check_distill(config)
@@ -118,12 +123,14 @@ def run_plan(
 ) -> str:
     """Runs the stages that are not complete yet; returns the folder of the last one's model.
 
+    Processes started by torchrun run every stage together, each as its own `parallel` says.
+
     Args:
         plan: from `read_plan`.
         out: the folder of all runs.
         resume: go on where a former call was stopped.
         observer: gives the progress display of a stage; None: none.
-        done: is told of each stage when it is complete, and of its run folder.
+        done: is told of each stage when it is complete, and of its run folder; the first process tells.
 
     Raises:
         SettingError: see `check_plan`.
@@ -133,15 +140,15 @@ def run_plan(
     if (out / STAGES).exists() and not resume:
         raise CheckpointError(f"out: {str(out)!r} already holds stages; pass --resume, or another folder.")
     check_plan(plan)
-    out.mkdir(parents=True, exist_ok=True)
-    plain = {"model": plan.model, "stages": [{stage.kind: to_dict(stage.config)} for stage in plan.stages]}
-    write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    _alone(lambda: _begin(plan, out), "opening the folder of the stages")
     model = plan.model
     for stage in plan.stages:
-        if not complete(stage, out / stage.name):
-            _play(stage, plan.model, model, out / stage.name, observer)
-            done(stage, out / stage.name)
-        model = handed_on(out / stage.name)
+        folder = out / stage.name
+        if not _alone(lambda stage=stage, folder=folder: complete(stage, folder), f"before {stage.name}"):
+            _play(stage, plan.model, model, folder, observer)
+            if here()[0] == 0:
+                done(stage, folder)
+        model = _alone(lambda folder=folder: handed_on(folder), f"after {stage.name}")
     assert model is not None
     return model
 
@@ -167,6 +174,22 @@ def handed_on(folder: Path) -> str:
 
 
 # Inside
+
+
+def _alone(make: Callable[[], T], what: str) -> T:
+    """What rank 0 makes, or raises, between two runs; on every rank."""
+    world = connect(ParallelConfig())
+    try:
+        return world.first(make, what)
+    finally:
+        world.close()
+
+
+def _begin(plan: Plan, out: Path) -> None:
+    """Writes the plan into the folder of all runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {"model": plan.model, "stages": [{stage.kind: to_dict(stage.config)} for stage in plan.stages]}
+    write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _play(
