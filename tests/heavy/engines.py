@@ -25,7 +25,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def train(name: str, out: Path, server: str) -> None:
-    servers = [f"policy.servers=[{server}]"] if "server" in name else []
+    servers = [f"policy.servers=[{server}]", "policy.server.start_seconds=600"] if "server" in name else []
     run = Trainer(load(TrainConfig, sets=[*FEW, *RUNS[name], *servers]), out=out / name)
     run.train()
     said = {"version": run.policy.version}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -18,18 +19,19 @@ from test_interrupt import shared_memory
 from test_nproc import DEADLINE, begun, gone
 
 pytestmark = pytest.mark.heavy
-pytest.importorskip("vllm", reason="vLLM is not installed")
+if importlib.util.find_spec("vllm") is None:  # to import it takes ten seconds
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 
 __all__ = ["begun"]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
+    """One that starts while the first runs do without it."""
     from llm_gym.policies.serving import ServerProcess
 
     settings = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
     with ServerProcess(settings=settings) as process:
-        process.wait()
         yield process.url
 
 
@@ -100,7 +102,8 @@ def test_nothing_is_left_behind(how: str, begun, request: pytest.FixtureRequest)
     if how == "Ctrl-C":
         launcher, processes = begun("--policy", "vllm", "--set", "policy.vllm.max_model_len=256")
     else:
-        launcher, processes = begun("--set", f"policy.servers=[{request.getfixturevalue('server')}]")
+        address = f"policy.servers=[{request.getfixturevalue('server')}]"
+        launcher, processes = begun("--set", address, "--set", "policy.server.start_seconds=600")
     memory = shared_memory({process.pid for process in processes.values()})
     if how == "Ctrl-C":
         launcher.send_signal(signal.SIGINT)
