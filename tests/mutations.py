@@ -255,6 +255,20 @@ MUTANTS = (
         ("harness/test_budget.py::test_out_of_memory_halves_the_budget_and_repeats_the_step",),
     ),
     Mutant(
+        "each of several processes counts on all of a machine's memory",
+        "harness/budget.py",
+        "SHARE[device.type] * free / sharing",
+        "SHARE[device.type] * free",
+        ("harness/test_budget.py::test_processes_on_one_machine_share_its_memory",),
+    ),
+    Mutant(
+        "a process reports the held-out loss of its own share",
+        "harness/sft.py",
+        'learner.world.add({"loss": total}, "evaluation")["loss"]',
+        "total",
+        ("harness/test_sft.py::test_held_out_tokens_of_other_processes_count",),
+    ),
+    Mutant(
         "the sampler is sent a DoRA without its magnitudes",
         "harness/lora.py",
         "if name in layer.lora_magnitude_vector:",

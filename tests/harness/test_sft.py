@@ -274,7 +274,7 @@ def test_held_out_tokens_of_other_processes_count() -> None:
     for rank in range(2):
         learner.world = Told(rank, 2, lambda value: [value, value])
         share = learner.world.pack(rows, max_tokens=150)
-        learner.world = Told(rank, 2, lambda value: [value, {"loss": 0.0}])
-        sums[rank] = held_out_loss(learner, share)["eval/loss"] * share.tokens
+        learner.world = Told(rank, 2, lambda value: [value, {"loss": 7.0}])
+        sums[rank] = held_out_loss(learner, share)["eval/loss"] * share.tokens - 7.0
         assert 0 < sums[rank] / share.tokens < whole["eval/loss"]
     assert sum(sums.values()) / whole["eval/tokens"] == pytest.approx(whole["eval/loss"], rel=1e-12)
