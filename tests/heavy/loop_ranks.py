@@ -13,10 +13,12 @@ from typing import Any
 
 import ranks  # noqa: F401, knows where the other tests are
 import torch
+from click.testing import CliRunner
 from test_sft import INIT, wild, write
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from llm_gym import embedded
+from llm_gym.cli.group import llmgym
 from llm_gym.harness import TrainConfig, load
 from llm_gym.harness import sft as module
 from llm_gym.harness.checkpoint import RunFolder
@@ -100,6 +102,15 @@ def half(folder: Path, strategy: str, name: str, steps: int) -> SFTConfig:
     saved = CheckpointConfig(every=2, keep=1)
     config = tuning(folder, strategy, name, steps=steps, init=INIT, checkpoint=saved, examples_per_step=3)
     return replace(config, token_budget="auto")
+
+
+def commanded(folder: Path, strategy: str) -> str:
+    """What the command says, started as a rank."""
+    words = ["--dataset", str(folder / "chats.jsonl"), "--steps", "2", "--out", str(folder / f"{strategy}-commanded")]
+    words += ["--set", f"parallel.strategy={strategy}"]
+    done = CliRunner().invoke(llmgym, ["sft", "--nproc", str(here()[1]), *words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def distilled(folder: Path, strategy: str) -> None:
