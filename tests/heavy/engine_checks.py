@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,22 +43,27 @@ def perturbed(seed: int, scale: float = 0.02) -> Any:
 
 
 @torch.no_grad()
-def learner_logprobs(model: Any, context: Ids, completion: Completion, how: Sampling, p: float = 0.0) -> np.ndarray:
+def learner_logprobs(
+    model: Any, context: Ids, completion: Completion, how: Sampling, steps: Sequence[float]
+) -> list[np.ndarray]:
     """Log-probabilities of a completion under the model's own distribution, filtered and renormalised; float64 [n].
 
     Args:
-        p: added to `top_p`.
+        steps: each added to `top_p` gives one of the results.
     """
     ids = torch.from_numpy(np.concatenate([context, completion.tokens])).long()[None]
     logits = model(input_ids=ids).logits[0, len(context) - 1 : -1].double() / how.temperature
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    if not how.full_support:
-        n = len(weights)
-        top_p = min(how.top_p + p, 1.0) if how.top_p < 1 else 1.0
-        knobs = Knobs(np.ones(n), np.full(n, how.top_k), np.full(n, top_p), np.full(n, how.min_p))
-        weights = _filter(weights, knobs, np.ones(n, np.bool_))
-    chosen = weights.gather(-1, torch.from_numpy(completion.tokens).long()[:, None])[:, 0]
-    return (chosen.log() - weights.sum(-1).log()).numpy()
+    every, n = (logits - logits.amax(-1, keepdim=True)).exp(), len(logits)
+    chosen = torch.from_numpy(completion.tokens).long()[:, None]
+    found = []
+    for p in steps:
+        weights = every
+        if not how.full_support:
+            top_p = min(how.top_p + p, 1.0) if how.top_p < 1 else 1.0
+            knobs = Knobs(np.ones(n), np.full(n, how.top_k), np.full(n, top_p), np.full(n, how.min_p))
+            weights = _filter(every, knobs, np.ones(n, np.bool_))
+        found.append((weights.gather(-1, chosen)[:, 0].log() - weights.sum(-1).log()).numpy())
+    return found
 
 
 def gaps(model: Any, context: Ids, completion: Completion, how: Sampling) -> np.ndarray:
@@ -68,8 +73,8 @@ def gaps(model: Any, context: Ids, completion: Completion, how: Sampling) -> np.
     other; so the nearest of the references with `top_p` a little less and a little more counts too.
     """
     steps = (0.0, -1e-5, 1e-5) if how.top_p < 1 else (0.0,)
-    each = [np.abs(learner_logprobs(model, context, completion, how, p) - completion.logprobs) for p in steps]
-    return np.min(each, axis=0)
+    each = learner_logprobs(model, context, completion, how, steps)
+    return np.min([np.abs(one - completion.logprobs) for one in each], axis=0)
 
 
 def worst(model: Any, prompts: list[Ids], completions: list[Completion], how: Sampling) -> float:
