@@ -76,13 +76,13 @@ def test_metrics_of_failures_only_are_nan() -> None:
 
 def test_several_environments_are_measured_as_each_alone() -> None:
     """The row of a run with further environments holds what a run on each of them alone would say."""
-    more = "eval.envs=[{name: train, env_args: {split: train}}, {env: Arithmetic-v0, env_args: {digits_max: 3}}]"
-    both = config("eval.k=2", more).eval
+    more = "{name: train, env_args: {split: train}}, {env: Arithmetic-v0, env_args: {digits_max: 3}}"
+    both = config("eval.k=2", f"eval.envs=[{more}, {{env: test/Even-v0, name: again}}]").eval
     policy = make_policy(None, engine="transformers")
-    played: list[tuple[str, int, int]] = []
+    played: list[tuple[float, int, int]] = []
 
     def play(driver, phase, seeds, size, sampling: Sampling):
-        played.append((driver.env_id, len(seeds), size))
+        played.append((sampling.temperature, len(seeds), size))
         assert phase == "eval"
         assert min(seeds) >= EVAL_SEED
         return driver.run(seeds, group_size=size, sampling=sampling, seed=3)
@@ -99,13 +99,14 @@ def test_several_environments_are_measured_as_each_alone() -> None:
         ("", "test/Even-v0", {"split": "test"}),
         ("train/", "test/Even-v0", {"split": "train"}),
         ("Arithmetic-v0/", "Arithmetic-v0", {"split": "test", "digits_max": 3}),
+        ("again/", "test/Even-v0", {"split": "test"}),
     ):
         expected = row(alone, env, **args)[0]
         assert {key: found[key.replace("eval/", f"eval/{name}", 1)] for key in expected} == expected
-    assert [n for _, n, _ in played[:6]] == [6] * 6
-    assert [size for *_, size in played[:6]] == [1, 2] * 3
+    assert [n for _, n, _ in played[:8]] == [6] * 8
+    assert [(temperature, size) for temperature, _, size in played[:8]] == [(0.0, 1), (1.0, 2)] * 4
     assert {name: e[0].messages[0]["content"].split()[0] for name, e in transcripts.items()} == {
-        "": "test", "train": "train", "Arithmetic-v0": "What",
+        "": "test", "train": "train", "Arithmetic-v0": "What", "again": "test",
     }  # fmt: skip
     policy.close()
 

@@ -1,4 +1,7 @@
-"""Every known bug of GRPO trainers, put back: its test fails. And without it, every one of these tests passes."""
+"""Every known bug of GRPO trainers, and of the loops around them, put back: its test fails.
+
+And without it, every one of these tests passes.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from pathlib import Path
 
 import pytest
 from mutations import MUTANTS, Mutant
+from mutations_of_loops import LOOPS
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in MUTANTS for test in mutant.tests})))
+EVERY = (*MUTANTS, *LOOPS)
+CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in EVERY for test in mutant.tests})))
 """No bug at all: every test passes."""
 
 
@@ -26,7 +31,7 @@ def label(mutant: Mutant) -> str:
 
 def plant(mutant: Mutant, folder: Path) -> None:
     """A copy of the package and its tests, with the bug."""
-    ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
+    ignore = shutil.ignore_patterns(".hypothesis", ".pytest_cache")  # compiled files spare each copy a second
     for name in ("llm_gym", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -68,7 +73,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-@pytest.mark.parametrize("mutant", [CONTROL, *MUTANTS], ids=label)
+@pytest.mark.parametrize("mutant", [CONTROL, *EVERY], ids=label)
 def test_it_is_caught(mutant: Mutant, outcomes: dict[str, str]) -> None:
     outcome = outcomes[label(mutant)]
     if mutant is CONTROL:

@@ -95,20 +95,29 @@ def test_a_logger_that_cannot_start_ends_all_processes_with_one_sentence(tmp_pat
     assert [process.returncode for process in both] == [2, 2]
 
 
+CONSTANT = ["--set", "optimizer.schedule=constant", "--set", "checkpoint.keep=9", "--set", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of one process that was never interrupted."""
+    run: Path = tmp_path_factory.mktemp("alone") / "run"
+    run_to_its_end(train(run, *CONSTANT, steps=4))
+    return run
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path) -> None:
+def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path, alone: Path) -> None:
     """2 -> 1 and 1 -> 2, against one process that was never interrupted: the same episodes, steps and weights."""
     several = ["--nproc", "2", "--set", f"parallel.strategy={strategy}"]
-    constant = ["--set", "optimizer.schedule=constant", "--set", "checkpoint.keep=9"]
-    run_to_its_end(train(tmp_path / "one", *constant, "--set", "checkpoint.every=2", steps=4))
     for name, first, then in (("fewer", several, []), ("more", [], several)):
-        run_to_its_end(train(tmp_path / name, *constant, *first, steps=2))
+        run_to_its_end(train(tmp_path / name, *CONSTANT, *first, steps=2))
         run_to_its_end(train(tmp_path / name, *then, "--resume", steps=4))
-        for ours, theirs in zip(rows_of(tmp_path / name)[1:], rows_of(tmp_path / "one")[1:], strict=True):
+        for ours, theirs in zip(rows_of(tmp_path / name)[1:], rows_of(alone)[1:], strict=True):
             for metric in ("reward/mean", "tokens/generated", "tokens/trained"):
                 assert ours.get(metric) == theirs.get(metric)
             assert ours.get("policy/grad_norm") == pytest.approx(theirs.get("policy/grad_norm"), rel=1e-3)
-        want = weights_of(tmp_path / "one", 4)
+        want = weights_of(alone, 4)
         for tensor, value in weights_of(tmp_path / name, 4).items():
             torch.testing.assert_close(value, want[tensor], rtol=0, atol=1e-5)
         assert (tmp_path / name / "report.html").exists()
