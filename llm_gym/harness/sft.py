@@ -38,7 +38,7 @@ from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig, load_model, merged, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.parallel import ParallelConfig, World, check_sharding, connect
+from llm_gym.harness.parallel import ParallelConfig, World, connect
 from llm_gym.harness.sharding import is_sharded
 
 MODEL = "model"
@@ -168,7 +168,6 @@ def sft(
     """
     world = connect(config.parallel, _device(config))
     try:
-        check_sharding(world, config.optimizer.name, None if config.lora is None else config.lora.base)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         data = prepare(config, examples, tokenizer, world)
         run, saved = _open(config, resume, world)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.lineage import STAGES, locate
 from llm_gym.harness.mixture import arenas
-from llm_gym.harness.parallel import ParallelConfig, World, check_sharding, connect, here
+from llm_gym.harness.parallel import ParallelConfig, World, connect, here
 from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
 from llm_gym.harness.sync import check
 from llm_gym.harness.trainer import Observer
@@ -100,12 +101,10 @@ def check_plan(plan: Plan) -> None:
     for stage in plan.stages:
         config = replace(stage.config, model=plan.model) if not getattr(stage.config, "init", None) else stage.config
         try:
-            world = World(*here(), config.parallel)
-            check_sharding(world, config.optimizer.name, None if config.lora is None else config.lora.base)
             if stage.kind == "sft":
                 prepare(config, None, load_tokenizer(config.tokenizer or plan.model))
                 continue
-            check(config, world)
+            check(config, World(*here(), config.parallel))
             arenas(config)
             if stage.kind == "distill":
                 check_distill(config)
@@ -140,15 +139,15 @@ def run_plan(
     if (out / STAGES).exists() and not resume:
         raise CheckpointError(f"out: {str(out)!r} already holds stages; pass --resume, or another folder.")
     check_plan(plan)
-    _alone(lambda: _begin(plan, out), "opening the folder of the stages")
+    _alone(partial(_begin, plan, out), "opening the folder of the stages")
     model = plan.model
     for stage in plan.stages:
         folder = out / stage.name
-        if not _alone(lambda stage=stage, folder=folder: complete(stage, folder), f"before {stage.name}"):
+        if not _alone(partial(complete, stage, folder), f"before {stage.name}"):
             _play(stage, plan.model, model, folder, observer)
             if here()[0] == 0:
                 done(stage, folder)
-        model = _alone(lambda folder=folder: handed_on(folder), f"after {stage.name}")
+        model = _alone(partial(handed_on, folder), f"after {stage.name}")
     assert model is not None
     return model
 

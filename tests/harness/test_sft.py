@@ -21,7 +21,6 @@ from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import LoraConfig, load_model, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.parallel import ParallelConfig, World
 from llm_gym.harness.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
 
 INIT = {
@@ -255,15 +254,6 @@ def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="token_budget: got 0, want at least 1, or auto"):
         SFTConfig(token_budget=0)
-
-
-def test_what_a_split_model_cannot_do_is_said_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_gym.harness import sft as module
-
-    several = World(0, 2, ParallelConfig("fsdp"))
-    monkeypatch.setattr(module, "connect", lambda *_: several)
-    with pytest.raises(ConfigError, match="optimizer.name: 'muon' needs whole matrices"):
-        sft(SFTConfig(init=INIT, optimizer=OptimizerConfig(name="muon")), chats(3), progress=False)
 
 
 def test_held_out_tokens_of_other_processes_count() -> None:

@@ -177,8 +177,6 @@ def test_files_and_sets_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def test_a_later_stage_is_looked_at_as_what_several_processes_would_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "here", lambda: (0, 2))
-    split = {"optimizer": {"name": "muon"}, "parallel": {"strategy": "fsdp"}}
-    served = {"policy": {"engine": "server", "servers": ["http://127.0.0.1:1"]}}
-    for settings, said in ((split, "2-train: .*whole matrices"), (served, "2-train: .*a run of several processes")):
-        with pytest.raises(SettingError, match=said):
-            check_plan(plan(tmp_path, {"train": TRAIN}, {"train": settings}))
+    split = {"policy": {"sync": "shared"}, "parallel": {"strategy": "fsdp"}}
+    with pytest.raises(SettingError, match="2-train: policy.sync: 'shared' does not work with .* a split learner"):
+        check_plan(plan(tmp_path, {"train": TRAIN}, {"train": split}))
