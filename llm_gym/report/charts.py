@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llm_gym.report.plots import MAIN, MORE, Plot, ending_plots, evaluation_plots, is_evaluation, one
+from llm_gym.report.plots import MAIN, MORE, MOST_LINES, Plot, ending_plots, evaluation_plots, is_evaluation, one
 from llm_gym.report.run import Run, Series
 from llm_gym.report.scale import labels, short, smooth, ticks
 
@@ -92,8 +92,17 @@ EACH = "reward/mean/"
 
 
 def main_charts(run: Run) -> list[Chart]:
-    """The charts that say whether the run learned."""
-    return _charts(run, [*MAIN, *evaluation_plots(run.metrics)])
+    """The charts that say whether the run learned: rewards, and the parts of the training reward side by side."""
+    parts = tuple((name, name.partition("/")[2]) for name in _parts(run)[:MOST_LINES])
+    plots = [Plot("Parts of the reward", "mean of the episodes of each step, unweighted", parts)] if parts else []
+    return _charts(run, [*MAIN, *plots, *evaluation_plots(run.metrics)])
+
+
+def _parts(run: Run) -> list[str]:
+    """The metrics of the reward's components that vary, if there are several; a single one is the reward itself."""
+    shown, same = {name for plot in MAIN + MORE for name, _ in plot.metrics}, constants(run)
+    every = [name for name in run.metrics if name.startswith("reward/") and name.count("/") == 1 and name not in shown]
+    return [name for name in every if name not in same] if len(every) > 1 else []
 
 
 def constants(run: Run) -> dict[str, str]:
@@ -108,16 +117,14 @@ def constants(run: Run) -> dict[str, str]:
 
 
 def more_charts(run: Run) -> list[Chart]:
-    """Every other chart: reward components, the known metrics, then whatever else was logged and varies."""
-    shown = {name for plot in MAIN + MORE for name, _ in plot.metrics}
+    """Every other chart: the known metrics, then whatever else was logged and varies."""
+    shown = {name for plot in MAIN + MORE for name, _ in plot.metrics} | set(_parts(run)[:MOST_LINES])
     same = constants(run)
     rest = [name for name in run.metrics if name not in shown and name not in same and not is_evaluation(name)]
     each = [name for name in rest if name.startswith(EACH)]
-    parts = [name for name in rest if name.startswith("reward/") and name.count("/") == 1]
     plots = [Plot("Training reward by environment", "mean", tuple((name, name.removeprefix(EACH)) for name in each))]
-    plots += [one(f"Reward: {name.partition('/')[2]}", "this component alone, unweighted", name) for name in parts]
     plots += [*MORE, *ending_plots(name for name, series in run.metrics.items() if any(series.values))]
-    plots += [one(name, "", name) for name in rest if name not in parts and name not in each]
+    plots += [one(name, "", name) for name in rest if name not in each]
     return _charts(run, [plot for plot in plots if any(name not in same for name, _ in plot.metrics)])
 
 

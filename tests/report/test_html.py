@@ -10,7 +10,7 @@ from run_folders import decode, episode, run
 
 from llm_gym import report
 from llm_gym.errors import CheckpointError
-from llm_gym.report.charts import more_charts
+from llm_gym.report.charts import main_charts, more_charts
 from llm_gym.report.run import problems, read
 
 
@@ -194,8 +194,18 @@ def test_a_mixture_has_its_rewards_in_one_chart(tmp_path: Path) -> None:
     charts = {chart.title: chart for chart in more_charts(read(tmp_path / "r"))}
     assert [line.name for line in charts["Training reward by environment"].lines] == ["A-v0", "test/B-v0"]
     assert [line.name for line in charts["Groups"].lines] == ["played", "trained"]
-    assert "Reward: style" in charts
     assert not any("mean/" in title for title in charts)
+
+
+def test_the_parts_of_the_reward_stand_with_the_rewards(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", 1)
+    for step in range(2, 5):
+        folder.log({"step": step, "reward/correct": step / 9, "reward/tool_calls": 1 / step, "reward/format": 0.0})
+    found = read(tmp_path / "r")
+    (chart,) = [chart for chart in main_charts(found) if chart.title == "Parts of the reward"]
+    assert {"correct", "tool_calls"} <= {line.name for line in chart.lines}
+    assert "format" not in {line.name for line in chart.lines}, "it never changed"
+    assert not any("tool_calls" in chart.title for chart in more_charts(found))
 
 
 def test_what_never_changes_needs_no_chart(tmp_path: Path) -> None:
