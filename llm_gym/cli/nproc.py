@@ -62,7 +62,8 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        rank = min(codes, key=lambda rank: codes[rank])  # signals, which are negative, are the first cause
+        # Signals, which are negative, are the first cause; but SIGTERM is how the agent stops the others.
+        rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank]))
         if codes[rank] in (EXIT_SETTING, EXIT_INTERRUPTED, verdict):  # it has said why
             raise click.exceptions.Exit(codes[rank]) from None
         how = (

@@ -237,7 +237,7 @@ class Sync:
         times: dict[str, float] = {}
         sent: dict[str, int] = {}
         with self.world.naming("sync"):
-            self._push(version, lambda tensors: recorded(tensors, self.dtype, sent) if self._sends else tensors)
+            self._push(version, sent)
             with clock(times, "time/proof"):
                 gap = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
         return {"sync/mode": self.mode, "sync/canary_gap_max": gap, **times}
@@ -266,10 +266,19 @@ class Sync:
         """Whether weights go out from this process: to its own engine, or from the first one to the servers."""
         return self.world.rank == 0 or engine_of(self.config) != "server"
 
-    def _push(self, version: int, seen: Seen) -> None:
+    def _push(self, version: int, sent: dict[str, int]) -> None:
+        """Sends the weights; `sent` gets the checksums of what the engine should hold, if they go out from here."""
+        flows: list[Tensors] = []
+
+        def seen(tensors: Tensors) -> Tensors:
+            flows.append(recorded(tensors, self.dtype, sent) if self._sends else tensors)
+            return flows[-1]
+
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize()  # the engine's thread may read the weights on another stream
         MODES[self.mode].push(self.learner.model, self.policy, version, self.folder, seen)
+        for flow in flows:
+            deque(flow, maxlen=0)  # what an engine did not take, it should hold nevertheless
 
     def _start(self, mode: str, version: int) -> None:
         """An engine for `mode`, in place of any other, with the learner's weights."""

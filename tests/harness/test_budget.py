@@ -236,6 +236,7 @@ def test_a_run_decides_once_and_writes_it_down(tmp_path: Path) -> None:
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them find half as much each, and what is said is what counts: the least of all."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # an engine that ran in this process may have set it
     monkeypatch.setattr(headroom, "free", lambda device: 6 * 10**8)
     monkeypatch.setattr(budget, "LEAST", 1)
     monkeypatch.setattr(budget, "measure", lambda learner: (headroom.free(CPU), 1000.0, 1e5))

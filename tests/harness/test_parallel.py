@@ -101,7 +101,7 @@ def test_an_error_of_the_first_is_raised_by_all() -> None:
 def test_where_one_fails_all_raise_what_came_first() -> None:
     """Also those that did not fail, and those that only failed because it did."""
     first, then = ConfigError("first"), RankError("then")
-    said: list[Any] = [(2.0, then), None, (1.0, first)]
+    said: list[Any] = [(False, 2.0, then), None, (False, 1.0, first), (True, 0.5, then)]
     for rank in (0, 1, 2):
         with pytest.raises(ConfigError, match="first"):
             Told(rank, 3, lambda value: said).every(lambda: 1, "x")
@@ -112,6 +112,12 @@ def test_where_one_fails_all_raise_what_came_first() -> None:
 
     with pytest.raises(ConfigError, match="first"):
         Told(0, 2, lambda value: [value, None]).every(fail, "x")
+
+    def lose() -> None:
+        raise RankError("[gloo] Connection closed by peer")
+
+    with pytest.raises(ConfigError, match="first"):
+        Told(0, 2, lambda value: [value, (False, float("inf"), first)]).every(lose, "x")
 
 
 def test_metrics_are_summed_by_name_or_the_worst() -> None:
