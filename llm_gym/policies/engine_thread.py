@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import ctypes
 import queue
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 from llm_gym.core import Completion
 from llm_gym.errors import PolicyError
+from llm_gym.threads import Thread
 
 Outcome = Completion | PolicyError
 
@@ -70,7 +70,7 @@ class EngineThread:
         self._gathered: dict[asyncio.AbstractEventLoop, list[Request]] = defaultdict(list)
         self._ended = False
         ready: Future[Any] = Future()
-        self._thread = threading.Thread(target=self._serve, args=(make, ready), name="vllm-engine", daemon=True)
+        self._thread = Thread(self._serve, args=(make, ready), name="vllm-engine")
         self._thread.start()
         _running.add(self)
         try:

@@ -71,7 +71,7 @@ class OpenAIPolicy:
             PolicyError: it refuses this request, or fails for `retry_seconds`.
         """
         body = self._body(messages, chat.tools, sampling, seed)
-        text, finish = await asyncio.wrap_future(self._loop.submit(self._ask(body)))
+        text, finish = await self._loop.ask(self._ask(body))
         tokens = chat.encode_reply(text)
         if finish == "length" or len(tokens) > sampling.max_tokens:
             tokens, finish = tokens[: min(len(tokens) - 1, sampling.max_tokens)], "length"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import threading
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 import aiohttp
 
 from llm_gym.errors import PolicyError
+from llm_gym.threads import Thread
 
 T = TypeVar("T")
 FIRST, LONGEST = 0.25, 5.0
 """Seconds before the second try, and before any later one."""
+CLOSED = "The policy was closed."
 PASSING = frozenset({408, 425, 429})
 """Client errors that another try may not meet: timeouts and rate limits."""
 
@@ -127,28 +128,43 @@ class Loop:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self.stopped = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = Thread(self._run, name=name)
         self._thread.start()
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts `coroutine` there; cancelling the future cancels it.
+    async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.
 
         Raises:
-            PolicyError: the loop was stopped.
+            PolicyError: the loop was stopped, before or meanwhile.
         """
-        if self.stopped:
-            coroutine.close()
-            raise PolicyError("The policy was closed.")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return await asyncio.wrap_future(self._submit(coroutine))
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self.stopped and caller is not None and not caller.cancelling():
+                raise PolicyError(CLOSED) from None
+            raise
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` to its end; Ctrl-C cancels it."""
-        future = self.submit(coroutine)
+        """Runs `coroutine` to its end; Ctrl-C cancels it.
+
+        Raises:
+            PolicyError: the loop was stopped, before or meanwhile.
+        """
+        future = self._submit(coroutine)
         try:
             return future.result()
+        except CancelledError:
+            raise PolicyError(CLOSED) from None
         except BaseException:
             future.cancel()
             raise
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if self.stopped:
+            coroutine.close()
+            raise PolicyError(CLOSED)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
         """Cancels what is still running there, lets it clean up, and ends the thread."""

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from llm_gym.threads import Thread
+
 T = TypeVar("T")
 
 
@@ -82,7 +84,7 @@ def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=target, name="llm_gym-run", daemon=True)
+    thread = Thread(target, name="llm_gym-run")
     thread.start()
     try:
         thread.join()
@@ -102,7 +104,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="llm_gym-env", daemon=True)
+        self._thread = Thread(self._serve, name="llm_gym-env")
         self._thread.start()
 
     async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

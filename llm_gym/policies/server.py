@@ -104,7 +104,7 @@ class ServerPolicy:
             PolicyError: a context that is too long, a request that a server refuses, or no server for
                 `retry_seconds`.
         """
-        return await asyncio.wrap_future(self._loop.submit(self._guarded(context, sampling, seed)))
+        return await self._loop.ask(self._complete(context, sampling, seed))
 
     def generate(
         self, contexts: Sequence[Ids], sampling: Sampling, *, seeds: Sequence[int] | None = None
@@ -114,7 +114,7 @@ class ServerPolicy:
 
         async def every() -> list[Completion]:
             pairs = zip(contexts, of, strict=True)
-            return await asyncio.gather(*(self._guarded(context, sampling, seed) for context, seed in pairs))
+            return await asyncio.gather(*(self._complete(context, sampling, seed) for context, seed in pairs))
 
         return self._loop.run(every())
 
@@ -177,14 +177,6 @@ class ServerPolicy:
                 shutil.rmtree(self._files, ignore_errors=True)
 
     # Below here, coroutines run in the thread of `self._loop`.
-
-    async def _guarded(self, context: Ids, sampling: Sampling, seed: int | None) -> Completion:
-        try:
-            return await self._complete(context, sampling, seed)
-        except asyncio.CancelledError:
-            if self._closed:  # it is not the caller who was cancelled
-                raise PolicyError("The policy was closed.") from None
-            raise
 
     async def _complete(self, context: Ids, sampling: Sampling, seed: int | None) -> Completion:
         """Asks one server after another; every try is the whole request with the same seed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -161,11 +163,47 @@ class TestLoop:
                 await asyncio.sleep(0)
                 events.append("cleaned up")
 
-        loop.submit(forever())
-        loop.run(asyncio.sleep(0))
-        loop.stop()
+        async def caller() -> None:
+            asked = asyncio.ensure_future(loop.ask(forever()))
+            while not events:
+                await asyncio.sleep(0)
+            loop.stop()
+            with pytest.raises(PolicyError, match="closed"):
+                await asked
+
+        asyncio.run(caller())
         loop.stop()
         assert events == ["started", "cleaned up"]
+
+    def test_a_cancelled_caller_is_cancelled_and_nothing_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Also if the loop is stopped before it could cancel: nobody is left to hear of that."""
+        loop, hold, ended = Loop("test"), threading.Event(), list[asyncio.CancelledError]()
+
+        async def busy() -> None:
+            hold.wait()
+
+        async def forever() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError as error:
+                ended.append(error)
+                raise
+
+        async def caller() -> None:
+            asked = asyncio.ensure_future(loop.ask(forever()))
+            blocking = asyncio.ensure_future(loop.ask(busy()))
+            await asyncio.sleep(0)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            threading.Timer(0.0, hold.set).start()
+            loop.stop()
+            await asyncio.gather(blocking, return_exceptions=True)
+
+        asyncio.run(caller())
+        gc.collect()
+        assert len(ended) == 1
+        assert not caplog.records
 
     def test_a_stopped_loop_refuses(self) -> None:
         loop = Loop("test")
