@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from llm_gym.errors import RankError
+from llm_gym.threads import Thread
 
 BEAT = 1.0
 """Seconds between two signs of life of a rank."""
@@ -53,7 +54,7 @@ class Watch:
         self._write(None)
         store.set(f"beat/{rank}", "0")
         store.wait([f"{key}/{r}" for r in range(size) for key in ("at", "beat")], datetime.timedelta(seconds=timeout))
-        self._thread = threading.Thread(target=self._beat, name="llm_gym-beat", daemon=True)
+        self._thread = Thread(self._beat, name="llm_gym-beat")
         self._thread.start()
         atexit.register(self.stop)
 
@@ -90,14 +91,17 @@ class Watch:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """No more signs of life; says why if this is before the end."""
-        atexit.unregister(self.stop)
+        """No more signs of life; says why if this is before the end.
+
+        Interrupted, it is done again at exit: a thread inside the store while the interpreter is taken down aborts.
+        """
         if not self.over.is_set():
             self.over.set()
             error = sys.exception() or getattr(sys, "last_value", None)  # the latter once Python has printed it
             with suppress(RuntimeError):  # whoever holds the store may have left already
                 self._write(f"{type(error).__name__}: {error}" if error is not None else "it ended.")
         self._thread.join()
+        atexit.unregister(self.stop)
 
     def _write(self, left: str | None) -> None:
         state = {"number": self.number, "what": self.what, "left": left}
