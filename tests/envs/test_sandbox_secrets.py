@@ -67,7 +67,7 @@ attempt("package", lambda: b"".join(read(p) for p in glob.glob(PACKAGE + "/**/*.
 import gc
 others = [o for o in gc.get_objects() if isinstance(o, dict) and o is not globals()]
 attempt("objects", lambda: [x for o in others for x in o.values() if x == secret])
-for pid in [] if CONTROL else [TRAINER, os.getppid(), 1]:
+for pid in set() if CONTROL else {TRAINER, os.getppid() or 1, 1}:  # the parent may be outside: 0
     try: os.kill(pid, signal.SIGTERM)
     except OSError: pass
 try: os.listdir(PACKAGE + "/envs/data") and found.append("package listing") if FULL else None

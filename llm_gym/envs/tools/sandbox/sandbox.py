@@ -77,7 +77,7 @@ class Handle:
 
     def _take(self) -> None:
         message, fds = self.lease.receive(fds=1)
-        if message is None or "error" in message or "exit" in message:
+        if message is None or "error" in message:
             raise SandboxError(f"a session of the sandbox could not start: {(message or {}).get('error', 'it died')}")
         if fds:  # the zygote sends one, the reaper none; the kernel may hand it over with the reaper's message
             self.pidfd = fds[0]
@@ -282,7 +282,8 @@ def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
         "MALLOC_ARENA_MAX": "1",  # else every thread of a kernel gets memory of its own
     }
     start = "from inside.zygote import main; main()"
-    zygote = [python, "-s", "-c", start, str(fd)]
+    light = ["-S"] if mounted else []  # there the zygote itself is not warm: see inside/full.py
+    zygote = [python, "-s", *light, "-c", start, str(fd)]
     if tier.name == "bubblewrap":
         settings = [word for name, value in environment.items() for word in ("--setenv", name, value)]
         return [*tiers.bubblewrap_arguments(user), *settings, "--", *zygote], {}

@@ -11,40 +11,76 @@ import signal
 import sys
 import tempfile
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from . import confine
 from . import syscalls as sys_
-
-if TYPE_CHECKING:
-    from .zygote import House
+from .reaper import READY
 
 PERSONALITIES = {"worker": "worker", "kernel": "kernel"}
 
 
-def main(house: House, request: dict[str, Any], fds: list[int], ready: int, scratch: str, spare: list[int]) -> NoReturn:
-    """Becomes the session. `ready` is written to once the personality can take its first cell."""
+@dataclass(frozen=True)
+class House:
+    """What every session of a sandbox shares."""
+
+    namespaces: bool
+    """Each session gets pid, mount, network, ipc and host name namespaces of its own."""
+    user_namespaces: bool
+    """... and a user namespace, because the zygote is not the machine's root."""
+    landlock: bool
+    seccomp: bool
+    path: list[str]
+    """Where the session's Python finds its packages."""
+    readable: list[str]
+    """What Landlock lets a session read."""
+    hidden: list[str]
+    """Exceptions to `readable`."""
+    base: str
+    """Where scratch folders are made when there is no tmpfs for each; the zygote removes it when it ends."""
+
+
+def main(
+    house: House, request: dict[str, Any], fds: list[int], ready: int, make_room: Callable[[], str], spare: list[int]
+) -> NoReturn:
+    """Becomes the session.
+
+    Args:
+        ready: written to once the personality can take its first cell.
+        make_room: makes the scratch folder, and in a full tier the namespaces; see `room`.
+        spare: pids that it must not signal, where it sees them.
+    """
     code = 70
     try:
+        scratch = make_room()
         prepare(house, request, {*fds, ready}, scratch)
         give_up(house, request, scratch, spare)
         if request["personality"] == "nothing":
-            os.write(ready, b"R")
+            tell_ready(ready)
         else:
             module = importlib.import_module("." + PERSONALITIES[request["personality"]], __package__)
-            module.main(request, fds, lambda: _tell(ready))
+            module.main(request, fds, lambda: tell_ready(ready))
         code = 0
     except SystemExit:
         code = 0
     except BaseException:
-        os.write(ready, traceback.format_exc()[-2000:].encode("utf-8", "replace"))
+        tell(ready, traceback.format_exc()[-2000:].encode("utf-8", "replace"))
     finally:
         os._exit(code)
 
 
-def _tell(ready: int) -> None:
-    os.write(ready, b"R")
+def tell_ready(ready: int) -> None:
+    """Lets the reaper know, and closes `ready`, which no cell must find."""
+    tell(ready, READY + str(os.getpid()).encode())
     os.close(ready)
+
+
+def tell(ready: int, text: bytes) -> None:
+    """Writes what the reaper waits for, if it still does."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(ready, text)
 
 
 def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str) -> None:
@@ -56,7 +92,7 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    close_others(keep)
+    sys_.close_others(keep)
     work = os.path.join(scratch, "work")
     os.chdir(work)
     os.umask(0o077)
@@ -81,19 +117,11 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
         TERM="dumb",
     )
     tempfile.tempdir = None
-    gc.enable()  # the reaper, whose fork this is, had switched it off
+    gc.enable()  # the reaper of a reduced tier, whose fork this is, had switched it off
     sys.argv = [""]
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-
-
-def close_others(keep: set[int]) -> None:
-    """Closes every descriptor above 2 but those in `keep`."""
-    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-        if int(name) > 2 and int(name) not in keep:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
 
 
 def give_up(house: House, request: dict[str, Any], scratch: str, spare: list[int]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 
 MACHINES = {"x86_64": 0, "aarch64": 1}
+MACHINE = os.uname().machine
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # name -> its number on (x86_64, aarch64); None where the machine has no such call.
@@ -98,8 +98,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def number(name: str) -> int | None:
     """The number of the call on this machine; None where it has none."""
-    machine = platform.machine()
-    return NUMBERS[name][MACHINES[machine]] if machine in MACHINES else None
+    return NUMBERS[name][MACHINES[MACHINE]] if MACHINE in MACHINES else None
 
 
 def checked(result: int, what: str) -> int:
@@ -114,7 +113,7 @@ def syscall(name: str, *args: object) -> int:
     """The system call by name; raises OSError."""
     code = number(name)
     if code is None:
-        raise OSError(38, f"{name}: not on {platform.machine()}")
+        raise OSError(38, f"{name}: not on {MACHINE}")
     values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
     return checked(int(libc.syscall(ctypes.c_long(code), *values)), name)
 
@@ -154,3 +153,11 @@ def send_signal(pidfd: int, number_: int) -> None:
 
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number_)
+
+
+def close_others(keep: set[int]) -> None:
+    """Closes every descriptor above 2 but those in `keep`."""
+    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
+        if int(name) > 2 and int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))

@@ -1,75 +1,48 @@
-"""The zygote: warmed once, single-threaded, and forked for every session.
+"""The sandbox's first process: it is told over one socket to start sessions.
 
-It is told over one socket to start sessions; each request brings the descriptors that its session
-needs, the first of which is the session's *lease*: closing it ends the session. The zygote ends with
-its socket, or with the trainer (whose pidfd it is given first).
+Each request brings the descriptors that its session needs, the first of which is the session's
+*lease*: closing it ends the session. The zygote ends with its socket, or with the trainer (whose
+pidfd it is given first). How a session is started depends on the tier: see `full` and `reduced`.
+
+In a full tier every session's first process is a copy of this one, so that what is imported here is
+kept small: nothing but what `wire` and `syscalls` need.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
-import traceback
-from dataclasses import dataclass
-from typing import Any
 
-from . import reaper, warm
-from . import syscalls as sys_
 from .wire import Channel, poll
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
 
-@dataclass(frozen=True)
-class House:
-    """What every session of this zygote shares."""
+    class Starter(Protocol):
+        """One way to start sessions."""
 
-    namespaces: bool
-    """Each session gets pid, mount, network, ipc and host name namespaces of its own."""
-    user_namespaces: bool
-    """... and a user namespace, because the zygote is not the machine's root."""
-    landlock: bool
-    seccomp: bool
-    path: list[str]
-    """Where the session's Python finds its packages."""
-    readable: list[str]
-    """What Landlock lets a session read."""
-    hidden: list[str]
-    """Exceptions to `readable`."""
-    base: str
-    """Where scratch folders are made when there is no tmpfs for each; the zygote removes it when it ends."""
-    trainer: int | None
-    """The trainer's pidfd."""
+        watched: list[Any]
+        """The zygote ends when one of these ends."""
+
+        def start(self, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
+            """Starts one session; the pid and pidfd of its reaper. OSError: the system would not."""
+
+        def warm(self, packages: list[str]) -> int:
+            """Imports everything that sessions need; the threads of the process that is forked, 0 if it died."""
+
+        def end(self) -> None:
+            """Cleans up what the kernel does not."""
 
 
-def start(house: House, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
-    """Forks one session; the pid and pidfd of its reaper."""
-    home = None
-    if house.namespaces:
-        home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        sys_.unshare(sys_.NEWPID)  # for the next child, not for this process
-    pid = os.fork()
-    if pid == 0:
-        try:
-            reaper.main(house, request, fds)
-        except BaseException:
-            Channel(socket.socket(fileno=fds[0])).send({"error": traceback.format_exc()[-2000:]})
-        finally:
-            os._exit(71)
-    pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-    if home is not None:
-        sys_.setns(home, sys_.NEWPID)
-        os.close(home)
-    return pid, pidfd
-
-
-def check(house: House, request: dict[str, Any]) -> str:
+def check(starter: Starter, request: dict[str, Any]) -> str:
     """Starts a session that ends at once; what went wrong, or nothing."""
     lease, far = Channel.pair()
     try:
-        pid, pidfd = start(house, {**request, "personality": "nothing"}, [far.fileno()])
+        pid, pidfd = starter.start({**request, "personality": "nothing"}, [far.fileno()])
     except OSError as error:
         return str(error)
     finally:
@@ -85,24 +58,24 @@ def check(house: House, request: dict[str, Any]) -> str:
     return "the session died" if message is None else str(message.get("error", ""))
 
 
-def serve(house: House, control: Channel) -> None:
-    """Starts sessions until the trainer is gone."""
-    watched = [control, *([] if house.trainer is None else [house.trainer])]
+def serve(starter: Starter, control: Channel) -> None:
+    """Starts sessions until the trainer is gone, or what the starter watches."""
+    watched = [control, *starter.watched]
     while True:
-        if not control.pending() and control not in poll(watched, None):
+        if not control.pending() and poll(watched, None) != [control]:
             return
         request, fds = control.receive(fds=16)
         if request is None:
             return
+        lease = Channel(socket.socket(fileno=os.dup(fds[0])))
         try:
-            pid, pidfd = start(house, request, fds)
-            lease = Channel(socket.socket(fileno=os.dup(fds[0])))
+            pid, pidfd = starter.start(request, fds)
             lease.send({"pid": pid}, [] if pidfd is None else [pidfd])
-            lease.close()
             if pidfd is not None:
                 os.close(pidfd)
         except OSError as error:
-            Channel(socket.socket(fileno=os.dup(fds[0]))).send({"error": str(error)})
+            lease.send({"error": str(error)})
+        lease.close()
         for fd in fds:
             os.close(fd)
 
@@ -111,24 +84,30 @@ def main() -> None:
     """`zygote FD`: the control socket, over which the trainer first sends what `House` needs and its own pidfd."""
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     control.sock.set_inheritable(False)
-    spec, fds = control.receive(fds=1)
+    spec, trainer = control.receive(fds=1)
     if spec is None:
         return
-    house = House(**spec["house"], trainer=fds[0] if fds else None)
+    starter = make_starter(spec["house"], trainer)
     try:
-        failed = check(house, spec["probe"])
+        failed = check(starter, spec["probe"])
         control.send({"checked": not failed, "why": failed})
         if not failed and not spec["only_check"]:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            warm.warm(spec["packages"], house.base)
-            sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
-            control.send({"ready": True, "threads": len(os.listdir("/proc/self/task"))})
-            serve(house, control)
+            if threads := starter.warm(spec["packages"]):
+                control.send({"ready": True, "threads": threads})
+                serve(starter, control)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     finally:
-        if not house.namespaces:  # the reapers clean up first
-            with contextlib.suppress(ChildProcessError):
-                while True:
-                    os.waitpid(-1, 0)
-        shutil.rmtree(house.base, ignore_errors=True)
+        starter.end()
     os._exit(0)
+
+
+def make_starter(house: dict[str, Any], trainer: list[int]) -> Starter:
+    """The one that the tier needs; only this one's code is imported."""
+    if house["namespaces"]:
+        from .full import Full
+
+        return Full(house, trainer)
+    from .reduced import Reduced
+
+    return Reduced(house, trainer)

@@ -1,0 +1,52 @@
+"""The warmed process of a full tier: single-threaded, and forked for every session.
+
+It hears nobody but the zygote, over the socket that it is started with, and ends with it. No session
+can reach it: they are in pid namespaces below its own, and hold nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from . import child, room, warm
+from . import syscalls as sys_
+from .wire import Channel
+
+
+def main() -> None:
+    """`template FD HOUSE`: the zygote's orders, each `packages` to warm or a session; what `House` needs, in JSON."""
+    orders = Channel(socket.socket(fileno=int(sys.argv[1])))
+    orders.sock.set_inheritable(False)
+    house = child.House(**json.loads(sys.argv[2]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the sessions
+    home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    while True:
+        order, fds = orders.receive(fds=16)
+        if order is None:
+            os._exit(0)
+        if "packages" in order:
+            warm.warm(order["packages"], house.base)
+            sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
+            orders.send({"threads": len(os.listdir("/proc/self/task"))})
+        else:
+            start(house, order, fds, home)
+
+
+def start(house: child.House, request: dict[str, Any], fds: list[int], home: int) -> None:
+    """Forks one session into the pid namespace `fds[-1]`; it tells at `fds[-2]`, its reaper hears."""
+    *own, tell, space = fds
+    try:
+        sys_.setns(space, sys_.NEWPID)  # for the next child, not for this process
+        if os.fork() == 0:
+            child.main(house, request, own, tell, lambda: room.isolate(request["disk"], request["uid"]), [])
+    except OSError as error:  # its reaper may be dead already, and the namespace with it
+        child.tell(tell, str(error).encode())
+    finally:
+        sys_.setns(home, sys_.NEWPID)
+        for fd in fds:
+            os.close(fd)
