@@ -29,6 +29,16 @@ def _tier(name: str) -> object:
 
 
 TIERS = [_tier(name) for name in ("bubblewrap", "namespaces", "landlock")]
+FULL_TIERS = TIERS[:2]
+
+
+def family(tier: str) -> list[psutil.Process]:
+    """The sandbox's own processes: in a full tier bubblewrap (or its stand-in), the zygote and the template."""
+    outermost = psutil.Process(pool._sandboxes[tier].process.pid)
+    if sandbox.tier(tier).isolation != "full":
+        return [outermost]
+    (zygote,) = outermost.children()
+    return [outermost, zygote, min(zygote.children(), key=lambda process: process.create_time())]
 
 
 def processes() -> set[int]:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandbox_tiers import BACKENDS, TIERS, descriptors, nothing_left, processes, within
+from sandbox_tiers import BACKENDS, FULL_TIERS, TIERS, descriptors, family, nothing_left, processes, within
 
 from llm_gym.envs.tools import sandbox
 from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
+from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox.sandbox import Handle
 from llm_gym.errors import SettingError
 
 
@@ -151,7 +153,7 @@ def test_limits_bound_memory_disk_processes_and_descriptors(tier: str, backend: 
         assert session.run("1").output == "1\n"
 
 
-@pytest.mark.parametrize("tier", TIERS[:2])
+@pytest.mark.parametrize("tier", FULL_TIERS)
 def test_the_scratch_folder_has_a_size(tier: str, backend: str) -> None:
     cell = "n = 0\ntry:\n  for i in range(100):\n    open(f'/{D}/f{i}', 'wb').write(b'x' * (1 << 20)); n += 1\n"
     cell += "except OSError as error: print(error.errno, n < 9)"
@@ -218,6 +220,71 @@ def test_a_dead_zygote_is_replaced(tier: str) -> None:
         with PythonSession("worker", tier) as other:
             assert other.run("2 + 2").output == "4\n"
         session.run("1")  # died, or not: but it answers
+
+
+@pytest.mark.parametrize("tier", FULL_TIERS)
+def test_a_dead_template_ends_the_sandbox_and_it_is_replaced(tier: str) -> None:
+    with PythonSession("worker", tier) as session:
+        session.run("x = 1")
+        outermost, zygote, template = family(tier)
+        template.kill()
+        assert within(60, lambda: not zygote.is_running() and not pool._sandboxes[tier].alive())
+        assert session.run("x").status == "died"
+        assert session.run("2 + 2").output == "4\n"
+        assert family(tier)[0] != outermost
+
+
+@pytest.mark.parametrize("tier", FULL_TIERS)
+def test_a_session_may_be_ended_before_it_has_begun(tier: str) -> None:
+    """Its reaper is there, the session proper is not: the template then finds a dead namespace, and goes on."""
+    with nothing_left():
+        others = processes()  # of earlier tests
+        PythonSession("worker", tier).close()
+        box, (*_, template) = pool._sandboxes[tier], family(tier)
+        template.suspend()
+        handles = [box.spawn(Limits(), Handle) for _ in range(3)]
+        for handle in handles:
+            assert poll([handle.lease], 60)
+            handle._take()  # its pidfd
+            handle.end()
+        template.resume()
+        with PythonSession("worker", tier) as session:
+            assert session.run("6 * 7").output == "42\n"
+        for handle in [box.spawn(Limits(), Handle) for _ in range(20)]:  # wherever they are by then
+            handle.end()
+        assert within(60, lambda: len(processes() - others) == _settled("worker", tier))
+        assert family(tier)[-1] == template
+
+
+def test_an_interrupt_reaches_what_the_cell_waits_for(tier: str, backend: str) -> None:
+    with PythonSession(backend, tier) as session:
+        cell = "import subprocess; child = subprocess.Popen(['sleep', '1000']); child.wait()"
+        assert session.run(cell, timeout=0.5).status == "timeout"
+        assert session.run("child.wait(60)", timeout=60).status == "ok"
+
+
+HELD = """
+import os
+links = []
+for name in os.listdir("/proc/self/fd"):
+    try: links.append(os.readlink(f"/proc/self/fd/{name}"))
+    except FileNotFoundError: pass  # that of the listing
+kinds = {link.split(":")[0] for link in links}
+others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())]
+opened = []
+for name in ("mem", "environ", "maps", "fd", "ns", "ns/pid", "root/tmp", "cwd/tmp", "task/1/mem"):
+    try: os.listdir(f"/proc/1/{name}") if os.path.isdir(f"/proc/1/{name}") else open(f"/proc/1/{name}", "rb").read(1)
+    except OSError: continue
+    opened.append(name)
+print(sorted(kinds), sum(link.startswith("socket") for link in links), others, opened)
+"""
+
+
+@pytest.mark.parametrize("tier", FULL_TIERS)
+def test_a_session_holds_and_sees_nothing_of_the_sandbox(tier: str) -> None:
+    with PythonSession("worker", tier) as other, PythonSession("worker", tier) as session:
+        assert session.run(HELD).output == "['/dev/null', '/memfd', 'socket'] 1 [] []\n"
+        assert other.run(HELD).output == "['/dev/null', '/memfd', 'socket'] 1 [] []\n"
 
 
 CRASHING = """

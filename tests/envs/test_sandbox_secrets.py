@@ -129,3 +129,5 @@ def test_nothing_that_runs_inside_obtains_the_answer(
     for server in servers:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
+    for thread in threads:  # whose accept() holds the address
+        thread.join()

@@ -9,10 +9,10 @@ import sys
 import ordinary_user
 import psutil
 import pytest
-from sandbox_tiers import BACKENDS, descriptors, nothing_left, processes, scratch, within
+from sandbox_tiers import BACKENDS, descriptors, family, nothing_left, processes, scratch, within
 
 from llm_gym.envs.tools import sandbox
-from llm_gym.envs.tools.sandbox import PythonSession, pool
+from llm_gym.envs.tools.sandbox import PythonSession
 
 pytestmark = pytest.mark.heavy
 EPISODES = int(os.environ.get("LLM_GYM_SANDBOX_EPISODES", "500"))
@@ -34,27 +34,19 @@ def test_hundreds_of_episodes_grow_nothing(backend: str) -> None:
     with nothing_left():
         for number in range(50):
             episode(number)
-        family = _family(psutil.Process(pool._sandboxes[sandbox.tier().name].process.pid))
+        zygote = family(sandbox.tier().name)
         gc.collect()
-        before = (_memory(psutil.Process()), sum(map(_memory, family)), descriptors(), len(scratch()))
+        before = (_memory(psutil.Process()), sum(map(_memory, zygote)), descriptors(), len(scratch()))
         settled = len(processes())
         for number in range(EPISODES):
             episode(number)
         gc.collect()
-        after = (_memory(psutil.Process()), sum(map(_memory, family)), descriptors(), len(scratch()))
+        after = (_memory(psutil.Process()), sum(map(_memory, zygote)), descriptors(), len(scratch()))
         print(f"{EPISODES} episodes ({backend}): trainer, zygote, descriptors, folders: {before} -> {after}")
         assert after[0] - before[0] < 8 << 20
         assert after[1] - before[1] < 8 << 20
         assert after[2:] <= before[2:]
         assert within(60, lambda: len(processes()) <= settled)
-
-
-def _family(outermost: psutil.Process) -> list[psutil.Process]:
-    """The sandbox's own processes; in a full tier bubblewrap (or its stand-in), the zygote and the template."""
-    if sandbox.tier().isolation != "full":
-        return [outermost]
-    (zygote,) = outermost.children()
-    return [outermost, zygote, min(zygote.children(), key=lambda process: process.create_time())]
 
 
 def _memory(process: psutil.Process) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
 import random
@@ -49,13 +48,13 @@ def main(
 
     Args:
         ready: written to once the personality can take its first cell.
-        make_room: makes the scratch folder, and in a full tier the namespaces; see `room`.
+        make_room: makes the scratch folder, and in a full tier the namespaces (see `room`); `settle` is done then.
         spare: pids that it must not signal, where it sees them.
     """
     code = 70
     try:
         scratch = make_room()
-        prepare(house, request, {*fds, ready}, scratch)
+        prepare({*fds, ready}, scratch)
         give_up(house, request, scratch, spare)
         if request["personality"] == "nothing":
             tell_ready(ready)
@@ -83,19 +82,14 @@ def tell(ready: int, text: bytes) -> None:
         os.write(ready, text)
 
 
-def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str) -> None:
-    """A session id, closed descriptors, a clean environment, fresh random numbers."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    sys_.close_others(keep)
-    work = os.path.join(scratch, "work")
-    os.chdir(work)
+def settle(house: House, scratch: str) -> None:
+    """What is the same for every session in `scratch`: a clean environment. A template does it once, before it forks.
+
+    Every page that a session writes to first has to be copied, so what is done here instead of in
+    `prepare` costs a session nothing.
+    """
     os.umask(0o077)
+    work = os.path.join(scratch, "work")
     os.environ.clear()
     os.environ.update(
         HOME=work,
@@ -117,20 +111,34 @@ def prepare(house: House, request: dict[str, Any], keep: set[int], scratch: str)
         TERM="dumb",
     )
     tempfile.tempdir = None
-    gc.enable()  # the reaper of a reduced tier, whose fork this is, had switched it off
     sys.argv = [""]
+
+
+def prepare(keep: set[int], scratch: str) -> None:
+    """A session id, closed descriptors, fresh random numbers."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    sys_.close_others(keep)
+    os.chdir(os.path.join(scratch, "work"))
     random.seed()
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
+        # A number, because without one numpy makes objects first, on a hundred pages more.
+        sys.modules["numpy"].random.seed(random.getrandbits(32))
 
 
 def give_up(house: House, request: dict[str, Any], scratch: str, spare: list[int]) -> None:
-    """Everything that confines this process and its children, in the order in which it still can."""
+    """Everything that confines this process and its children, in the order in which it still can.
+
+    A template without user namespaces has dropped the bounding set already; a new user namespace has a full one.
+    """
     uid, keep = request["uid"], confine.CAP_DAC_READ_SEARCH if request["keep_read"] else None
     if house.user_namespaces:
         confine.own_user_namespace()
     confine.limit(request["limits"])
-    if house.namespaces or uid is not None:
+    if house.user_namespaces or (uid is not None and not house.namespaces):
         confine.drop_bounding_set(keep)
     if uid is not None:
         confine.become(uid)

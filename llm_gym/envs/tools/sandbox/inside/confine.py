@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import struct
@@ -74,14 +75,23 @@ def seccomp(*, network: bool, spare: Iterable[int] = ()) -> None:
         network: the process has a network namespace of its own; otherwise sockets are refused here.
         spare: pids that must not be signalled; only needed where the process sees those of others.
     """
-    machine = os.uname().machine
+    program = seccomp_program(network, tuple(spare))
+    code = ctypes.create_string_buffer(program, len(program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(code)))
+    sys_.prctl(sys_.PR_SET_NO_NEW_PRIVS, 1, check=True)
+    sys_.prctl(sys_.PR_SET_SECCOMP, 2, ctypes.addressof(header), check=True)
+
+
+@functools.cache
+def seccomp_program(network: bool, spare: tuple[int, ...]) -> bytes:
+    """The filter of `seccomp`: 8 bytes an instruction."""
     program: list[Instruction] = [
         (_LOAD, 0, 0, 4),
-        (_EQUAL, 1, 0, sys_.AUDIT_ARCH[machine]),
+        (_EQUAL, 1, 0, sys_.AUDIT_ARCH[sys_.MACHINE]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),
     ]
-    if machine == "x86_64":  # the x32 calls
+    if sys_.MACHINE == "x86_64":  # the x32 calls
         program += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
     for name in DENIED:
         program += _case(name, (_RETURN, 0, 0, _EPERM))
@@ -92,10 +102,7 @@ def seccomp(*, network: bool, spare: Iterable[int] = ()) -> None:
     program += [] if network else _lonely()
     program += _spare(spare) if spare else []
     program.append((_RETURN, 0, 0, _ALLOW))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *i) for i in program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
-    sys_.prctl(sys_.PR_SET_NO_NEW_PRIVS, 1, check=True)
-    sys_.prctl(sys_.PR_SET_SECCOMP, 2, ctypes.addressof(header), check=True)
+    return b"".join(struct.pack("HBBI", *i) for i in program)
 
 
 READ_FILE, READ_DIR, EXECUTE, WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
@@ -166,8 +173,8 @@ def drop_capabilities(keep: int | None = None) -> None:
 def drop_bounding_set(keep: int | None = None) -> None:
     """No program started later gains a capability. Needs CAP_SETPCAP, so it comes before `become`."""
     for capability in range(64):
-        if capability != keep:
-            sys_.prctl(sys_.PR_CAPBSET_DROP, capability)
+        if capability != keep and sys_.prctl(sys_.PR_CAPBSET_DROP, capability) < 0:
+            return  # there are no more
 
 
 def become(uid: int) -> None:

@@ -72,7 +72,7 @@ def reap(house: child.House, request: dict[str, Any], fds: list[int], trainer: l
     pid = os.fork()
     if pid == 0:
         os.close(ready)
-        child.main(house, request, fds[1:], tell, lambda: scratch, spare)
+        child.main(house, request, fds[1:], tell, lambda: undo(house, scratch), spare)
     sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
     for fd in (*fds[1:], tell):
         os.close(fd)
@@ -80,6 +80,16 @@ def reap(house: child.House, request: dict[str, Any], fds: list[int], trainer: l
     hunt(request["uid"])
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)
+
+
+def undo(house: child.House, scratch: str) -> str:
+    """What the reaper did to itself is not for its child."""
+    gc.enable()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    child.settle(house, scratch)
+    return scratch
 
 
 def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, trainer: list[int]) -> None:

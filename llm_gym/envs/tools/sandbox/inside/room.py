@@ -10,6 +10,9 @@ import tempfile
 
 from . import syscalls as sys_
 
+_LOOPBACK_UP = struct.pack("16sH14x", b"lo", 1)
+"""For SIOCSIFFLAGS."""
+
 
 def isolate(disk: int, uid: int | None) -> str:
     """Namespaces of its own: private mounts, a bounded tmpfs at /tmp, a fresh /proc, only loopback. The scratch."""
@@ -19,8 +22,9 @@ def isolate(disk: int, uid: int | None) -> str:
     sys_.mount("tmpfs", "/tmp", "tmpfs", sys_.NOSUID | sys_.NODEV, options)
     sys_.mount("proc", "/proc", "proc", sys_.NOSUID | sys_.NODEV | sys_.NOEXEC)
     socket.sethostname("sandbox")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS: up
+    any_socket = socket.SocketType(socket.AF_INET, socket.SOCK_DGRAM)
+    fcntl.ioctl(any_socket.fileno(), 0x8914, _LOOPBACK_UP)
+    any_socket.close()
     return _folders("/tmp", uid)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 
 MACHINES = {"x86_64": 0, "aarch64": 1}
 MACHINE = os.uname().machine
@@ -22,6 +23,7 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "clock_settime": (227, 112),
     "clone": (56, 220),
     "clone3": (435, 435),
+    "close_range": (436, 436),
     "connect": (42, 203),
     "delete_module": (176, 106),
     "finit_module": (313, 273),
@@ -98,7 +100,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def number(name: str) -> int | None:
     """The number of the call on this machine; None where it has none."""
-    return NUMBERS[name][MACHINES[MACHINE]] if MACHINE in MACHINES else None
+    return NUMBERS[name][MACHINES[MACHINE]] if MACHINE in MACHINES and sys.platform == "linux" else None
 
 
 def checked(result: int, what: str) -> int:
@@ -157,7 +159,14 @@ def send_signal(pidfd: int, number_: int) -> None:
 
 def close_others(keep: set[int]) -> None:
     """Closes every descriptor above 2 but those in `keep`."""
-    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-        if int(name) > 2 and int(name) not in keep:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
+    low = 3
+    try:
+        for fd in (*sorted(keep), 1 << 31):
+            if fd > low:
+                syscall("close_range", low, fd - 1, 0)
+            low = max(low, fd + 1)
+    except OSError:  # before Linux 5.9
+        for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
+            if int(name) > 2 and int(name) not in keep:
+                with contextlib.suppress(OSError):
+                    os.close(int(name))

@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import Any
 
-from . import child, room, warm
+from . import child, confine, room, warm
 from . import syscalls as sys_
 from .wire import Channel
 
@@ -24,17 +24,29 @@ def main() -> None:
     orders.sock.set_inheritable(False)
     house = child.House(**json.loads(sys.argv[2]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the sessions
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     while True:
         order, fds = orders.receive(fds=16)
         if order is None:
             os._exit(0)
         if "packages" in order:
-            warm.warm(order["packages"], house.base)
-            sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
+            ready_to_fork(house, order["packages"])
             orders.send({"threads": len(os.listdir("/proc/self/task"))})
         else:
             start(house, order, fds, home)
+
+
+def ready_to_fork(house: child.House, packages: list[str]) -> None:
+    """Warms this process, and does beforehand what every session would do alike."""
+    warm.warm(packages, house.base)
+    child.settle(house, "/tmp")
+    if not house.user_namespaces:
+        confine.drop_bounding_set()
+    confine.seccomp_program(True, ())
+    for name in ("mount", "prctl", "syscall", "unshare"):
+        getattr(sys_.libc, name)  # is looked up once
+    sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
 
 
 def start(house: child.House, request: dict[str, Any], fds: list[int], home: int) -> None:
