@@ -272,8 +272,9 @@ for name in os.listdir("/proc/self/fd"):
 kinds = {link.split(":")[0] for link in links}
 others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())]
 opened = []
-for name in ("mem", "environ", "maps", "fd", "ns", "ns/pid", "root/tmp", "cwd/tmp", "task/1/mem"):
-    try: os.listdir(f"/proc/1/{name}") if os.path.isdir(f"/proc/1/{name}") else open(f"/proc/1/{name}", "rb").read(1)
+for name in ("mem", "environ", "maps", "auxv", "task/1/mem", "fd/0", "ns/pid", "ns/mnt", "exe", "root", "cwd"):
+    path = f"/proc/1/{name}"
+    try: os.readlink(path) if os.path.islink(path) else open(path, "rb").read(1)
     except OSError: continue
     opened.append(name)
 print(sorted(kinds), sum(link.startswith("socket") for link in links), others, opened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 
@@ -34,25 +35,34 @@ class Full:
         far.close()
         self.watched = [*trainer, self.orders]
         self.home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        for number in reaper.IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        sys_.top()
         sys_.prctl(sys_.PR_SET_DUMPABLE, 0)  # the reapers' too: nobody may look into them
 
     def start(self, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
         """Forks the reaper, and has the template fork the session beside it."""
         ready, tell = os.pipe()
+        try:
+            pid, space = self.make_namespace(fds[0], ready)
+            self.orders.send(request, [*fds[1:], tell, space])  # a template that is gone ends `serve`
+            os.close(space)
+        finally:
+            os.close(ready)
+            os.close(tell)
+        return pid, os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+
+    def make_namespace(self, lease: int, ready: int) -> tuple[int, int]:
+        """A new pid namespace with a reaper as its first process: that one's pid, and the namespace."""
         sys_.unshare(sys_.NEWPID)  # for the next child, not for this process
         try:
             pid = os.fork()
             if pid == 0:
-                reaper.main(fds[0], ready)
+                reaper.main(lease, ready)
             # Only now, with its first process, can the namespace be joined.
-            space = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+            return pid, os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             sys_.setns(self.home, sys_.NEWPID)
-            os.close(ready)
-        self.orders.send(request, [*fds[1:], tell, space])  # a template that is gone ends `serve`
-        os.close(tell)
-        os.close(space)
-        return pid, os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
 
     def warm(self, packages: list[str]) -> int:
         """Has the template warm itself."""

@@ -6,57 +6,53 @@ ends all others. The session proper is not its child (see `full`), so it holds i
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
-import socket
 
 from . import syscalls as sys_
-from .wire import Channel, poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
 READY = b"ready "
 """What a session tells once it takes cells, with its pid after it; anything else is an error."""
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+"""Set before the fork. Without SIGCHLD the kernel reaps orphans."""
 
 
-def told(text: bytes) -> dict[str, Any]:
-    """What the trainer hears of it."""
-    return {"ready": True} if text.startswith(READY) else {"error": text.decode("utf-8", "replace") or "it died"}
+def told(text: bytes) -> bytes:
+    """What the trainer hears of it: a line of JSON."""
+    if text.startswith(READY):
+        return b'{"ready": true}\n'
+    return json.dumps({"error": text.decode("utf-8", "replace") or "it died"}).encode() + b"\n"
 
 
-def main(lease_fd: int, ready: int) -> NoReturn:
+def main(lease: int, ready: int) -> NoReturn:
     """Lives until the session has ended, or its lease. `ready`: where the session tells that it has started."""
     try:
-        sys_.close_others({lease_fd, ready})
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps orphans
-        watch(Channel(socket.socket(fileno=lease_fd)), ready)
+        sys_.close_others({lease, ready})
+        watch(lease, ready)
     finally:
         os._exit(0)
 
 
-def watch(lease: Channel, ready: int) -> None:
-    """Until the session ends, or its lease."""
-    if lease in poll([lease, ready], None):
+def watch(lease: int, ready: int) -> None:
+    """Until the session ends, or its lease. It keeps to few and simple calls: each touches pages to be copied."""
+    poller = select.poll()
+    poller.register(lease, select.POLLIN)
+    poller.register(ready, select.POLLIN)
+    if poller.poll()[0][0] == lease:
         return  # there is nothing to relay yet
     text = os.read(ready, 4096)
-    os.close(ready)
-    lease.send(told(text))
+    os.write(lease, told(text))
     if not text.startswith(READY):
         return
-    pid = int(text.removeprefix(READY))
-    try:
-        session = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    while poll([lease, session], None) == [lease]:
-        message, _ = lease.receive()
-        if message is None:
-            return
-        try:
-            os.killpg(pid, signal.SIGINT)
-        except ProcessLookupError:
-            return
+    pid = int(text[len(READY) :])
+    session = os.pidfd_open(pid)
+    poller.unregister(ready)
+    poller.register(session, select.POLLIN)
+    while [fd for fd, _ in poller.poll()] == [lease] and os.read(lease, 4096):
+        os.killpg(pid, signal.SIGINT)  # whatever comes over the lease

@@ -43,6 +43,7 @@ class Reduced:
     def warm(self, packages: list[str]) -> int:
         """Warms this process, of which every session is a copy."""
         warm.warm(packages, self.house.base)
+        sys_.top()
         sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
         return len(os.listdir("/proc/self/task"))
 
@@ -99,7 +100,7 @@ def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, traine
         for event in poll(watched, None):
             if event == ready:
                 watched.remove(ready)
-                lease.send(told(os.read(ready, 4096)))
+                os.write(lease.fileno(), told(os.read(ready, 4096)))
             elif event == wakeup:
                 _drain(wakeup)
                 if pid in _reap() or os.getppid() != zygote:

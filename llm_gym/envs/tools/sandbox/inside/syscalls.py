@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 
@@ -23,7 +24,6 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "clock_settime": (227, 112),
     "clone": (56, 220),
     "clone3": (435, 435),
-    "close_range": (436, 436),
     "connect": (42, 203),
     "delete_module": (176, 106),
     "finit_module": (313, 273),
@@ -160,13 +160,15 @@ def send_signal(pidfd: int, number_: int) -> None:
 def close_others(keep: set[int]) -> None:
     """Closes every descriptor above 2 but those in `keep`."""
     low = 3
-    try:
-        for fd in (*sorted(keep), 1 << 31):
-            if fd > low:
-                syscall("close_range", low, fd - 1, 0)
-            low = max(low, fd + 1)
-    except OSError:  # before Linux 5.9
-        for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-            if int(name) > 2 and int(name) not in keep:
-                with contextlib.suppress(OSError):
-                    os.close(int(name))
+    for fd in (*sorted(keep), top()):
+        os.closerange(low, fd)
+        low = max(low, fd + 1)
+
+
+@functools.cache
+def top() -> int:
+    """Above every descriptor of this process; asked before a fork, also above those of its children.
+
+    New descriptors get the lowest free numbers, so it stays true until 64 more than now are open at once.
+    """
+    return max(map(int, os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))) + 64

@@ -44,6 +44,7 @@ def ready_to_fork(house: child.House, packages: list[str]) -> None:
     if not house.user_namespaces:
         confine.drop_bounding_set()
     confine.seccomp_program(True, ())
+    sys_.top()
     for name in ("mount", "prctl", "syscall", "unshare"):
         getattr(sys_.libc, name)  # is looked up once
     sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
