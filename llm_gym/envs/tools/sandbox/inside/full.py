@@ -40,12 +40,12 @@ class Full:
         sys_.top()
         sys_.prctl(sys_.PR_SET_DUMPABLE, 0)  # the reapers' too: nobody may look into them
 
-    def start(self, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
-        """Forks the reaper, and has the template fork the session beside it."""
+    def start(self, request: bytes, fds: list[int]) -> tuple[int, int | None]:
+        """Forks the reaper, and has the template fork the session beside it; only that one reads the request."""
         ready, tell = os.pipe()
         try:
             pid, space = self.make_namespace(fds[0], ready)
-            self.orders.send(request, [*fds[1:], tell, space])  # a template that is gone ends `serve`
+            self.orders.send_line(request, [*fds[1:], tell, space])  # a template that is gone ends `serve`
             os.close(space)
         finally:
             os.close(ready)

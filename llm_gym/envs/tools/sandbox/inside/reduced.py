@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import shutil
 import signal
@@ -28,12 +29,12 @@ class Reduced:
     def __init__(self, house: dict[str, Any], trainer: list[int]) -> None:
         self.house, self.watched = child.House(**house), list[Any](trainer)
 
-    def start(self, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
+    def start(self, request: bytes, fds: list[int]) -> tuple[int, int | None]:
         """Forks the reaper."""
         pid = os.fork()
         if pid == 0:
             try:
-                reap(self.house, request, fds, self.watched)
+                reap(self.house, json.loads(request), fds, self.watched)
             except BaseException:
                 Channel(socket.socket(fileno=fds[0])).send({"error": traceback.format_exc()[-2000:]})
             finally:

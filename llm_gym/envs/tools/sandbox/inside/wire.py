@@ -36,8 +36,12 @@ class Channel:
 
     def send(self, message: dict[str, Any], fds: list[int] | None = None) -> bool:
         """Sends one message; whether the other end still takes messages. Never blocks for long ones."""
+        return self.send_line(json.dumps(message).encode(), fds or [])
+
+    def send_line(self, line: bytes, fds: list[int]) -> bool:
+        """The same for a message that is a line already."""
         try:
-            socket.send_fds(self.sock, [json.dumps(message).encode() + b"\n"], fds or [])
+            socket.send_fds(self.sock, [line + b"\n"], fds)
         except (OSError, ValueError):
             return False
         return True
@@ -48,15 +52,23 @@ class Channel:
         A stream joins what was sent without descriptors to what follows: where only some messages
         carry descriptors, these may be returned with an earlier one.
         """
+        taken: list[int] = []
+        while True:
+            line, found = self.receive_line(fds)
+            taken += found
+            if line is None:
+                return None, []
+            if (message := _parse(line)) is not None:
+                return message, taken
+
+    def receive_line(self, fds: int = 0) -> tuple[bytes | None, list[int]]:
+        """The next message as it came, for a sender that is trusted, or to pass it on."""
         while True:
             line, found, rest = self._buffer.partition(b"\n")
             if found:
                 self._buffer = rest
-                message = _parse(line)
-                if message is not None:
-                    taken, self._fds = self._fds, []
-                    return message, taken
-                continue
+                taken, self._fds = self._fds, []
+                return line, taken
             if not self._fill(fds):
                 return None, []
 

@@ -11,6 +11,7 @@ kept small: nothing but what `wire` and `syscalls` need.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
         watched: list[Any]
         """The zygote ends when one of these ends."""
 
-        def start(self, request: dict[str, Any], fds: list[int]) -> tuple[int, int | None]:
-            """Starts one session; the pid and pidfd of its reaper. OSError: the system would not."""
+        def start(self, request: bytes, fds: list[int]) -> tuple[int, int | None]:
+            """Starts the session that a line of JSON asks for; the pid and pidfd of its reaper. May raise OSError."""
 
         def warm(self, packages: list[str]) -> int:
             """Imports everything that sessions need; the threads of the process that is forked, 0 if it died."""
@@ -42,7 +43,7 @@ def check(starter: Starter, request: dict[str, Any]) -> str:
     """Starts a session that ends at once; what went wrong, or nothing."""
     lease, far = Channel.pair()
     try:
-        pid, pidfd = starter.start({**request, "personality": "nothing"}, [far.fileno()])
+        pid, pidfd = starter.start(json.dumps({**request, "personality": "nothing"}).encode(), [far.fileno()])
     except OSError as error:
         return str(error)
     finally:
@@ -64,7 +65,7 @@ def serve(starter: Starter, control: Channel) -> None:
     while True:
         if not control.pending() and poll(watched, None) != [control]:
             return
-        request, fds = control.receive(fds=16)
+        request, fds = control.receive_line(fds=16)
         if request is None:
             return
         lease = Channel(socket.socket(fileno=os.dup(fds[0])))
