@@ -63,3 +63,23 @@ def test_a_descriptor_may_come_with_the_message_before_it() -> None:
         os.close(fd)
     near.close()
     other.close()
+
+
+def test_a_line_can_be_passed_on_unread() -> None:
+    (near, far), (last, to) = Channel.pair(), Channel.pair()
+    first, middle = Channel(far), Channel(to)
+    read, write = os.pipe()
+    first.send({"a": "ä"}, [write])
+    line, fds = near.receive_line(fds=1)
+    assert line is not None
+    assert middle.send_line(line, fds)
+    message, taken = last.receive(fds=1)
+    assert message == {"a": "ä"}
+    os.write(taken[0], b"x")
+    assert os.read(read, 1) == b"x"
+    first.close()
+    assert near.receive_line() == (None, [])
+    for fd in (*fds, *taken, read, write):
+        os.close(fd)
+    for channel in (near, last, middle):
+        channel.close()

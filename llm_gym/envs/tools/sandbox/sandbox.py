@@ -22,7 +22,7 @@ from llm_gym.envs.tools.sandbox.limits import Limits
 logger = logging.getLogger(__name__)
 
 WARMED = ("numpy", "numpy.random", "sympy")
-"""Packages that the zygote imports, where they are installed, so that no session has to.
+"""Packages that are imported before any fork, where they are installed, so that no session has to.
 
 numpy imports its `random` when it is first used, and seeding uses it: 6 MB of every session's own.
 """
