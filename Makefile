@@ -7,6 +7,8 @@ JOBS ?= 2
 RUN := . $(VENV)/bin/activate &&
 # uv does not read pip's find-links setting.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Images often set it. The tests start hundreds of processes: without it torch is compiled once, not in each of them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint clean
 

@@ -1,13 +1,15 @@
-"""A process that has the heavy libraries loaded, and forks once for each planted bug: `python planting.py`.
+"""A process that has pytest and the heavy libraries loaded, and forks once for each planted bug: `python planting.py`.
 
 Each line of its input is a JSON list `[folder, test, ...]`: a copy of the repository, and tests to run there.
 Each line of its output is `[folder, exit code of pytest]`; pytest's own words are in `folder/output`.
 """
 
+import gc
 import json
 import os
 import signal
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 AT_ONCE = 2
@@ -25,7 +27,10 @@ def main() -> None:
     import torch
     from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     torch.set_num_threads(1)
+    gc.freeze()  # pytest collects garbage several times; what was loaded here is none
     running: dict[int, str] = {}
     for line in sys.stdin:
         if len(running) == AT_ONCE:

@@ -31,7 +31,8 @@ def label(mutant: Mutant) -> str:
 
 def plant(mutant: Mutant, folder: Path) -> None:
     """A copy of the package and its tests, with the bug."""
-    ignore = shutil.ignore_patterns(".hypothesis", ".pytest_cache")  # compiled files spare each copy a second
+    # Compiled files spare each copy a second; those that another process is about to rename may vanish meanwhile.
+    ignore = shutil.ignore_patterns(".hypothesis", ".pytest_cache", "*.pyc.*")
     for name in ("llm_gym", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
