@@ -72,19 +72,33 @@ def played(folder: Path, *, sample: bool) -> tuple[list[float], list[list[int]]]
     """Rewards and replies on the evaluation's problems, with nothing of ours but the environment."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     env = gymnasium.make("llm_gym/Arithmetic-v0", tokenizer=str(folder), split="test")
-    how = {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False, "temperature": None}
+    seeds = range(EVAL_SEED, EVAL_SEED + EPISODES)
     torch.manual_seed(0)
-    rewards, replies = [], []
-    for seed in range(EVAL_SEED, EVAL_SEED + EPISODES):
-        context, _ = env.reset(seed=seed)
-        ids = torch.from_numpy(np.asarray(context)).long()[None]
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, top_k=0, **how)
-        replies.append(made[0, len(context) :].tolist())
-        _, reward, terminated, truncated, _ = env.step(np.array(replies[-1], np.int32))
+    replies = generated(model, [env.reset(seed=seed)[0] for seed in seeds], sample)
+    rewards = []
+    for seed, reply in zip(seeds, replies, strict=True):
+        env.reset(seed=seed)
+        _, reward, terminated, truncated, _ = env.step(np.array(reply, np.int32))
         assert terminated or truncated
         rewards.append(float(reward))
     env.close()
     return rewards, replies
+
+
+def generated(model: Any, contexts: list[Any], sample: bool) -> list[list[int]]:
+    """A reply to each; contexts of one length are a batch, so that none is padded."""
+    how = {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False, "temperature": None}
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    replies: list[list[int]] = [[] for _ in contexts]
+    for length in {len(context) for context in contexts}:
+        rows = [row for row, context in enumerate(contexts) if len(context) == length]
+        ids = torch.from_numpy(np.stack([contexts[row] for row in rows])).long()
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, top_k=0, **how)
+        for row, tokens in zip(rows, made[:, length:].tolist(), strict=True):
+            behind = [at + 1 for at, token in enumerate(tokens) if token in ends]
+            replies[row] = tokens[: min(behind, default=len(tokens))]  # then padding, while others go on
+    return replies
 
 
 def test_eval_reproduces_the_training_evaluation(exported: tuple[Path, dict[str, Any]]) -> None:
