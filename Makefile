@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(RUN) llmgym train
 
 test: $(VENV)/.test lint
-	$(RUN) python -m pytest -n $(JOBS) --dist loadfile
+	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(RUN) python -m pytest --doctest-modules llm_gym
 	$(RUN) for story in examples/0*.py; do echo "== $$story" && python $$story || exit 1; done
 

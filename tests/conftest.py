@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +32,34 @@ def shared() -> Callable[[str], Path]:
         return SHARED / path
 
     return find
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """No file of tests sees variables that an earlier one, or an engine in it, has set."""
+    before = dict(os.environ)
+    yield
+    for name in (before.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
+LONGEST = """
+test_nproc test_vllm_server test_python_sandbox test_ranks test_loops_nproc test_mutations test_vllm_train
+test_nproc_engines test_embedded_recipe test_interrupt test_vllm_exit test_resume test_doctor_vllm test_sandbox_cells
+test_export_chain test_vllm_policy test_vllm_loops test_mcp_servers test_packaging test_sandbox_secrets
+test_vllm_lora test_distill_learns
+""".split()
+"""Files of half a minute and more."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the files, the longest come first: none is begun when the other workers are done."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
