@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from leftovers import existing, living, session, shared_memory
+from sandbox_tiers import within
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -43,28 +45,10 @@ def start(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         process.stderr.close()
 
 
-def shared_memory(pids: set[int]) -> set[str]:
-    """Files in /dev/shm that these processes have open or mapped, or that carry their number."""
-    found = {str(file) for file in Path("/dev/shm").iterdir() for pid in pids if f"-{pid}" in file.name}
-    for pid in pids:
-        maps = Path(f"/proc/{pid}/maps")
-        if maps.exists():
-            found |= {line.split()[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
-    return found
-
-
 def family(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The process, everything that descends from it, and everything else in its session."""
-    found = {process.pid: psutil.Process(process.pid)}
-    for other in psutil.process_iter():
-        try:
-            if os.getsid(other.pid) == process.pid:
-                found[other.pid] = other
-        except (ProcessLookupError, PermissionError):
-            continue
-    for child in found[process.pid].children(recursive=True):
-        found[child.pid] = child
-    return found
+    own = psutil.Process(process.pid)
+    return {member.pid: member for member in (own, *own.children(recursive=True), *session(process.pid))}
 
 
 @pytest.mark.parametrize("said", PHASES)
@@ -89,17 +73,10 @@ def test_ctrl_c(said: str, tmp_path: Path, start: list[subprocess.Popen[str]]) -
     members = family(run)
     memory = shared_memory(set(members))
     os.killpg(run.pid, signal.SIGINT)
-    _, rest = run.communicate(timeout=120)
+    _, rest = run.communicate(timeout=300)
     assert run.returncode == 130, rest[-3000:]
     assert f"Go on from its newest checkpoint: llmgym train --resume --out {out}" in rest
     assert "Traceback" not in rest
-    assert not [p for p in members.values() if p.pid != run.pid and p.is_running()]
-    assert not [p for p in psutil.process_iter(["pid"]) if _session(p.pid) == run.pid]
-    assert not [file for file in memory | shared_memory({run.pid}) if Path(file).exists()]
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None
+    assert within(60, lambda: not living(members.values())), living(members.values())
+    assert within(60, lambda: not session(run.pid)), session(run.pid)
+    assert within(60, lambda: not existing(memory | shared_memory({run.pid}))), existing(memory)

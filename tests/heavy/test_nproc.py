@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import ranks
 import torch
 import yaml
+from leftovers import living
 from safetensors.torch import load_file
+from sandbox_tiers import within
 
 pytestmark = pytest.mark.heavy
 
@@ -52,20 +55,32 @@ def begun(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
     def begin(*arguments: str) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
         command = train(tmp_path / "run", "--nproc", "2", *arguments)
         launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(psutil.Process(launcher.pid))
         until(lambda: len(rows_of(tmp_path / "run")) > 1 or launcher.poll() is not None, "a first step")
         assert launcher.poll() is None, launcher.communicate()
         found = psutil.Process(launcher.pid).children(recursive=True)
-        started.extend([psutil.Process(launcher.pid), *found])
-        return launcher, {int(p.environ()["RANK"]): p for p in found if "RANK" in p.environ()}
+        started.extend(found)
+        return launcher, ranks_among(found)
 
     yield begin
-    for process in started:
-        if process.is_running():
+    for process in living(started):
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
+def ranks_among(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
+    """The process of each rank; what it starts itself inherits its variables, and may end at any time."""
+    found: dict[int, psutil.Process] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank, parent = process.environ().get("RANK"), process.parent()
+            if rank is not None and parent is not None and "RANK" not in parent.environ():
+                found[int(rank)] = process
+    return found
+
+
 def gone(processes: dict[int, psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes.values(), timeout=DEADLINE)[1]
+    return within(DEADLINE, lambda: not living(processes.values()))
 
 
 def run_to_its_end(command: list[str]) -> str:

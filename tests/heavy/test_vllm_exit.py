@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
+from leftovers import session
+from sandbox_tiers import within
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -60,19 +61,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit status and standard error; fails if it hangs or leaves a process behind."""
     try:
         _, errors = process.communicate(timeout=300)
+        alone = within(60, lambda: not session(process.pid))
     finally:
-        left = [p for p in psutil.process_iter() if _session(p) == process.pid]
+        left = session(process.pid)
         for other in left:
             other.kill()
-    assert not left
+    assert alone, left
     return process.returncode, errors
-
-
-def _session(process: psutil.Process) -> int:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return -1
 
 
 @pytest.mark.parametrize("moment", ["importing", "building", "sampling"])

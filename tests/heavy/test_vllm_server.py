@@ -24,6 +24,8 @@ import psutil
 import pytest
 import torch
 from engine_checks import contexts
+from leftovers import living
+from sandbox_tiers import within
 
 from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError, PolicyError
@@ -40,6 +42,7 @@ pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 CONTEXT = 512
+GENERATED = "vllm:generation_tokens_total"
 SETTINGS = {"dtype": "float32", "max_model_len": CONTEXT, "enable_lora": True, "max_lora_rank": 8}
 
 
@@ -173,10 +176,10 @@ def test_new_weights_are_served_from_the_next_token_on(policy, model) -> None:
     prompts, sampling, other = contexts(32), Sampling(max_tokens=300, stop_token_ids=()), moved(1)
 
     async def with_update() -> list[Completion]:
-        url, tokens = policy._servers[0].remote.url, "vllm:generation_tokens_total"
-        before = metric(url, tokens)
+        url = policy._servers[0].remote.url
+        before = metric(url, GENERATED)
         tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
-        while metric(url, tokens) < before + len(prompts):  # of 300 each: they are under way
+        while metric(url, GENERATED) < before + len(prompts):  # of 300 each: they are under way
             await asyncio.sleep(0.01)
         await asyncio.to_thread(policy.load, other.state_dict().items(), version=7)
         return await asyncio.gather(*tasks)
@@ -269,7 +272,7 @@ def test_a_cancelled_request_ends_in_the_server(policy, first: str) -> None:
         while running(first):  # it would take much longer to end by itself, paused as it is
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(cancel(), timeout=60))
+    asyncio.run(asyncio.wait_for(cancel(), timeout=240))
 
 
 def test_a_request_that_cannot_work_is_refused_at_once(policy) -> None:
@@ -368,12 +371,15 @@ def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: S
     prompts = contexts(64)
     sampling = Sampling(max_tokens=128, stop_token_ids=())
     busy: list[int] = []
+    before = metric(second.url, GENERATED)
 
     async def with_kill() -> list[Completion]:
         tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
-        while running(first) < 16 or running(second.url) < 16:
+        while sum(server.load for server in policy._servers) < len(prompts):
             await asyncio.sleep(0.01)
         busy.extend(server.load for server in policy._servers)
+        while metric(second.url, GENERATED) < before + 16:  # a sum: it cannot have been and gone
+            await asyncio.sleep(0.01)
         second.kill()
         return await asyncio.gather(*tasks)
 
@@ -424,8 +430,8 @@ def test_ctrl_c_while_starting_leaves_no_process() -> None:
         time.sleep(0.05)
     started = family(command.pid)
     command.send_signal(signal.SIGINT)
-    assert command.wait(60) == 130
-    assert psutil.wait_procs(started, timeout=10)[1] == []
+    assert command.wait(240) == 130
+    assert within(60, lambda: not living(started)), living(started)
     assert "Traceback" not in command.stdout.read()
 
 
@@ -439,7 +445,7 @@ def test_serve_ends_when_it_is_killed_itself() -> None:
     assert len(started) >= 2
     command.kill()
     command.wait()
-    assert psutil.wait_procs(started, timeout=60)[1] == []
+    assert within(240, lambda: not living(started)), living(started)
 
 
 def test_a_server_that_cannot_start_says_why_in_one_sentence() -> None:
