@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,9 +106,15 @@ def model_of(case: Case) -> Any:
     return model
 
 
+@cache
+def drawn(preset: str, dtype: str) -> Any:
+    """The rows that are trained on; nothing changes them."""
+    return prepared(preset, qwen3(dtype=getattr(torch, dtype)))[1]
+
+
 def two_steps(case: Case, world: World, share: str) -> dict[str, Any]:
     """Gradients of the first optimizer step, weights after the second, metrics of both."""
-    _, rows = prepared(case.preset, qwen3(dtype=getattr(torch, case.dtype)))
+    rows = drawn(case.preset, case.dtype)
     loss = load(TrainConfig, preset=case.preset, sets=["loss.constant_length=20", *case.sets]).loss
     how = {"normaliser": loss.normaliser, "constant_length": loss.constant_length, "share": True}
     settings = OptimizerConfig(case.optimizer, lr=1e-2, eps=1e-3, max_grad_norm=1e3, weight_decay=0.1)
