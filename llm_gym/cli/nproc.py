@@ -76,6 +76,7 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
 def as_rank(rank: int) -> Iterator[None]:
     """What a process that is not alone does differently: SIGTERM lets it clean up, and the first speaks for all.
 
+    Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in torch, and aborts.
     An error that all processes have is said once: the others wait a moment, in which they are stopped.
     """
     if "RANK" in os.environ:
@@ -90,3 +91,6 @@ def as_rank(rank: int) -> Iterator[None]:
         if rank:
             time.sleep(DEFERENCE)
         raise
+    finally:
+        if "RANK" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -91,17 +91,14 @@ class Watch:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """No more signs of life; says why if this is before the end.
-
-        Interrupted, it is done again at exit: a thread inside the store while the interpreter is taken down aborts.
-        """
+        """No more signs of life; says why if this is before the end."""
         if not self.over.is_set():
             self.over.set()
             error = sys.exception() or getattr(sys, "last_value", None)  # the latter once Python has printed it
             with suppress(RuntimeError):  # whoever holds the store may have left already
                 self._write(f"{type(error).__name__}: {error}" if error is not None else "it ended.")
         self._thread.join()
-        atexit.unregister(self.stop)
+        atexit.unregister(self.stop)  # not before: where the wait was interrupted, it begins again at the exit
 
     def _write(self, left: str | None) -> None:
         state = {"number": self.number, "what": self.what, "left": left}
