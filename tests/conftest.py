@@ -47,10 +47,9 @@ def _own_environment() -> Iterator[None]:
 
 
 LONGEST = """
-test_nproc test_vllm_server test_python_sandbox test_ranks test_loops_nproc test_mutations test_vllm_train
-test_nproc_engines test_embedded_recipe test_interrupt test_vllm_exit test_resume test_doctor_vllm test_sandbox_cells
-test_export_chain test_vllm_policy test_vllm_loops test_mcp_servers test_packaging test_sandbox_secrets
-test_vllm_lora test_distill_learns
+test_nproc test_vllm_server test_python_sandbox test_interrupt test_vllm_train test_nproc_engines test_loops_nproc
+test_ranks test_vllm_exit test_packaging test_doctor_vllm test_embedded_recipe test_mutations test_export_chain
+test_sandbox_cells test_vllm_loops test_sandbox_cases test_resume test_distill_learns test_cli_doctor
 """.split()
 """Files of half a minute and more."""
 
