@@ -33,7 +33,7 @@ class Served:
     autocast_dtype: torch.dtype | None = None
     """It computes in this dtype; None: in the parameters'."""
     lean: Lean | None = None
-    """The quick decoding step; None: the model's own forward."""
+    """The quick forward; None: the model's own."""
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Logits [n, vocabulary] after the last column of ids [n, T]; `mask` [n, 1, T, L] is added to the scores."""
@@ -71,9 +71,9 @@ def feed(
         The logits after the last column, float32 or float64 [n, vocabulary].
     """
     device, dtype = cache.layout.device, cache.layout.dtype
-    first = isinstance(rows, slice) and rows.start == 0
-    if served.lean is not None and first and ids.shape[1] == 1 and served.lean.usable:
-        return torch.from_numpy(served.lean(ids[:, 0], positions[:, 0], cache))
+    if served.lean is not None and served.lean.usable:
+        index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return torch.from_numpy(served.lean(index, ids, positions, cache))
     cache.aim(rows, positions)
     seen = torch.from_numpy(np.maximum(positions, 0)).to(device)  # padding sees the first token, and nobody sees it
     hidden = torch.arange(int(positions.max()) + 1, device=device) > seen[:, None, :, None]
@@ -104,7 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Served:
     """Learns what the model caches, and proves on two short sequences that its cached logits are its plain ones.
 
-    The quick decoding step is taken where it gives them too.
+    The quick forward is taken where it gives them too.
 
     Raises:
         SettingError: they are not, or the model works in a way that the engine does not know.
@@ -121,7 +121,7 @@ def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Served:
         try:
             return _proven(replace(served, lean=lean), ids, want)
         except SettingError as error:
-            log.debug("the quick decoding step is left out: %s", error)
+            log.debug("the quick forward is left out: %s", error)
     return _proven(served, ids, want)
 
 

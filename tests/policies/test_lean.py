@@ -1,8 +1,12 @@
-"""The NumPy decoding step against the model's own forward."""
+"""The NumPy forward against the model's own."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import contexts, tiny
 
 from llm_gym.core import Sampling
@@ -25,9 +29,14 @@ def one_thread():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """How many rows each decoding step in NumPy fed."""
+    """How many rows each forward in NumPy fed."""
     seen, call = [], Lean.__call__
-    monkeypatch.setattr(Lean, "__call__", lambda self, ids, *rest: (seen.append(len(ids)), call(self, ids, *rest))[1])
+
+    def counted(self, rows, *rest):
+        seen.append(len(rows))
+        return call(self, rows, *rest)
+
+    monkeypatch.setattr(Lean, "__call__", counted)
     return seen
 
 
@@ -41,7 +50,7 @@ def decode(served, lean):
     for start in range(2):
         position = np.array([[4], [2], [3]]) + start
         if lean:
-            logits = torch.from_numpy(served.lean(ids[:, start], position[:, 0], cache))
+            logits = torch.from_numpy(served.lean(np.arange(3), ids[:, start, None], position, cache))
         else:
             cache.aim(rows, position)
             hidden = torch.arange(int(position.max()) + 1) > torch.from_numpy(position)[:, None, :, None]
@@ -72,6 +81,32 @@ def test_logits_are_the_models(family, changes):
     assert served.lean is not None
     want, got = decode(served, lean=False), decode(served, lean=True)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), queries=st.sampled_from([1, 3, 64]))
+def test_any_tokens_of_any_rows_are_fed_as_by_the_model(data, queries):
+    served = probe(tiny(dtype=torch.float64), None)
+    caches = SlotCache(served.layout), SlotCache(served.layout)
+    for cache in caches:
+        cache.resize(6, 40)
+    filled = np.zeros(6, np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_gym.policies.lean.QUERIES", queries)
+        for _ in range(3):
+            rows = np.array(sorted(data.draw(st.sets(st.integers(0, 5), min_size=1))))
+            counts = np.array([data.draw(st.sampled_from([1, 1, 2, 5, 9])) for _ in rows])
+            columns = np.arange(counts.max()) - counts.max()
+            positions = filled[rows, None] + counts[:, None] + columns
+            positions[columns < -counts[:, None]] = -1
+            ids = np.random.default_rng(len(rows)).integers(0, 97, positions.shape)
+            filled[rows] += counts
+            got = feed(served, caches[0], rows, ids, positions)
+            want = feed(replace(served, lean=None), caches[1], rows, ids, positions)
+            torch.testing.assert_close(got, want, rtol=0, atol=3e-5)
+    for row, end in enumerate(filled):
+        torch.testing.assert_close(*(c.keys[:, row, :, :end] for c in caches), rtol=0, atol=3e-5)
+        torch.testing.assert_close(*(c.values[:, row, :, :end] for c in caches), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(
