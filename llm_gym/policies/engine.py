@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,15 +101,18 @@ class Engine:
                 self._release(row)
 
     def step(self, version: int) -> list[tuple[Request, Completion | PolicyError]]:
-        """Prefills what waits, feeds one token of every row; returns what is complete."""
-        done = []
-        if admitted := self._admit():
-            self._prefill(admitted)
-            done += self._finish(version)
-        if self.flying:
-            self._decode()
-            done += self._finish(version)
-        return done
+        """Feeds what waits and the last token of every row in flight, draws a token each; returns what is complete."""
+        admitted = self._admit()
+        if not self.flying and not admitted:
+            return []
+        decoding = self.slots.active
+        copies = self._place(admitted)
+        source = [*range(self.slots.active), *(leader for _, leader in copies)]
+        logits = self._forward(decoding)
+        for request, leader in copies:
+            self._enter(request, self.slots.place_copy(leader))
+        self._draw(logits[source] if copies else logits)
+        return self._finish(version)
 
     def _admit(self) -> list[Request]:
         """Takes from the line what fits, in order, and makes room for it."""
@@ -142,9 +145,8 @@ class Engine:
         if (rows, length) != (have_rows, have_length):
             self.slots.resize(rows, length)
 
-    def _prefill(self, requests: list[Request]) -> None:
-        """Computes the contexts that are not cached, each distinct one once, and draws the first tokens."""
-        first = self.slots.active
+    def _place(self, requests: list[Request]) -> list[tuple[Request, int]]:
+        """Gives each distinct context a row; the requests that repeat one come back, with that row."""
         leaders: dict[bytes, int] = {}
         copies: list[tuple[Request, int]] = []
         for request in requests:
@@ -154,11 +156,7 @@ class Engine:
             else:
                 leaders[key] = self.slots.place(request.context)
                 self._enter(request, leaders[key])
-        logits = self._extend(np.arange(first, self.slots.active))
-        for request, leader in copies:
-            self._enter(request, self.slots.place_copy(leader))
-        source = [*range(len(leaders)), *(leader - first for _, leader in copies)]
-        self._draw(np.arange(first, self.slots.active), logits[source])
+        return copies
 
     def _enter(self, request: Request, row: int) -> None:
         """Writes a request's settings to its row."""
@@ -176,63 +174,73 @@ class Engine:
         record["stops"][: len(stops)] = stops
         self.flying.append(request)
 
-    def _extend(self, rows: Index) -> torch.Tensor:
-        """Feeds what is missing of the contexts of `rows`; logits [n, vocabulary] after their last tokens.
+    def _forward(self, decoding: int) -> torch.Tensor:
+        """Feeds every row what it misses; logits [active, vocabulary] after the last tokens.
 
-        Rows that miss about as much are fed together, in pieces of at most `prefill_tokens` tokens.
+        The first `decoding` rows miss the token sampled last, the others some of their contexts.
         """
-        missing = self.slots.rows["prompt"][rows] - self.slots.rows["filled"][rows]
-        order = np.argsort(missing, kind="stable")
+        rows = self.slots.rows[: self.slots.active]
+        missing = rows["prompt"] - rows["filled"]
+        missing[:decoding] = 1
         found: list[torch.Tensor] = []
+        order: list[int] = []
+        for batch in self._batches(missing, decoding):
+            for _ in range(0, int(missing[batch].max()), self.prefill_tokens):
+                logits = self._feed(batch, decoding)
+            found.append(logits)
+            order.extend(batch)
+        return found[0] if len(found) == 1 else torch.cat(found)[np.argsort(order)]
+
+    def _batches(self, missing: Index, decoding: int) -> Iterator[Index]:
+        """Rows that are fed together: all, where padding is left out; else those that miss about as much.
+
+        A batch has at most `prefill_tokens` tokens, padding included, unless it only decodes.
+        """
+        quick = self.served.lean is not None and self.served.lean.usable
+        if decoding == len(missing) or (quick and missing.sum() <= self.prefill_tokens):
+            yield np.arange(len(missing))
+            return
+        if decoding:
+            yield np.arange(decoding)
+        order = decoding + np.argsort(missing[decoding:], kind="stable")
         start = 0
         while start < len(order):
             stop = start + 1
             while stop < len(order) and missing[order[stop]] * (stop + 1 - start) <= self.prefill_tokens:
                 stop += 1
-            batch = order[start:stop]
-            batch.sort()  # neighbouring rows are read without a copy
-            for _ in range(0, int(missing[batch].max()), self.prefill_tokens):
-                logits = self._feed_contexts(rows[batch])
-            found.append(logits)
+            yield np.sort(order[start:stop])  # neighbouring rows are read without a copy
             start = stop
-        return torch.cat(found)[np.argsort(order)]
 
-    def _feed_contexts(self, rows: Index) -> torch.Tensor:
-        """One forward over the next context tokens of each row, padded on the left so that all end together."""
-        fill = self.slots.rows["filled"]
-        width = int(min(self.prefill_tokens, (self.slots.rows["prompt"][rows] - fill[rows]).max()))
+    def _feed(self, rows: Index, decoding: int) -> torch.Tensor:
+        """One forward over the next tokens of each of `rows`, padded on the left so that all end together."""
+        table, known = self.slots.rows, self.slots.known
+        fill = table["filled"]
+        old, new = rows[rows < decoding], rows[rows >= decoding]
+        missing = (table["prompt"] - fill)[new]
+        width = int(min(self.prefill_tokens, missing.max(initial=1)))
         ids = np.zeros((len(rows), width), np.int64)
         positions = np.full((len(rows), width), -1, np.int64)
-        for i, row in enumerate(rows):
+        ids[: len(old), -1], positions[: len(old), -1] = table["pending"][old], fill[old]
+        known[old, fill[old]] = table["pending"][old]
+        fill[old] += 1
+        for i, row in enumerate(new, len(old)):
             start = int(fill[row])
-            new = self.flying[row].context[start : start + width]
-            ids[i, width - len(new) :] = new
-            positions[i, width - len(new) :] = np.arange(start, start + len(new))
-            self.slots.known[row, start : start + len(new)] = new
-            fill[row] += len(new)
+            tokens = self.flying[row].context[start : start + width]
+            ids[i, width - len(tokens) :] = tokens
+            positions[i, width - len(tokens) :] = np.arange(start, start + len(tokens))
+            known[row, start : start + len(tokens)] = tokens
+            fill[row] += len(tokens)
         neighbours = rows[-1] - rows[0] == len(rows) - 1
-        return self._feed(slice(rows[0], rows[-1] + 1) if neighbours else rows, ids, positions)
+        return feed(self.served, self.slots.cache, slice(rows[0], rows[-1] + 1) if neighbours else rows, ids, positions)
 
-    def _decode(self) -> None:
-        """Feeds the pending token of every row in flight and draws the next."""
+    def _draw(self, logits: torch.Tensor) -> None:
+        """Draws the next token of every row in flight from `logits` [active, vocabulary]."""
         rows = self.slots.rows[: self.slots.active]
-        index = np.arange(self.slots.active)
-        ids, positions = rows["pending"].copy(), rows["filled"].copy()
-        self.slots.known[index, positions] = ids
-        rows["filled"] += 1
-        self._draw(index, self._feed(slice(0, self.slots.active), ids[:, None], positions[:, None]))
-
-    def _feed(self, rows: slice | Index, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        return feed(self.served, self.slots.cache, rows, ids, positions)
-
-    def _draw(self, index: Index, logits: torch.Tensor) -> None:
-        """Draws the next token of the rows `index` from `logits` [n, vocabulary]."""
-        rows = self.slots.rows[index]
         uniform = uniforms(rows["seed"], rows["filled"] - rows["prompt"])
         knobs = Knobs(rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"])
         tokens, logprobs = draw(logits, knobs, uniform)
-        self.slots.rows["pending"][index] = tokens.cpu().numpy()
-        self.slots.logprobs[index, rows["filled"]] = logprobs.cpu().numpy()
+        rows["pending"] = tokens.cpu().numpy()
+        self.slots.logprobs[np.arange(len(rows)), rows["filled"]] = logprobs.cpu().numpy()
 
     def _finish(self, version: int) -> list[tuple[Request, Completion | PolicyError]]:
         """The requests whose last token was drawn; their rows become idle."""

@@ -1,5 +1,6 @@
 """The NumPy forward against the model's own."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,22 @@ def test_completions_are_those_of_the_models_forward(steps):
     for a, b in zip(quick, slow, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_newcomer_joins_the_forward_of_those_under_way(steps):
+    policy = TransformersPolicy(tiny())
+    one, other = contexts(2)
+    steps.clear()
+
+    async def both():
+        first = asyncio.ensure_future(policy.complete(one, Sampling(max_tokens=6, stop_token_ids=())))
+        while len(steps) < 2:
+            await asyncio.sleep(0)
+        await policy.complete(other, Sampling(max_tokens=3, stop_token_ids=()))
+        await first
+
+    asyncio.run(both())
+    assert steps == [1, 1, 2, 2, 2, 1]
 
 
 def test_several_threads_use_the_models_forward(steps, monkeypatch):
