@@ -29,15 +29,27 @@ def tokens(completions):
     return [c.tokens.tolist() for c in completions]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
+@pytest.fixture(scope="module", params=["quick", "modules"])
+def forward(request):
+    """Which forward serves it: NumPy's, or transformers' modules (as with more threads, or on a GPU)."""
+    return request.param
+
+
+def served_by(forward, model):
+    if forward == "modules":
+        model.register_forward_hook(lambda *_: None)  # whoever watches the modules gets them
+    return model
 
 
 @pytest.fixture(scope="module")
-def exact():
+def model(forward):
+    return served_by(forward, tiny())
+
+
+@pytest.fixture(scope="module")
+def exact(forward):
     """A float64 model: rounding cannot tip a draw, so the same draws give the same tokens."""
-    return tiny(dtype=torch.float64)
+    return served_by(forward, tiny(dtype=torch.float64))
 
 
 @pytest.fixture
