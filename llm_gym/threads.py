@@ -21,10 +21,19 @@ class Thread(threading.Thread):
 
     def __init__(self, target: Callable[..., object], *, name: str, args: tuple[Any, ...] = ()) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
-        self._over = threading.Event()
+        self._begun, self._over = threading.Event(), threading.Event()
+
+    def start(self) -> None:
+        """Begins. Interrupted by Ctrl-C, it lets the thread begin first: who started it can then end it."""
+        try:
+            super().start()
+        except KeyboardInterrupt:
+            self._begun.wait(1.0)
+            raise
 
     def run(self) -> None:
         """Runs the target."""
+        self._begun.set()
         try:
             super().run()
         finally:

@@ -38,6 +38,23 @@ def test_an_interrupted_join_can_be_repeated() -> None:
     assert not thread.is_alive()
 
 
+def test_an_interrupted_start_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who was interrupted can end it."""
+    release = threading.Event()
+    thread = Thread(release.wait, name="test")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread._started, "wait", interrupted)  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+    assert thread.is_alive()
+    release.set()
+    thread.join()
+    assert not thread.is_alive()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_it_ends_with_an_error_too() -> None:
     def fail() -> None:

@@ -71,9 +71,9 @@ class EngineThread:
         self._ended = False
         ready: Future[Any] = Future()
         self._thread = Thread(self._serve, args=(make, ready), name="vllm-engine")
-        self._thread.start()
         _running.add(self)
         try:
+            self._thread.start()
             self.engine = ready.result()
         except BaseException as error:
             self._stop(error)
