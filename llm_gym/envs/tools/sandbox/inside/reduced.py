@@ -75,13 +75,15 @@ def reap(house: child.House, request: dict[str, Any], fds: list[int], trainer: l
     if pid == 0:
         os.close(ready)
         child.main(house, request, fds[1:], tell, lambda: undo(house, scratch), spare)
-    sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
-    for fd in (*fds[1:], tell):
-        os.close(fd)
-    watch(pid, zygote, lease, ready, wakeup, trainer)
-    hunt(request["uid"])
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(0)
+    try:
+        sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
+        for fd in (*fds[1:], tell):
+            os.close(fd)
+        watch(pid, zygote, lease, ready, wakeup, trainer)
+    finally:  # whatever happened: nobody else would end the session
+        hunt(request["uid"])
+        shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(0)
 
 
 def undo(house: child.House, scratch: str) -> str:
@@ -101,7 +103,8 @@ def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, traine
         for event in poll(watched, None):
             if event == ready:
                 watched.remove(ready)
-                os.write(lease.fileno(), told(os.read(ready, 4096)))
+                with contextlib.suppress(ConnectionError):  # the trainer may just have died
+                    os.write(lease.fileno(), told(os.read(ready, 4096)))
             elif event == wakeup:
                 _drain(wakeup)
                 if pid in _reap() or os.getppid() != zygote:
@@ -132,7 +135,8 @@ def _reap() -> list[int]:
 def hunt(uid: int | None) -> None:
     """Kills every descendant: stop them first so that none can fork away, then kill; repeat until none is left."""
     if uid is not None:
-        _kill_all_of(uid)
+        with contextlib.suppress(OSError):  # no process to be had, perhaps because of theirs
+            _kill_all_of(uid)
     while True:
         family = _descendants(os.getpid())
         for number in (signal.SIGSTOP, signal.SIGKILL):
