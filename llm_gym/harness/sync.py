@@ -298,7 +298,7 @@ class Sync:
 
         self.world.every(begin, "starting the engine")
         self.mode = mode
-        self.dtype = next(model.parameters()).dtype if engine == "transformers" else self.policy.dtype
+        self.dtype = self.policy.dtype
         self.proof = self._proof()
         if MODES[mode].over_base:
             self.policy.load(plain_tensors(model, adapters=False), version=version)

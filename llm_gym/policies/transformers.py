@@ -70,6 +70,7 @@ class TransformersPolicy:
         version: int = 0,
     ) -> None:
         self.model = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
+        self.dtype = next(self.model.parameters()).dtype
         self.version, self.max_rows = version, max_rows
         self.max_context = max_context_of(self.model, max_context)
         self.stop_ids = stop_ids_of(self.model, tokenizer)
