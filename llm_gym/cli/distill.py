@@ -9,11 +9,11 @@ import click
 
 from llm_gym.cli import train
 from llm_gym.cli.nproc import nproc_option
-from llm_gym.cli.options import config_option, env_args_option, env_option, sets_option
+from llm_gym.cli.options import config_option, env_args_option, envs_option, sets_option
 
 
 @click.command("distill", short_help="Train a policy towards a teacher, on its own samples.")
-@env_option
+@envs_option
 @env_args_option
 @click.option(
     "--model", metavar="MODEL", help="The student: folder, hub id or run folder; default: the embedded model."

@@ -1,0 +1,80 @@
+"""Every command line that the README and docs/ show, as it stands there, on small numbers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from llm_gym.cli.group import llmgym
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=4", "sampling.max_tokens=8", "checkpoint.every=1")
+SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
+MORE = {
+    "train": ["--steps", "1", *SMALL],
+    "distill": ["--steps", "1", *SMALL],
+    "sft": ["--steps", "1"],
+    "eval": ["--episodes", "4"],
+}
+"""What makes a command quick."""
+ELSEWHERE = (
+    "Qwen/",
+    "http://",
+    "--nproc",
+    "--policy vllm",
+    "llmgym serve",
+    "llmgym doctor",
+    "wandb",
+    "...",
+    "[--",
+    "strategy=fsdp",
+)
+"""Signs of what needs a download, a server, processes, or an account, or is no command line: other tests have these."""
+
+
+def documented() -> list[str]:
+    """The lines that begin with `llmgym`, their comments left out."""
+    lines = [line.strip() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in file.open()]
+    found = {" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("llmgym ")}
+    return sorted(line for line in found if not any(sign in line for sign in ELSEWHERE))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the documents speak of."""
+    folder = tmp_path_factory.mktemp("home")
+    sums = [(f"What is {i} + 1?", str(i + 1)) for i in range(40)]
+    for name, columns in {"qa": ("prompt", "answer"), "chats": ("question", "answer")}.items():
+        rows = [json.dumps(dict(zip(columns, one, strict=True))) for one in sums]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "math.json").write_text(json.dumps([{"problem": text, "answer": answer} for text, answer in sums]))
+    (folder / "my_pkg.py").write_text("def score(completion, task):\n    return float('1' in completion)\n")
+    small = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "eval": {"episodes": 4}}
+    stages = [{"sft": {"dataset": "chats.jsonl", "steps": 1}}, {"train": small}, {"train": small}]
+    (folder / "stages.yaml").write_text(json.dumps({"model": None, "stages": stages}))  # JSON is YAML
+    for name in ("x", "big"):
+        words = ["train", "--steps", "12", "--out", str(folder / "runs" / name), *SMALL]
+        assert CliRunner().invoke(llmgym, words).exit_code == 0
+    return folder
+
+
+def test_the_documents_show_commands() -> None:
+    assert {line.split()[1] for line in documented()} >= {"train", "sft", "distill", "run", "eval", "replay", "export"}
+
+
+@pytest.mark.parametrize("line", documented())
+def test_it_runs(line: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path.cwd())])  # as the entry point does
+    command, *words = shlex.split(line)[1:]
+    if command == "run":
+        shutil.rmtree("runs/x")  # it makes a new one
+    done = CliRunner().invoke(llmgym, [command, *words, *MORE.get(command, [])])
+    assert done.exit_code == 0, done.output[-2000:] + repr(done.exception)
