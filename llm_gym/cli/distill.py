@@ -38,8 +38,6 @@ def command(ctx: click.Context, /, teacher: str | None, kl: str | None, sets: tu
     As `llmgym train`, with the teacher's opinion of every token in place of rewards (which are still reported).
     Both must have the same tokenizer. `llmgym config` prints every setting.
     """
-    from llm_gym.cli.runs import model_path
-
-    named = {"distill.teacher": model_path(teacher), "distill.kl": kl}
+    named = {"distill.teacher": teacher, "distill.kl": kl}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     ctx.invoke(train.command, sets=(*more, *sets), **given)

@@ -121,12 +121,12 @@ def make_plan(
     Raises:
         SettingError: something that cannot work.
     """
-    from llm_gym.cli.runs import model_path, run_of
     from llm_gym.core import Sampling
     from llm_gym.envs import resolve
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
     from llm_gym.harness.evaluation import exam
+    from llm_gym.harness.lineage import model_path, run_of
     from llm_gym.harness.mixture import entries
 
     run, path = run_of(model), model_path(model)

@@ -30,7 +30,8 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     """
     from llm_gym import report
     from llm_gym.cli.progress import TrainProgress
-    from llm_gym.cli.runs import decoder, model_path
+    from llm_gym.cli.runs import decoder
+    from llm_gym.harness.lineage import model_path
     from llm_gym.harness.parallel import here
     from llm_gym.harness.stages import read_plan, run_plan
 

@@ -42,7 +42,7 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     from rich.console import Console
 
     from llm_gym.cli.group import settings
-    from llm_gym.cli.runs import model_path
+    from llm_gym.harness.lineage import model_path
     from llm_gym.policies.serving import ServerProcess
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -37,8 +37,8 @@ def command(
     A row holds `messages`, or a prompt and a completion (docs/loops.md). The model is written to OUT/model.
     """
     from llm_gym import report
-    from llm_gym.cli.runs import model_path
     from llm_gym.harness import load
+    from llm_gym.harness.lineage import model_path
     from llm_gym.harness.parallel import here
     from llm_gym.harness.sft import SFTConfig, sft
 

@@ -108,8 +108,8 @@ def configuration(
     Raises:
         ConfigError: an unknown key, or a value that cannot be.
     """
-    from llm_gym.cli.runs import model_path
     from llm_gym.harness import TrainConfig, load
+    from llm_gym.harness.lineage import model_path
 
     parse_args(env_args)
     named = [f"env_args.{text}" for text in env_args]

@@ -21,6 +21,7 @@ from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.harness.learner import Learner
+from llm_gym.harness.lineage import model_path
 from llm_gym.harness.logprobs import token_logprobs
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.teacher import DistillConfig, Indifferent, LocalTeacher, ServedTeacher, Teacher, check_tokenizers
@@ -35,7 +36,7 @@ class Distiller(Trainer):
 
     def __init__(self, config: TrainConfig, **how: Any) -> None:
         self.settings = check_distill(config)
-        super().__init__(config, **how)
+        super().__init__(replace(config, distill=self.settings), **how)
 
     def make_learner(self) -> Learner:
         """A learner that asks the teacher."""
@@ -131,7 +132,7 @@ def make_teacher(settings: DistillConfig, config: TrainConfig) -> Teacher:
 
 
 def check_distill(config: TrainConfig) -> DistillConfig:
-    """Looks at all that distillation is told, before a model is loaded; returns its settings.
+    """Looks at all that distillation is told, before a model is loaded; its settings, a run's model in the run's place.
 
     Raises:
         SettingError: no teacher, one of another tokenizer, or settings that would be ignored.
@@ -156,8 +157,9 @@ def check_distill(config: TrainConfig) -> DistillConfig:
                 f"sampling.temperature: got {config.sampling.temperature}, but servers score at 1 only; pass 1, or a "
                 "local teacher."
             )
-    else:
-        check_tokenizers(config.model, settings.teacher)
+        return settings
+    settings = replace(settings, teacher=str(model_path(settings.teacher)))
+    check_tokenizers(config.model, settings.teacher)
     return settings
 
 

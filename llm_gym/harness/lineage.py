@@ -99,3 +99,35 @@ def lineage(source: Source, most: int = 16) -> list[Source]:
 def _config(run: RunFolder) -> Mapping[str, Any]:
     data = yaml.safe_load(run.config_file.read_text("utf-8"))
     return data if isinstance(data, dict) else {}
+
+
+def run_of(path: str | None) -> Path | None:
+    """The run folder of `llmgym train` that `path` is, or that the checkpoint `path` lies in; else None."""
+    for folder in () if path is None else (last_stage(Path(path)), Path(path).parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file() and not _of_sft(folder):
+            return folder
+    return None
+
+
+def model_path(path: str | None) -> str | None:
+    """What to load where a model is asked for: of a run folder what it trained, anything else as it is.
+
+    Raises:
+        CheckpointError: the run has saved nothing yet.
+    """
+    if path is None:
+        return None
+    path = str(last_stage(Path(path))) if Path(path).is_dir() else path
+    if _of_sft(Path(path)):
+        return str(Path(path) / "model")
+    if run_of(path) != Path(path):
+        return path
+    saved = RunFolder(path).checkpoints()
+    if not saved:
+        raise CheckpointError(f"model: the run {path!r} has no checkpoint yet.")
+    return str(saved[-1])
+
+
+def _of_sft(folder: Path) -> bool:
+    """Whether the folder is a run of `llmgym sft`, which ends in one model."""
+    return (folder / "config.yaml").is_file() and (folder / "model").is_dir()

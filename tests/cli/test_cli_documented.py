@@ -40,7 +40,8 @@ ELSEWHERE = (
 
 def documented() -> list[str]:
     """The lines that begin with `llmgym`, their comments left out."""
-    lines = [line.strip() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in file.open()]
+    texts = [file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
     found = {" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("llmgym ")}
     return sorted(line for line in found if not any(sign in line for sign in ELSEWHERE))
 
@@ -54,9 +55,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.dumps(dict(zip(columns, one, strict=True))) for one in sums]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "math.json").write_text(json.dumps([{"problem": text, "answer": answer} for text, answer in sums]))
-    (folder / "my_pkg.py").write_text("def score(completion, task):\n    return float('1' in completion)\n")
+    (folder / "my_pkg.py").write_text("def score(text, row):\n    return float('1' in text)\n")
     small = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "eval": {"episodes": 4}}
-    stages = [{"sft": {"dataset": "chats.jsonl", "steps": 1}}, {"train": small}, {"train": small}]
+    distill = {**small, "distill": {"teacher": "runs/big"}}
+    stages = [{"sft": {"dataset": "chats.jsonl", "steps": 1}}, {"train": small}, {"distill": distill}]
     (folder / "stages.yaml").write_text(json.dumps({"model": None, "stages": stages}))  # JSON is YAML
     for name in ("x", "big"):
         words = ["train", "--steps", "12", "--out", str(folder / "runs" / name), *SMALL]
