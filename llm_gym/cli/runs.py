@@ -1,4 +1,4 @@
-"""Run folders and checkpoints, as the command line names them."""
+"""A run's tokenizer, for those who read its episodes."""
 
 from __future__ import annotations
 

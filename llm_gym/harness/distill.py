@@ -158,7 +158,7 @@ def check_distill(config: TrainConfig) -> DistillConfig:
                 "local teacher."
             )
         return settings
-    settings = replace(settings, teacher=str(model_path(settings.teacher)))
+    settings = replace(settings, teacher=str(model_path(settings.teacher, "distill.teacher")))
     check_tokenizers(config.model, settings.teacher)
     return settings
 

@@ -109,8 +109,10 @@ def run_of(path: str | None) -> Path | None:
     return None
 
 
-def model_path(path: str | None) -> str | None:
+def model_path(path: str | None, setting: str = "model") -> str | None:
     """What to load where a model is asked for: of a run folder what it trained, anything else as it is.
+
+    `setting` is what errors call it.
 
     Raises:
         CheckpointError: the run has saved nothing yet.
@@ -124,7 +126,7 @@ def model_path(path: str | None) -> str | None:
         return path
     saved = RunFolder(path).checkpoints()
     if not saved:
-        raise CheckpointError(f"model: the run {path!r} has no checkpoint yet.")
+        raise CheckpointError(f"{setting}: the run {path!r} has no checkpoint yet.")
     return str(saved[-1])
 
 
