@@ -95,5 +95,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Curves and models' text are Unicode; a terminal that is not must not end the run.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if not os.environ.get("LLMGYM_DEBUG"):  # read when torch is imported: C++ stacks where a connection was lost
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.path.append(os.getcwd())  # environments and reward functions in this folder, as under `python -m`
     llmgym(prog_name="llmgym")

@@ -24,6 +24,8 @@ BEAT = 1.0
 """Seconds between two signs of life of a rank."""
 LOST = 30.0
 """Seconds without one after which a rank counts as gone."""
+GRACE = 10.0
+"""Seconds that a process whose store is gone has to find out and to end by itself."""
 HOLDER = "rank 0, or what started the processes,"
 """Who holds the store."""
 
@@ -123,15 +125,26 @@ class Watch:
         return {rank: json.loads(state) for rank, state in enumerate(states)}
 
     def _beat(self) -> None:
-        """Signs of life; without a store to leave them in nobody is left to work with, and the process ends."""
+        """Signs of life; without a store to leave them in nobody is left to work with, and the process ends.
+
+        By itself, if its main thread comes to a collective or is in one: then that thread says why, and nothing else
+        is said.
+        """
         count = 0
         while not self.over.wait(BEAT):
             count += 1
             try:
                 self.store.set(f"beat/{self.rank}", str(count))
             except RuntimeError:
-                if not self.over.is_set():
-                    _end(f"rank {self.rank}: {HOLDER} is gone; stopping.")
+                if not self.over.wait(GRACE):
+                    self._end()
+
+    def _end(self) -> None:
+        """Ends this process, whatever its main thread waits for."""
+        print(f"rank {self.rank}: {HOLDER} is gone; stopping.", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self.over.wait(GRACE):
+            os._exit(1)
 
 
 @contextmanager
@@ -141,11 +154,3 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(f"{HOLDER} is gone: the store does not answer.") from error
-
-
-def _end(text: str) -> None:
-    """Ends this process, whatever its main thread waits for."""
-    print(text, file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(10)
-    os._exit(1)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -285,6 +289,57 @@ def test_who_gives_no_sign_of_life_is_named_long_before_time_is_up(watches, monk
     second._thread.join()
     with pytest.raises(RankError, match="rank 1 is gone: no sign of life for 3 s, during 'packing'"):
         first.wait("packing")
+
+
+ORPHAN = """
+import sys, threading
+from torch.distributed import TCPStore
+from llm_gym.errors import RankError
+from llm_gym.harness import watch
+
+watch.BEAT, watch.GRACE = 0.01, float(sys.argv[3])
+held = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+mine = watch.Watch(held, 1, 2, 600)
+print("begun", flush=True)
+try:
+    mine.wait("packing") if sys.argv[2] == "waits" else threading.Event().wait()
+except RankError as error:
+    mine.stop()
+    sys.exit(f"Error: {error}")
+"""
+HOLDING = """
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+for key in ("at", "beat"):
+    store.set(f"{key}/0", '{"number": 0, "what": "the start", "left": null}')
+print(store.port, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize(
+    ("busy", "grace", "said"),
+    [
+        ("waits", "600", "Error: rank 0, or what started the processes, is gone: the store does not answer."),
+        ("computes", "0", "rank 1: rank 0, or what started the processes, is gone; stopping."),
+    ],
+)
+def test_who_loses_the_store_says_so_once_and_ends(busy: str, grace: str, said: str) -> None:
+    """Where it waits for others by the error of that; where it does not, all the same."""
+    quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDING], **pipes) as holder:
+        port = holder.stdout.readline().strip()  # type: ignore[union-attr]
+        with subprocess.Popen([sys.executable, "-c", ORPHAN, port, busy, grace], **pipes, env=quiet) as orphan:
+            try:
+                assert orphan.stdout.readline() == "begun\n"  # type: ignore[union-attr]
+                holder.kill()
+                _, errors = orphan.communicate(timeout=120)
+            finally:
+                orphan.kill()
+                holder.kill()
+    assert errors.splitlines() == [said]
+    assert orphan.returncode not in (0, -signal.SIGKILL)
 
 
 def test_silence_lasts_as_long_as_the_same_beat(monkeypatch) -> None:
