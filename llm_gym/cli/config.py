@@ -13,13 +13,17 @@ from typing import Any, Literal
 
 import click
 
-CONFIGS = {"train": "llm_gym.harness.config:TrainConfig", "sft": "llm_gym.harness.sft:SFTConfig"}
+CONFIGS = {
+    "train": "llm_gym.harness.config:TrainConfig",
+    "distill": "llm_gym.harness.config:TrainConfig",
+    "sft": "llm_gym.harness.sft:SFTConfig",
+}
 
 
 @click.command("config", short_help="A commented YAML file with every default.")
 @click.argument("name", type=click.Choice(list(CONFIGS)), default="train")
 def command(name: str) -> None:
-    """Prints the settings of `llmgym train` (or `sft`) with their defaults, as commented YAML.
+    """Prints the settings of `llmgym train` (and `distill`), or `sft`, with their defaults, as commented YAML.
 
     Keep what you change: `llmgym config > run.yaml`, then `llmgym train --config run.yaml`.
     """

@@ -52,7 +52,15 @@ class Plan:
 @env_option
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
-@click.option("--engine", default="auto", show_default=True, help="Engine that samples; `openai` is any such endpoint.")
+@click.option(
+    "--policy",
+    "--engine",
+    "engine",
+    metavar="ENGINE",
+    default="auto",
+    show_default=True,
+    help="Engine that samples; `openai` is any such endpoint.",
+)
 @click.option(
     "--option",
     "options",

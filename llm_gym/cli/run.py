@@ -31,7 +31,6 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     from llm_gym import report
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.cli.runs import decoder
-    from llm_gym.harness.lineage import model_path
     from llm_gym.harness.parallel import here
     from llm_gym.harness.stages import read_plan, run_plan
 
@@ -47,7 +46,7 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
         click.echo(f"{stage.name}: {report.write(folder, decode=decoder(folder))}")
 
     with settings():
-        plan = read_plan(file, sets, model=model_path(model))
+        plan = read_plan(file, sets, model=model)
     out = out or Path("runs") / Path(file).stem
     rank, size = here()
     if nproc > size:

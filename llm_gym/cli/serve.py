@@ -88,7 +88,7 @@ def _tell(url: str, model: str | None) -> None:
     train = f"llmgym train --set policy.servers=[{url}]" + (f" --set model={model}" if model else "")
     click.echo(f"serving on {url}; Ctrl-C ends it")
     click.echo(f"  {train}")
-    click.echo(f"  llmgym eval{named} --engine server --option servers={url}")
+    click.echo(f"  llmgym eval{named} --policy server --option servers={url}")
     sys.stdout.flush()
 
 

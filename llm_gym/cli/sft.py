@@ -38,14 +38,13 @@ def command(
     """
     from llm_gym import report
     from llm_gym.harness import load
-    from llm_gym.harness.lineage import model_path
     from llm_gym.harness.parallel import here
     from llm_gym.harness.sft import SFTConfig, sft
 
     with settings():
         if resume and file is None and (Path(out or "runs/sft") / "config.yaml").is_file():
             file = str(Path(out or "runs/sft") / "config.yaml")
-        config = load(SFTConfig, file, sets, dataset=dataset, model=model_path(model), steps=steps, out=out)
+        config = load(SFTConfig, file, sets, dataset=dataset, model=model, steps=steps, out=out)
         folder = config.out or "runs/sft"
     rank, size = here()
     if nproc > size:

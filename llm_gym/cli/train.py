@@ -82,7 +82,7 @@ def command(
         return launch(nproc)
     progress = TrainProgress()
     try:
-        with settings(), as_rank(rank):
+        with as_rank(rank), settings():
             trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
         with as_rank(rank):
             rows = trainer.train(rollout_only=rollout_only)
@@ -109,11 +109,10 @@ def configuration(
         ConfigError: an unknown key, or a value that cannot be.
     """
     from llm_gym.harness import TrainConfig, load
-    from llm_gym.harness.lineage import model_path
 
     parse_args(env_args)
     named = [f"env_args.{text}" for text in env_args]
-    return load(TrainConfig, file, [*sets, *named], model=model_path(model), **given)
+    return load(TrainConfig, file, [*sets, *named], model=model, **given)
 
 
 def stopped(progress: TrainProgress) -> None:

@@ -21,6 +21,7 @@ from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.curriculum import CurriculumConfig
 from llm_gym.harness.evaluation import EvalConfig
+from llm_gym.harness.lineage import model_path
 from llm_gym.harness.loggers import LogConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
@@ -92,7 +93,7 @@ class TrainConfig:
     oversample: OversampleConfig = field(default_factory=OversampleConfig)
     """How groups that do not pass the filters are replaced."""
     model: str | None = None
-    """Folder or hub id of the model; None: the embedded one."""
+    """Folder, hub id or run folder of the model; None: the embedded one."""
     seed: int = 0
     """Decides the tasks, the sampling and everything random."""
     steps: int = 120
@@ -173,11 +174,17 @@ class TrainConfig:
         return self.steps * self.minibatches * self.epochs
 
     def resolved(self) -> TrainConfig:
-        """The configuration with every None that depends on other settings filled in."""
+        """With every None filled in that depends on other settings, and a run folder as model by what it trained.
+
+        Raises:
+            CheckpointError: that run has saved nothing yet.
+        """
         lr = self.optimizer.lr
         if lr is None:
             lr = 2e-4 if self.model is None else 1e-5 if self.lora else 1e-6
-        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, lr=lr))
+        return dataclasses.replace(
+            self, model=model_path(self.model), optimizer=dataclasses.replace(self.optimizer, lr=lr)
+        )
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:

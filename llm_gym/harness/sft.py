@@ -34,6 +34,7 @@ from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
 from llm_gym.harness.config import CheckpointConfig, dump
 from llm_gym.harness.layers import base_of
 from llm_gym.harness.learner import Learner
+from llm_gym.harness.lineage import model_path
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig, load_model, merged, new_model
@@ -72,7 +73,7 @@ class SFTConfig:
     system_prompt: str | None = None
     """Put before chats that have no system message."""
     model: str | None = None
-    """Folder or hub id of the model; None: the embedded one."""
+    """Folder, hub id or run folder of the model; None: the embedded one."""
     init: Mapping[str, Any] = field(default_factory=dict)
     """A Hugging Face config (`model_type` and its fields) to start from random weights; empty: load the weights."""
     tokenizer: str | None = None
@@ -166,6 +167,7 @@ def sft(
         CheckpointError: the folder already holds a run, and `resume` is not set.
         RankError: another process is gone or stuck.
     """
+    config = replace(config, model=model_path(config.model))
     world = connect(config.parallel, _device(config))
     try:
         tokenizer = load_tokenizer(config.tokenizer or config.model)

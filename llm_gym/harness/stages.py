@@ -25,7 +25,7 @@ from llm_gym.harness.checkpoint import RunFolder, step_of, write_atomically
 from llm_gym.harness.config import TrainConfig, load, to_dict
 from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
-from llm_gym.harness.lineage import STAGES, locate
+from llm_gym.harness.lineage import STAGES, locate, model_path
 from llm_gym.harness.mixture import arenas
 from llm_gym.harness.parallel import ParallelConfig, World, connect, here
 from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
@@ -89,7 +89,7 @@ def read_plan(file: str | Path, sets: Iterable[str] = (), *, model: str | None =
             raise ConfigError(f"--set: got {text!r}, want the number of a stage first, as in 1.steps=80.")
         over.setdefault(int(number), []).append(assignment)
     stages = tuple(_stage(i, item, over.get(i, [])) for i, item in enumerate(found, 1))
-    return Plan(model or data.get("model"), stages)
+    return Plan(model_path(model or data.get("model")), stages)
 
 
 def check_plan(plan: Plan) -> None:

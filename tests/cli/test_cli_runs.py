@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from llm_gym.cli.group import COMMANDS, llmgym
@@ -177,6 +178,27 @@ def test_sft_writes_a_model_that_eval_takes(tmp_path: Path) -> None:
     assert f"{out / 'report.html'}" in done.stdout
     words = ["eval", "--env", "Arithmetic-v0", "--model", str(out), "--episodes", "2", "--max-tokens", "4"]
     assert CliRunner().invoke(llmgym, words).exit_code == 0
+
+
+@pytest.mark.parametrize("way", ["--model {}", "--set model={}"])
+def test_a_run_goes_on_from_what_another_has_trained(way: str, trained: tuple[Path, str], tmp_path: Path) -> None:
+    words = ["train", "--steps", "1", "--out", str(tmp_path / "next"), *SMALL, *way.format(trained[0]).split()]
+    done = CliRunner().invoke(llmgym, words)
+    assert done.exit_code == 0, done.output
+    settings = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())
+    assert settings["model"] == str(trained[0] / "checkpoints" / "step_000003")
+
+
+@pytest.mark.parametrize("command", ["train --set model={}", "sft --data x.jsonl --set model={}", "run {}.yaml"])
+def test_a_run_that_has_saved_nothing_is_no_model(command: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    (tmp_path / "run.yaml").write_text(f"model: {run}\nstages: [train: {{}}]")
+    done = CliRunner().invoke(llmgym, command.format(run).split())
+    assert done.exit_code == 2
+    assert done.stderr == f"Error: model: the run {str(run)!r} has no checkpoint yet.\n"
 
 
 def test_transcripts_do_not_steer_the_terminal() -> None:
