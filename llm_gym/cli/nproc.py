@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -20,8 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PATIENCE = 10
 """Seconds that processes have to end when one of them has."""
-DEFERENCE = 2.0
-"""Seconds that a process waits for the first one to say what went wrong in both."""
+OURS = "llmgym-"
+"""How the name of a run begins whose processes `launch` has started."""
 
 
 nproc_option: Callable[[F], F] = click.option(
@@ -39,45 +42,53 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
     Raises:
         OneSentence: names the rank that ended early; the others are stopped.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)  # it logs what is said here
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=f"llmgym-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        shutdown_timeout=PATIENCE,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "llm_gym.cli", *sys.argv[1:])
-    except SignalException:
-        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
-    except ChildFailedError as failed:
-        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        # Signals, which are negative, are the first cause; but SIGTERM is how the agent stops the others.
-        rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank]))
-        if codes[rank] in (EXIT_SETTING, EXIT_INTERRUPTED, verdict):  # it has said why
-            raise click.exceptions.Exit(codes[rank]) from None
-        how = (
-            f"was killed by {signal.Signals(-code).name}" if (code := codes[rank]) < 0 else f"failed (exit code {code})"
+    with tempfile.TemporaryDirectory(prefix=OURS) as words:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=f"{OURS}{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            shutdown_timeout=PATIENCE,
+            logs_specs=DefaultLogsSpecs(log_dir=words),
         )
-        raise OneSentence(f"rank {rank} {how}; the other processes were stopped.") from None
+        try:
+            elastic_launch(config, sys.executable)("-m", "llm_gym.cli", *sys.argv[1:])
+        except SignalException:
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+        except ChildFailedError as failed:
+            raise _account(failed.failures, verdict) from None
+
+
+def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
+    """What to end with when ranks have failed: what the first of them left word of, or how it ended."""
+    # Signals, which are negative, are the first cause; but SIGTERM is how the agent stops the others.
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    rank = min(codes, key=lambda r: (codes[r] == -signal.SIGTERM, codes[r], failures[r].timestamp, r))
+    code, failure = codes[rank], failures[rank]
+    if os.path.isfile(failure.error_file):
+        return OneSentence(failure.message)
+    if code in (EXIT_SETTING, EXIT_INTERRUPTED, verdict):  # it has said why
+        return click.exceptions.Exit(code)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
+    return OneSentence(f"rank {rank} {how}; the other processes were stopped.")
 
 
 @contextmanager
 def as_rank(rank: int) -> Iterator[None]:
-    """What a process that is not alone does differently: SIGTERM lets it clean up, and the first speaks for all.
+    """What a process that is not alone does differently: SIGTERM lets it clean up, and one speaks for all.
 
     Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in torch, and aborts.
-    An error that all processes have is said once: the others wait a moment, in which they are stopped.
+    An error that several processes have is said once: each leaves word of it, and who started them speaks.
     """
     if "RANK" in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -87,10 +98,19 @@ def as_rank(rank: int) -> Iterator[None]:
         if rank:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         raise
-    except LLMGymError:
-        if rank:
-            time.sleep(DEFERENCE)
-        raise
+    except LLMGymError as error:
+        if not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS) or os.environ.get("LLMGYM_DEBUG"):
+            raise
+        _leave_word(str(error))
+        raise click.exceptions.Exit(EXIT_SETTING) from None
     finally:
         if "RANK" in os.environ:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave_word(sentence: str) -> None:
+    """Where torchrun's agent looks for it; whole or not at all."""
+    file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), "utf-8")
+    half.replace(file)
