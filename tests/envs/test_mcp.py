@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from types import SimpleNamespace
@@ -273,3 +275,17 @@ def test_our_own_server_speaks_mcp() -> None:
             return {tool.name for tool in await client.list_tools()}
 
     assert asyncio.run(names()) == {"calculator", "write_note", "read_notes"}
+
+
+IMPORTS = """
+import sys
+from llm_gym.envs.tools.mcp_session import Pool
+assert "fastmcp" not in sys.modules
+pool = Pool.enter({"it": {"command": "true"}}, start_timeout=30.0, ahead=1, shared=False)
+assert {"fastmcp.client.transports", "fastmcp.mcp_config"} <= sys.modules.keys()
+pool.leave()
+"""
+
+
+def test_what_has_to_be_imported_is_no_part_of_a_servers_start() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)

@@ -30,7 +30,7 @@ class Runner:
         Raises:
             Overdue: it took more than `timeout` seconds.
         """
-        if self._jobs is None:
+        if self._jobs is None or self._thread is None or not self._thread.is_alive():  # a forked child has no thread
             self._jobs = queue.SimpleQueue()
             self._thread = threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True)
             self._thread.start()

@@ -1,10 +1,12 @@
-"""Starts a server so that it and everything it starts end with us: `python -I -S leash.py NAMES FOLDER COMMAND ...`.
+"""Starts a server so that it and everything it starts end with us.
+
+    python -I -S leash.py TRAINER NAMES FOLDER COMMAND ...
 
 The leash stands between the trainer and a server that speaks on its standard input and output. It gives the server
 an environment of exactly the variables listed in NAMES (separated by commas), adopts whatever loses its parent
 (Linux: a sub-reaper), and when the trainer closes the input, ends or dies, kills every descendant, those that made
-sessions of their own included. If the trainer died it also removes FOLDER, which nobody else will. Only the standard
-library, and little of it: it starts in a few milliseconds.
+sessions of their own included. If the trainer (TRAINER is its pid) died, even before the server was started, it also
+removes FOLDER, which nobody else will. Only the standard library, and little of it: it starts in a few milliseconds.
 """
 
 import contextlib
@@ -20,13 +22,16 @@ GRACE = 0.2
 """Seconds in which a server may end by itself once its input is closed."""
 PATIENCE = 2.0
 """Seconds in which everything must be dead after it was killed."""
+DYING = 60.0
+"""Seconds in which a trainer that is dying must be dead."""
+SIGKILL_PENDING, PF_EXITING = 1 << (signal.SIGKILL - 1), 4
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> int:
     """Runs the server until it ends or is to end; returns its exit code."""
-    parent = os.getppid()
-    names, folder, *command = sys.argv[1:]
+    trainer, names, folder, *command = sys.argv[1:]
+    parent = int(trainer)  # not getppid(), which may already be another
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -35,6 +40,9 @@ def main() -> int:
     prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:
+        _remove(folder)
+        return 1
     environment = {name: os.environ[name] for name in names.split(",") if name in os.environ}
     try:
         server = subprocess.Popen(
@@ -49,19 +57,34 @@ def main() -> int:
     finally:
         _kill_all(server)
     if _orphaned(parent):
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     return server.returncode if server.returncode is not None and server.returncode >= 0 else 1
 
 
+def _remove(folder: str) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _orphaned(parent: int) -> bool:
-    """Whether the trainer died; its threads end before it does, so it gets a moment."""
-    for _ in range(20):
-        if os.getppid() != parent:
-            return True
+    """Whether the trainer died. It gets a moment, and if it is dying, all the time that its threads need for that."""
+    deadline, moments = time.monotonic() + DYING, 20
+    while moments and os.getppid() == parent and time.monotonic() < deadline:
+        moments -= not _dying(parent)
         time.sleep(0.005)
-    return False
+    return os.getppid() != parent
+
+
+def _dying(pid: int) -> bool:
+    """Whether a process is on its way out: killed, or with a main thread that has ended or is ending."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat, open(f"/proc/{pid}/status", "rb") as status:
+            state, _, _, _, _, _, flags = stat.read().rpartition(b")")[2].split()[:7]
+            pending = next(line.split()[1] for line in status if line.startswith(b"SigPnd:"))
+    except OSError:
+        return False
+    return state in b"ZX" or bool(int(flags) & PF_EXITING or int(pending, 16) & SIGKILL_PENDING)
 
 
 def _watch(server: "subprocess.Popen[bytes]", wake: int, parent: int) -> None:

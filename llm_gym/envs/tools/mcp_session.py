@@ -205,7 +205,8 @@ class Session:
         command = [entry["command"], *entry.get("args", ())]
         return StdioTransport(
             sys.executable,
-            ["-I", "-S", str(LEASH), names, scratch, *(str(part).replace(SCRATCH, scratch) for part in command)],
+            ["-I", "-S", str(LEASH), str(os.getpid()), names, scratch]
+            + [str(part).replace(SCRATCH, scratch) for part in command],
             env=env,
             cwd=str(entry.get("cwd") or scratch).replace(SCRATCH, scratch),
             keep_alive=False,
@@ -242,6 +243,9 @@ class Pool:
     _pools_lock = threading.Lock()
 
     def __init__(self, servers: Mapping[str, Any], *, start_timeout: float, ahead: int, shared: bool) -> None:
+        import fastmcp.client.transports  # here, because it may take seconds, which are no server's
+        import fastmcp.mcp_config  # noqa: F401
+
         self.users = 0
         self._servers, self._start_timeout = servers, start_timeout
         self._ahead, self._shared = 1 if shared else ahead, shared
@@ -370,3 +374,11 @@ async def _ignore(message: Any) -> None:
 def _words(error: BaseException) -> str:
     """The first line of an error's text."""
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")[:300]
+
+
+def _after_fork() -> None:
+    """A forked child starts with locks that nobody holds; whoever held them is not here to let go."""
+    Loop._lock, Pool._pools_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
