@@ -61,6 +61,20 @@ def scratch() -> set[str]:
     return {path.name for path in Path(tempfile.gettempdir()).glob(f"llm-gym-*-{os.getpid()}-*")}
 
 
+SECONDS = str(1_000_000 + os.getpid())
+"""Of sleep; another run of these tests on the machine sleeps for other ones."""
+
+
+def sleeper() -> str:
+    """A cell that leaves three processes, each a session of its own."""
+    return f"import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '{SECONDS}'], start_new_session=True)"
+
+
+def sleepers() -> list[psutil.Process]:
+    """What such cells have left."""
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", SECONDS]]
+
+
 def within(seconds: float, condition: Callable[[], object]) -> bool:
     """Whether the condition comes true; the deadline only bounds a failing test."""
     deadline = time.monotonic() + seconds

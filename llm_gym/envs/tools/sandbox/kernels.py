@@ -24,7 +24,7 @@ KEPT = 1 << 21
 IDLE_SECONDS = 1.0
 """How long after a cell's reply its last output may still come."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a forgotten session may be collected, and so let go, by the thread that has it
 _contexts: list[zmq.Context[zmq.Socket[bytes]]] = []
 _users = 0
 

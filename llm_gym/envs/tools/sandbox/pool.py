@@ -16,7 +16,15 @@ from llm_gym.envs.tools.sandbox import tiers
 from llm_gym.envs.tools.sandbox.inside import confine
 from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.limits import Limits
-from llm_gym.envs.tools.sandbox.sandbox import START_SECONDS, Handle, Sandbox, SandboxError, launch, scratch
+from llm_gym.envs.tools.sandbox.sandbox import (
+    START_SECONDS,
+    Handle,
+    Sandbox,
+    SandboxError,
+    block_of_uids,
+    launch,
+    scratch,
+)
 from llm_gym.errors import SettingError, unknown
 
 logger = logging.getLogger(__name__)
@@ -24,6 +32,8 @@ logger = logging.getLogger(__name__)
 ORDER = ("bubblewrap", "namespaces", "landlock", "none")
 LEAST_READY = 2
 """As many sessions are kept ready at least; else as many as were ever in use at once, up to their `most_ready`."""
+TRIES = 100
+"""Sessions tried for one taker, where they die while they wait to be used: more than are kept ready."""
 
 _lock = threading.RLock()
 _reasons: dict[str, str] = {}
@@ -51,7 +61,7 @@ def _try(name: str) -> str:
     if name == "landlock" and not confine.landlock_abi():
         return "this kernel has no Landlock"
     base = scratch(tiers.TIERS[name])
-    control, process = launch(tiers.TIERS[name], base, only_check=True)
+    control, process = launch(tiers.TIERS[name], base, block_of_uids()[0], only_check=True)
     try:
         message = control.receive()[0] if poll([control], START_SECONDS) else None
     finally:
@@ -90,25 +100,35 @@ def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
     Raises:
         SandboxError: none could be started.
     """
+    for _ in range(TRIES):
+        handle = _next(kind, chosen, limits)
+        try:
+            handle.wait_ready()
+            if handle.alive():
+                return handle
+        except ConnectionError:
+            pass  # it had been ready, and died, perhaps with the sandbox
+        except BaseException:
+            handle.end()
+            give_back(kind, chosen, limits)
+            raise
+        handle.end()
+        give_back(kind, chosen, limits)
+    raise SandboxError("sessions of the sandbox die before their first cell.")
+
+
+def _next(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
+    """A session, perhaps not yet ready; it counts as in use."""
     key = (kind, chosen.name, limits)
     with _lock:
         sandbox = _sandbox(chosen)
-        _in_use[key] = _in_use.get(key, 0) + 1
-        _most[key] = max(_most.get(key, 0), _in_use[key])
         ready = _ready.setdefault(key, deque())
         handle = ready.popleft() if ready else sandbox.spawn(limits, kind)
-        _order(ready, key, sandbox, limits, kind)
-    try:
-        handle.wait_ready()
-        if handle.alive():
-            return handle
-    except SandboxError:
-        handle.end()
-        give_back(kind, chosen, limits)
-        raise
-    handle.end()
-    give_back(kind, chosen, limits)
-    return take(kind, chosen, limits)
+        _in_use[key] = _in_use.get(key, 0) + 1
+        _most[key] = max(_most.get(key, 0), _in_use[key])
+        with contextlib.suppress(SandboxError):  # it has just ended: who waits for the session will hear of it
+            _order(ready, key, sandbox, limits, kind)
+    return handle
 
 
 def give_back(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> None:

@@ -50,9 +50,8 @@ class SandboxProvisioner(KernelProvisionerBase):
 
     async def send_signal(self, signum: int) -> None:
         """SIGINT interrupts the cell; every other signal ends the kernel and all it started."""
-        if self.handle is not None and signum == signal.SIGINT:
-            self.handle.interrupt()
-        elif signum:
+        interrupted = self.handle is not None and signum == signal.SIGINT and self.handle.interrupt()
+        if signum and not interrupted:
             self._end()
 
     async def kill(self, restart: bool = False) -> None:

@@ -30,7 +30,12 @@ FULL_TIERS = ("bubblewrap", "namespaces")
 START_SECONDS = 120.0
 OTHERS = 1024
 """Processes and threads that the other sessions may yet start, where the kernel counts those of a user together."""
-END_SECONDS = 10.0
+RELAY_SECONDS = 10.0
+"""In which an interrupt must have been relayed; else the session is ended."""
+END_SECONDS = 60.0
+"""How long an end is waited for. It comes all the same: a thousand processes take seconds on a busy machine."""
+UIDS = 50_000
+"""User ids of one trainer's sessions, where there are enough."""
 
 
 class SandboxError(RuntimeError):
@@ -87,9 +92,18 @@ class Handle:
         """Whether its processes still run."""
         return not self.ended and not (self.ready and poll([self.lease], 0))
 
-    def interrupt(self) -> None:
-        """SIGINT to the session's process group, relayed by its reaper."""
+    def interrupt(self) -> bool:
+        """SIGINT to the session's process group, relayed by its reaper; whether it has been sent, or nobody is left.
+
+        Not before that may another cell be started: the signal would be that cell's.
+        """
         self.lease.send({"interrupt": True})
+        deadline = time.monotonic() + RELAY_SECONDS
+        while self.lease.pending() or poll([self.lease], deadline - time.monotonic()):
+            message, _ = self.lease.receive()
+            if message is None or "interrupted" in message:
+                return True
+        return False
 
     def end(self) -> None:
         """Kills everything the session started and waits until it is gone. Twice is once."""
@@ -99,9 +113,9 @@ class Handle:
         if self.namespaces and self.pidfd is not None:  # its pid 1: the kernel kills the rest
             _kill(self.pidfd)
         self.lease.sock.shutdown(2)  # a forked child of the trainer may hold it open
+        # Never killed where it is no pid 1: it is all that ends what the session started.
         if self.pidfd is not None and not poll([self.pidfd], END_SECONDS):
-            logger.warning("a session of the sandbox did not end within %.0f s; killing its reaper.", END_SECONDS)
-            _kill(self.pidfd)
+            logger.warning("a session of the sandbox takes more than %.0f s to end.", END_SECONDS)
         self.abandon()
 
     def abandon(self) -> None:
@@ -132,7 +146,7 @@ class Sandbox:
         self.root = os.geteuid() == 0
         self.uids = block_of_uids()
         self._next = 0
-        self.control, self.process = launch(tier, self.base, only_check=False)
+        self.control, self.process = launch(tier, self.base, self.uids[0], only_check=False)
         message = self._hear()
         if not message.get("ready"):
             self.close()
@@ -161,11 +175,14 @@ class Sandbox:
         return handle
 
     def close(self) -> None:
-        """Ends the zygote and, in a full tier, every session with it."""
+        """Ends the zygote, and every session with it."""
         self.control.close()
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
+            logger.warning("the sandbox (%s) takes more than %.0f s to end.", self.tier.name, END_SECONDS)
+            if not self.namespaces:
+                return  # it still waits for the reapers, and removes the folder
             self.process.kill()
             self.process.wait()
         if not self.namespaces:
@@ -199,8 +216,9 @@ def block_of_uids() -> range:
     except OSError:
         most = 1 << 31
     low, high = (1 << 20, 1 << 31) if most >= 1 << 31 else (most // 3, most - 1)
-    start = random.SystemRandom().randrange(low, high)
-    return range(start, min(start + 50_000, high))
+    size = max(1, min(UIDS, (high - low) // 8))  # never fewer because it starts near the end
+    start = random.SystemRandom().randrange(low, high - size + 1)
+    return range(start, start + size)
 
 
 def _threads_of_user() -> int:
@@ -221,11 +239,11 @@ def scratch(tier: tiers.Tier) -> str:
     return "/tmp/zygote" if tier.name in FULL_TIERS else tempfile.mkdtemp(prefix=f"llm-gym-sandbox-{os.getpid()}-")
 
 
-def launch(tier: tiers.Tier, base: str, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
+def launch(tier: tiers.Tier, base: str, uid: int, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
     """Starts the zygote in a new session with a clean environment; never forks the trainer's memory.
 
-    `base` is a folder for the scratch folders of a reduced tier. The zygote is given the trainer's pidfd, so it ends
-    with the trainer however that ends.
+    `base` is a folder for the scratch folders of a reduced tier; `uid` is nobody's, for the session that is tried. The
+    zygote is given the trainer's pidfd, so it ends with the trainer however that ends.
     """
     control, far = Channel.pair()
     command, environment = _command(tier, far.fileno())
@@ -242,13 +260,13 @@ def launch(tier: tiers.Tier, base: str, *, only_check: bool) -> tuple[Channel, s
     finally:
         far.close()
     pidfds = [os.pidfd_open(os.getpid())] if hasattr(os, "pidfd_open") else []
-    control.send(_spec(tier, base, only_check), pidfds)
+    control.send(_spec(tier, base, uid, only_check), pidfds)
     for fd in pidfds:
         os.close(fd)
     return control, process
 
 
-def _spec(tier: tiers.Tier, base: str, only_check: bool) -> dict[str, Any]:
+def _spec(tier: tiers.Tier, base: str, uid: int, only_check: bool) -> dict[str, Any]:
     mounted = tier.name in FULL_TIERS
     return {
         "house": {
@@ -261,7 +279,7 @@ def _spec(tier: tiers.Tier, base: str, only_check: bool) -> dict[str, Any]:
             "hidden": tiers.hidden(),
             "base": base,
         },
-        "probe": session(tier, Limits(), block_of_uids()[0]),
+        "probe": session(tier, Limits(), uid),
         "packages": list(WARMED),
         "only_check": only_check,
     }

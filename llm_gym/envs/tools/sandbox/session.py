@@ -177,8 +177,7 @@ class PythonSession:
             ok = cell.finish(handle, timeout)
             if ok is not None:
                 return ("ok" if ok else "error"), ""
-            handle.interrupt()
-            if cell.finish(handle, self.limits.grace) is not None:
+            if handle.interrupt() and cell.finish(handle, self.limits.grace) is not None:
                 return "timeout", f"[interrupted after {timeout:g} s; variables are kept]"
             self._held.release()
             return "timeout", f"[stopped after {timeout:g} s; the interpreter was restarted, all variables are gone]"

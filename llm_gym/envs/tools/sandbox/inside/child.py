@@ -151,3 +151,5 @@ def give_up(house: House, request: dict[str, Any], scratch: str, spare: list[int
         confine.seccomp(network=house.namespaces, spare=() if house.namespaces else spare)
     # Changing identity made /proc/self unreadable.
     sys_.prctl(sys_.PR_SET_DUMPABLE, 1)
+    if not house.namespaces:  # should somebody kill the reaper; changing identity forgets it, too
+        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)

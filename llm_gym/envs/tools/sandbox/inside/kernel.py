@@ -213,14 +213,18 @@ class Kernel(IPythonKernel):
         self.stream.begin(self.get_parent("shell").get("header", {}))
         status = "error"
         try:
-            reply = await super().do_execute(
-                code, silent, store_history, user_expressions, allow_stdin, cell_meta=cell_meta, cell_id=cell_id
-            )
-            status = reply["status"]
-        except Exception as error:  # str() of the cell's own exception, for one
-            print(f"{type(error).__name__}: {safely(error)}")
-        finally:
+            try:
+                reply = await super().do_execute(
+                    code, silent, store_history, user_expressions, allow_stdin, cell_meta=cell_meta, cell_id=cell_id
+                )
+                status = reply["status"]
+            except Exception as error:  # str() of the cell's own exception, for one
+                print(f"{type(error).__name__}: {safely(error)}")
+            finally:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # in the cell's last moment, perhaps instead of the line above
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        finally:
             if os.getpid() != pid:  # a fork that came back from the cell
                 os._exit(0)
             sys.stdout = sys.stderr = self.stream

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 READY = b"ready "
 """What a session tells once it takes cells, with its pid after it; anything else is an error."""
+INTERRUPTED = b'{"interrupted": true}\n'
+"""What the trainer hears once the session has been sent SIGINT: from then on it can only meet the cell it is for."""
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 """Set before the fork. Without SIGCHLD the kernel reaps orphans."""
 
@@ -56,3 +58,4 @@ def watch(lease: int, ready: int) -> None:
     poller.register(session, select.POLLIN)
     while [fd for fd, _ in poller.poll()] == [lease] and os.read(lease, 4096):
         os.killpg(pid, signal.SIGINT)  # whatever comes over the lease
+        os.write(lease, INTERRUPTED)

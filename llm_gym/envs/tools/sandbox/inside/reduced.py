@@ -19,7 +19,7 @@ from typing import Any
 
 from . import child, room, warm
 from . import syscalls as sys_
-from .reaper import told
+from .reaper import INTERRUPTED, told
 from .wire import Channel, poll
 
 
@@ -115,6 +115,8 @@ def watch(pid: int, zygote: int, lease: Channel, ready: int, wakeup: int, traine
                     return
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGINT)
+                with contextlib.suppress(ConnectionError):
+                    os.write(lease.fileno(), INTERRUPTED)
             else:
                 return
 

@@ -172,7 +172,7 @@ def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int
             print(f"{type(error).__name__}: {error}")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            _libc.fflush(None)
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt:  # in the cell's last moment, perhaps instead of the line above
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _libc.fflush(None)
     return ok
