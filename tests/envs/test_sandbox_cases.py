@@ -80,7 +80,7 @@ EXPECTED: dict[str, Callable[[Results], bool]] = {
     "popen_left": is_("left"),
     "popen_then_exit": died,
     "prctl_subreaper_daemon": is_("ok"),
-    "bash_bg": lambda r: r[0].seconds < 5,
+    "bash_bg": lambda r: r[0].status == "ok",
     "bash_cell": lambda r: "hi" in r[0].output and "err" in r[0].output and r[0].status == "error",
     "env_magic": lambda r: "SECRET" not in r[0].output and "HOME" in r[0].output,
     "help_magic": lambda r: not r[0].lost,
@@ -113,7 +113,7 @@ EXPECTED: dict[str, Callable[[Results], bool]] = {
     "docker_sock": is_("[]"),
     "home_write_startup": is_("clean"),
     "kill_all": lambda r: died(r) or r[0].status in ("ok", "error"),
-    "outside_socket": lambda r: r[0].status == "error" and r[0].seconds < 5,
+    "outside_socket": lambda r: r[0].status == "error" and "timed out" not in r[0].output,
     "parent_cmdline": lambda r: "SECRET" not in r[0].output,
     "pip_install": lambda r: not r[0].output.startswith("0"),
     "proc_sysrq": lambda r: "True" not in r[0].output,
@@ -143,19 +143,21 @@ EXPECTED: dict[str, Callable[[Results], bool]] = {
     "sum_range_c": killed,
     "swallow_kbdint": lambda r: killed(r) and "nope KeyboardInterrupt" in r[0].output,
 }
-SLOW = {"exact_limit": 15.0, "pip_install": 30.0, "sibling_port_scan": 40.0, "sibling_hijack": 30.0}
 LATE = {"timeout": 1.0}
+"""Seconds of the cells that have no end, by category; none other may be late, however busy the machine."""
+PATIENT = {"exact_limit": 60.0, "swallow_kbdint": 3.0}
+"""Those of two that must have begun, and have said something before they are killed."""
 
 
 def play(case: dict[str, Any], tier: str, backend: str) -> Results:
     """The results of the cells of one case; of the second session, or of a last `next` cell, where it has those."""
-    seconds = SLOW.get(case["name"], LATE.get(case["category"], 15.0))
-    with PythonSession(backend, tier, LIMITS) as session:
+    seconds = PATIENT.get(case["name"], LATE.get(case["category"], 60.0))
+    with PythonSession(backend, tier, Limits(grace=3.0) if case["name"] in PATIENT else LIMITS) as session:
         results = [session.run(cell, timeout=seconds) for cell in case["cells"]]
         if case.get("late"):
             time.sleep(2.5)
-            results.append(session.run("print('next')", timeout=15))
-        after = session.run("print('alive')", timeout=15)
+            results.append(session.run("print('next')", timeout=60))
+        after = session.run("print('alive')", timeout=60)
         usable = {"stdout_closed": True}.get(case["name"], "alive\n" in after.output and after.status == "ok")
         assert usable, f"the next cell gave {after}"
     if "second_kernel" in case:

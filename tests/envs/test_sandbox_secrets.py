@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import threading
@@ -29,14 +30,14 @@ def attempt(name, action):
 def read(path, most=1 << 22):
     with open(path, "rb") as file: return file.read(most)
 def memory(pid):
-    out = b""
     for line in read(f"/proc/{pid}/maps").decode().splitlines():
         start, end = (int(x, 16) for x in line.split()[0].split("-"))
         if "rw" in line and end - start < 1 << 28:
-            with open(f"/proc/{pid}/mem", "rb") as file:
-                file.seek(start); out += file.read(end - start)
-        if secret.encode() in out: return out
-    return out
+            try:
+                with open(f"/proc/{pid}/mem", "rb") as file:
+                    file.seek(start)
+                    if secret.encode() in file.read(end - start): return secret
+            except OSError: continue  # a device's
 libc = ctypes.CDLL(None, use_errno=True)
 def ptrace(pid):
     if libc.ptrace(16, pid, None, None) < 0: raise OSError
@@ -82,6 +83,8 @@ def test_nothing_that_runs_inside_obtains_the_answer(
     tier: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOLD_ANSWER", SECRET)
+    held = mmap.mmap(-1, 4096)  # apart from the heap, which may be too large to be read
+    held.write(SECRET.encode())
     data = tmp_path / "answers.jsonl"
     data.write_text(SECRET)
     tmp_path.chmod(0o755)
@@ -131,3 +134,4 @@ def test_nothing_that_runs_inside_obtains_the_answer(
         server.close()
     for thread in threads:  # whose accept() holds the address
         thread.join()
+    held.close()
