@@ -152,6 +152,23 @@ def test_the_thread_that_connects_may_collect_a_forgotten_kernel(monkeypatch: py
     assert handle.ended
 
 
+def test_a_flood_that_nobody_reads_in_time_does_not_cost_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a kernel sends more than the trainer reads, the last is lost, and with it that the cell has ended."""
+    read, waiting = KernelHandle.read, [True]
+
+    def reading(handle: KernelHandle, seconds: float, which: str = "iopub") -> Any:
+        if waiting and handle.shell is not None and handle.shell.poll(60_000):  # the cell is over
+            waiting.clear()
+        return read(handle, seconds, which)
+
+    with PythonSession("jupyter") as session:
+        session.run("from IPython.display import display; kept = 1")
+        monkeypatch.setattr(KernelHandle, "read", reading)
+        result = session.run("for i in range(4000): display(i)", timeout=120)
+        assert (result.status, result.lost, result.output[:4]) == ("ok", False, "0\n1\n")
+        assert session.run("kept").output == "1\n"
+
+
 @pytest.mark.parametrize("ids", ["0 0 65536", "0 0 4294967295"])
 @pytest.mark.parametrize("at_the_end", [False, True])
 def test_a_block_of_user_ids_is_never_short(ids: str, at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:

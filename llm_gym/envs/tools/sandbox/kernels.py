@@ -22,7 +22,9 @@ LARGEST, WAITING = 4 << 20, 1000
 KEPT = 1 << 21
 """Characters of a cell's messages that are looked at."""
 IDLE_SECONDS = 1.0
-"""How long after a cell's reply its last output may still come."""
+"""How long after a cell's last output its reply may still come."""
+LOST_SECONDS = 5.0
+"""Of silence, after which the reply alone ends a cell: the message that says so was lost in a flood of others."""
 
 _lock = threading.RLock()  # a forgotten session may be collected, and so let go, by the thread that has it
 _contexts: list[zmq.Context[zmq.Socket[bytes]]] = []
@@ -175,15 +177,21 @@ class KernelCell:
         """Waits for the reply and for the end of the output; either alone could be forged by the cell, and both too."""
         deadline = time.monotonic() + seconds
         try:
-            while not self._idle(handle.read(deadline - time.monotonic())):
+            while not self._idle(message := handle.read(min(LOST_SECONDS, deadline - time.monotonic()))):
+                if message is None and (ok := self._reply(handle, 0)) is not None:
+                    return ok
                 if time.monotonic() >= deadline:
                     return None
-            while (message := handle.read(max(IDLE_SECONDS, deadline - time.monotonic()), "shell")) is not None:
-                if message["parent_header"].get("msg_id") == self.id:
-                    return bool(message["content"].get("status") == "ok")
+            return self._reply(handle, max(IDLE_SECONDS, deadline - time.monotonic()))
         except ConnectionError:
             self.last_words = text.read(handle.box, 0, most=KEPT)
             raise
+
+    def _reply(self, handle: KernelHandle, seconds: float) -> bool | None:
+        """Whether the reply to this cell says that it succeeded; None if there is none."""
+        while (message := handle.read(seconds, "shell")) is not None:
+            if message["parent_header"].get("msg_id") == self.id:
+                return bool(message["content"].get("status") == "ok")
         return None
 
     def _idle(self, message: dict[str, Any] | None) -> bool:
