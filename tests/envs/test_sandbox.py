@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ from llm_gym.envs.tools import sandbox
 from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
 from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.sandbox import Handle
-from llm_gym.envs.tools.sandbox.session import WorkerCell
 from llm_gym.errors import SettingError
 
 
@@ -298,21 +296,6 @@ def test_a_session_holds_and_sees_nothing_of_the_sandbox(tier: str) -> None:
     with PythonSession("worker", tier) as other, PythonSession("worker", tier) as session:
         assert session.run(HELD).output == "['/dev/null', '/memfd', 'socket'] 1 [] []\n"
         assert other.run(HELD).output == "['/dev/null', '/memfd', 'socket'] 1 [] []\n"
-
-
-def test_a_session_ends_though_nobody_hears_that_it_has_begun(tier: str) -> None:
-    """As when the trainer is killed in that moment: to tell it then raises in the reaper."""
-    with nothing_left():
-        PythonSession("worker", tier).close()
-        handles = [pool._sandboxes[tier].spawn(Limits(), Handle) for _ in range(5)]
-        for handle in handles:
-            handle.lease.sock.shutdown(socket.SHUT_RD)
-            (cell := WorkerCell()).start(handle, sleeper(), None)
-            cell.close()
-        for handle in handles:
-            assert poll([handle.cells], 60)  # it has answered, or is gone
-            handle.abandon()
-        assert within(60, lambda: not sleepers())
 
 
 CRASHING = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import random
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from sandbox_tiers import BACKENDS, TIERS, nothing_left, sleeper, sleepers, within
 
 from llm_gym.envs.tools import sandbox
-from llm_gym.envs.tools.sandbox import PythonSession, kernels
+from llm_gym.envs.tools.sandbox import Limits, PythonSession, kernels, pool
 from llm_gym.envs.tools.sandbox import sandbox as trainers_side
+from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.kernels import KernelHandle
 from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
+from llm_gym.envs.tools.sandbox.session import WorkerCell
 
 
 @pytest.fixture(params=TIERS)
@@ -101,6 +104,21 @@ def test_who_waits_too_short_for_an_end_does_not_prevent_it(tier: str, monkeypat
             session.close()
         if reaper.is_running():
             reaper.resume()
+        assert within(60, lambda: not sleepers())
+
+
+def test_a_session_ends_though_nobody_hears_that_it_has_begun(tier: str) -> None:
+    """As when the trainer is killed in that moment: to tell it then raises in the reaper."""
+    with nothing_left():
+        PythonSession("worker", tier).close()
+        handles = [pool._sandboxes[tier].spawn(Limits(), Handle) for _ in range(5)]
+        for handle in handles:
+            handle.lease.sock.shutdown(socket.SHUT_RD)
+            (cell := WorkerCell()).start(handle, sleeper(), None)
+            cell.close()
+        for handle in handles:
+            assert poll([handle.cells], 60)  # it has answered, or is gone
+            handle.abandon()
         assert within(60, lambda: not sleepers())
 
 
