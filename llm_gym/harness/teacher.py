@@ -186,10 +186,12 @@ class ServedTeacher:
 
     def close(self) -> None:
         """Closes the connections."""
-        if not self._loop.stopped:
+
+        async def disconnect() -> None:
             for server in self._servers:
-                self._loop.run(server.close())
-            self._loop.stop()
+                await server.close()
+
+        self._loop.stop(disconnect)
 
     def _scored(self, batch: MicroBatch, k: int) -> list[tuple[Tensor, Tensor, list[dict[int, Any]]]]:
         """(ids, places of the trained ones, the server's table at each) of every sequence."""

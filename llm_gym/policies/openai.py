@@ -95,9 +95,7 @@ class OpenAIPolicy:
 
     def close(self) -> None:
         """Closes the connections."""
-        if not self._loop.stopped:
-            self._loop.run(self._remote.close())
-            self._loop.stop()
+        self._loop.stop(self._remote.close)
 
     def _body(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, sampling: Sampling, seed: int

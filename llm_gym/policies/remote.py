@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
-from collections.abc import Coroutine, Mapping
+import threading
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
@@ -17,6 +19,9 @@ from llm_gym.threads import Thread
 T = TypeVar("T")
 FIRST, LONGEST = 0.25, 5.0
 """Seconds before the second try, and before any later one."""
+KEPT = 2.0
+"""Seconds that an idle connection is used again: less than the 5 after which vLLM closes it. A request that crosses
+that end on its way has no answer, and the server seems lost."""
 CLOSED = "The policy was closed."
 PASSING = frozenset({408, 425, 429})
 """Client errors that another try may not meet: timeouts and rate limits."""
@@ -106,7 +111,7 @@ class Remote:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # No limits: as many requests at once as there are episodes; the engine queues them better.
-            connector = aiohttp.TCPConnector(limit=0, limit_per_host=0)
+            connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEPT)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=self._proxies)
         return self._session
 
@@ -127,7 +132,9 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self.stopped = False
+        self.stopped = self._halted = False
+        self._door = threading.Lock()
+        self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._thread = Thread(self._run, name=name)
         self._thread.start()
 
@@ -161,25 +168,37 @@ class Loop:
             raise
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        if self.stopped:
-            coroutine.close()
-            raise PolicyError(CLOSED)
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._door:  # what comes in is in the loop before its end is
+            if not self.stopped:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise PolicyError(CLOSED)
 
-    def stop(self) -> None:
-        """Cancels what is still running there, lets it clean up, and ends the thread."""
-        if not self.stopped:
-            self.stopped = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancels what is still running there, lets it clean up, runs `last`, and ends the thread.
+
+        May be repeated, from any thread but its own.
+        """
+        with self._door:
+            self.stopped, self._last = True, self._last or last
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._halt)
+        self._thread.join()
+
+    def _halt(self) -> None:
+        if not self._halted:
+            self._halted = True
+            self._loop.stop()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
-            left = asyncio.all_tasks(self._loop)
-            for task in left:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            while left := asyncio.all_tasks(self._loop):  # what ends may begin something
+                for task in left:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            if self._last is not None:
+                self._loop.run_until_complete(self._last())
         finally:
             self._loop.close()

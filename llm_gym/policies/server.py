@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import logging
@@ -84,7 +83,6 @@ class ServerPolicy:
         self._updates = itertools.count(1)
         self._want = Weights(uuid.uuid4().hex[:12], update=0, base=0, version=version)
         self._files = handover.new_folder(folder) if self._leads else None
-        self._closed = False
         self._loop = Loop("llm_gym-servers")
         try:
             self._want = self._first(lambda: self._loop.run(self._connect(urls, start_seconds, on_wait)))
@@ -168,11 +166,9 @@ class ServerPolicy:
 
     def close(self) -> None:
         """Closes the connections and removes the weights handed over; requests under way fail with `PolicyError`."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(PolicyError):
-                self._loop.run(self._disconnect())
-            self._loop.stop()
+        try:
+            self._loop.stop(self._disconnect)
+        finally:
             if self._files is not None:
                 shutil.rmtree(self._files, ignore_errors=True)
 

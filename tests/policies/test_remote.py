@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.errors import PolicyError
+from llm_gym.policies import remote
 from llm_gym.policies.remote import FIRST, LONGEST, Loop, Remote, RemoteError, delay, message
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -123,6 +127,36 @@ def test_nobody_there_may_pass() -> None:
     assert caught.value.passing
 
 
+@pytest.mark.parametrize(("kept", "connections"), [(60.0, 1), (0.01, 2)])
+def test_an_idle_connection_is_not_used_when_the_server_may_be_closing_it(
+    monkeypatch, kept: float, connections: int
+) -> None:
+    """vLLM closes one that was idle for 5 s; a request that is on its way then has no answer."""
+    assert remote.KEPT < 5
+    monkeypatch.setattr(remote, "KEPT", kept)
+    seen: list[Any] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request.transport)
+        return web.Response()
+
+    async def run() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/x", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        caller = Remote(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        for _ in range(2):
+            await caller.call("POST", "/x", {})
+            time.sleep(0.02)
+        await caller.close()
+        await runner.cleanup()
+
+    asyncio.run(run())
+    assert len(set(map(id, seen))) == connections
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -204,6 +238,44 @@ class TestLoop:
         gc.collect()
         assert len(ended) == 1
         assert not caplog.records
+
+    def test_what_comes_in_while_it_is_stopped_ends_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A caller that found it running, and is slow to hand in: nobody would serve it, and it would wait for ever."""
+        loop, submit, inside = Loop("test"), asyncio.run_coroutine_threadsafe, threading.Event()
+
+        async def forever() -> None:
+            await asyncio.Event().wait()
+
+        def slowly(coroutine: Any, into: asyncio.AbstractEventLoop) -> Any:
+            inside.set()
+            loop._thread.join(0.5)
+            return submit(coroutine, into)
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slowly)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(loop.run, forever())
+            inside.wait()
+            loop.stop()
+            with pytest.raises(PolicyError, match="closed"):
+                asked.result(timeout=60)
+
+    def test_what_is_last_runs_when_nothing_else_does(self) -> None:
+        loop, events = Loop("test"), list[str]()
+
+        async def forever() -> None:
+            events.append("started")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                events.append("ended")
+
+        async def last() -> None:
+            events.append("last")
+
+        loop._submit(forever())
+        loop.stop(last)
+        loop.stop(last)
+        assert events[-2:] == ["ended", "last"] or events == ["last"], "it may have ended before it began"
 
     def test_a_stopped_loop_refuses(self) -> None:
         loop = Loop("test")
