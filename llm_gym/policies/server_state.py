@@ -101,7 +101,8 @@ class Server:
         self.remote, self.role = Remote(url), role
         self.ready = False
         self.load = 0
-        """Requests under way."""
+        """Requests that were given to it, and have no answer yet."""
+        self._sent = 0
         self.prefixes = Prefixes()
         self.reason = "it has not answered yet"
         """What the last failure was."""
@@ -120,21 +121,29 @@ class Server:
         Raises:
             RemoteError: there is none; if `passing`, the request may be repeated, here or elsewhere.
         """
-        if not self.load and time.monotonic() - self._heard > IDLE and await self.label() != self._want().label:
-            raise RemoteError(f"{self.remote.url} serves other weights")
-        before = self._want()
-        self.load += 1
+        self.load += 1  # before anything is waited for: whoever chooses a server next must see it
         try:
-            answer = await self._unless_gone(body)
-        except RemoteError as error:
-            if error.status == 404 and "model" in body:  # it restarted, and does not know the adapter any more
-                raise RemoteError(str(error)) from error
-            raise
+            idle = not self._sent and time.monotonic() - self._heard > IDLE
+            if idle and await self.label() != self._want().label:
+                raise RemoteError(f"{self.remote.url} serves other weights")
+            before = self._want()
+            answer = await self._send(body)
         finally:
             self.load -= 1
         self._heard = time.monotonic()
         only = before if before.label == self._want().label else None
         return read(answer, only, before.run)
+
+    async def _send(self, body: dict[str, Any]) -> Any:
+        self._sent += 1
+        try:
+            return await self._unless_gone(body)
+        except RemoteError as error:
+            if error.status == 404 and "model" in body:  # it restarted, and does not know the adapter any more
+                raise RemoteError(str(error)) from error
+            raise
+        finally:
+            self._sent -= 1
 
     async def _unless_gone(self, body: dict[str, Any]) -> Any:
         """The answer, unless the server is found to be gone first."""
@@ -176,19 +185,24 @@ class Server:
                 raise RemoteError(f"{self.remote.url} serves other weights")
             return False
         async with self._lock:
-            sent = False
-            while (held := await self.label()) != (want := self._want()).label:
-                await self._post("/pause", params={"mode": "keep"})
-                try:
-                    await self._replace(want, held)
-                except BaseException:
-                    with contextlib.suppress(RemoteError):
-                        await self._post("/resume")  # what is sampled now carries no label that counts
-                    raise
-                sent = sent or bool(held or want.update)
-            await self._post("/resume")  # also where nothing was sent: whoever paused it may be dead
+            sent, want = False, None
+            while want is not self._want():  # new ones may be wanted until the last answer is there
+                while (held := await self.label()) != (want := self._want()).label:
+                    await self._change(want, held)
+                    sent = sent or bool(held or want.update)
+                await self._post("/resume")  # also where nothing was sent: whoever paused it may be dead
             self._heard = time.monotonic()
             return sent
+
+    async def _change(self, want: Weights, held: str) -> None:
+        """Replaces weights under a pause, which ends only here if that fails."""
+        await self._post("/pause", params={"mode": "keep"})
+        try:
+            await self._replace(want, held)
+        except BaseException:
+            with contextlib.suppress(RemoteError):
+                await self._post("/resume")  # what is sampled now carries no label that counts
+            raise
 
     async def _replace(self, want: Weights, held: str) -> None:
         await self._mark(CHANGING)
