@@ -6,6 +6,7 @@ import ast
 import contextlib
 import ctypes
 import functools
+import http.client
 import importlib.util
 import json
 import os
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -57,7 +57,7 @@ class ServerProcess:
         model: folder or hub id; None: the embedded model.
         port: 0 takes a free one.
         settings: arguments of vLLM's server by their Python names (`max_model_len`, `tensor_parallel_size` ...).
-        echo: called with every line that the server writes.
+        echo: called with every line that the server writes; an `OSError` of it is nothing.
 
     Raises:
         SettingError: an argument that this vLLM does not have, or a port that is taken.
@@ -73,8 +73,9 @@ class ServerProcess:
     ) -> None:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
-        self.port = free_port(port)
         arguments = checked(settings or {})
+        self._port = reserved(port)
+        self.port = int(self._port.getsockname()[1])
         self.url = f"http://{HOST}:{self.port}"
         self._process = subprocess.Popen(
             command(str(model or PATH), self.port, arguments),
@@ -85,7 +86,7 @@ class ServerProcess:
             text=True,
             errors="replace",
             start_new_session=True,  # a group of its own: Ctrl-C reaches only us, and the end reaches all of it
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with, os.getpid()),
         )
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, args=(echo,), name="llm_gym-serve", daemon=True)
@@ -111,7 +112,8 @@ class ServerProcess:
 
     def last_error(self) -> str:
         """What an ended server wrote last about what went wrong."""
-        self._reader.join(1.0)  # a process that outlives it may keep the pipe open
+        self.kill()  # a process that outlived it would keep the pipe open
+        self._reader.join(PATIENCE)
         return last_error(self.lines)
 
     def ended(self) -> bool:
@@ -135,11 +137,15 @@ class ServerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """The same at once: SIGKILL to the whole group."""
+        """The same at once: SIGKILL to the whole group; returns when nothing of it runs any more."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+            until = time.monotonic() + PATIENCE
+            while _running(self.pid) and time.monotonic() < until:
+                time.sleep(0.01)
             self._process.wait()
+            self._port.close()
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -151,7 +157,18 @@ class ServerProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line.rstrip())
-            echo(line.rstrip())
+            with contextlib.suppress(OSError):  # nobody listens any more: the server must not wait for that
+                echo(line.rstrip())
+
+
+def _running(group: int) -> bool:
+    """Whether a process of this group has not ended; one that nobody has waited for yet has."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just gone
+            state, _, its = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:3]
+            if int(its) == group and state not in "ZX":
+                return True
+    return False
 
 
 def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
@@ -225,19 +242,23 @@ def _known() -> frozenset[str]:
     return frozenset(fields)
 
 
-def free_port(port: int) -> int:
-    """`port`, or a free one for 0.
+def reserved(port: int) -> socket.socket:
+    """A socket that holds `port`, or a free one for 0, until it is closed; nobody can reach it.
+
+    A server that allows for addresses in use, as vLLM does, can listen there all the same, at any later time;
+    who asks for a free port never gets it.
 
     Raises:
         SettingError: it is taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise SettingError(f"--port: cannot use {port}: {error}.") from error
-        return int(probe.getsockname()[1])
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        held.close()
+        raise SettingError(f"--port: cannot use {port}: {error}.") from error
+    return held
 
 
 def healthy(url: str) -> bool:
@@ -245,7 +266,7 @@ def healthy(url: str) -> bool:
     try:
         with _DIRECT.open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -262,10 +283,12 @@ def last_error(lines: Iterable[str]) -> str:
     return (usage or [line for line in lines if line.strip()] or ["it wrote nothing"])[-1].strip()
 
 
-def _die_with_parent() -> None:
-    """Runs in the child before it becomes the server: SIGTERM when we die, however we die (Linux only)."""
+def _die_with(parent: int) -> None:
+    """Runs in the child before it becomes the server: SIGTERM when the parent dies, however it dies (Linux only)."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has died meanwhile
+            os._exit(1)
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -28,6 +28,7 @@ from llm_gym.policies import make_policy, server_state
 from llm_gym.policies.remote import Loop, RemoteError
 from llm_gym.policies.server import ServerPolicy, addresses
 from llm_gym.policies.server_state import Weights, read
+from llm_gym.policies.serving import reserved
 
 MODEL = "a/model"
 CONTEXT = np.arange(5, dtype=np.int32)
@@ -44,7 +45,8 @@ class Fake:
         self.fail: deque[str] = deque()
         self.hanging = self.loading = self.resuming = False
         self.holding = ""
-        self._loop, self.port = Loop("fake"), 0
+        self._loop, self._held = Loop("fake"), reserved(0)  # nobody else gets its port while it is away
+        self.port = self._held.getsockname()[1]
         self.start()
 
     @property
@@ -62,6 +64,7 @@ class Fake:
     def stop(self) -> None:
         self.kill()
         self._loop.stop()
+        self._held.close()
 
     async def _start(self) -> None:
         app = web.Application()
@@ -69,7 +72,6 @@ class Fake:
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-        self.port = self._runner.addresses[0][1]
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if self.hanging:

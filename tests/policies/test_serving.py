@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
+from sandbox_tiers import within
 
 from llm_gym.errors import SettingError
-from llm_gym.policies.serving import HOST, environment, flag, free_port, healthy, last_error
+from llm_gym.policies import serving
+from llm_gym.policies.serving import HOST, ServerProcess, environment, flag, healthy, last_error, reserved
 
 
 @pytest.mark.parametrize(
@@ -39,9 +46,64 @@ def test_a_port_that_is_taken() -> None:
         taken.bind((HOST, 0))
         taken.listen()
         with pytest.raises(SettingError, match=f"--port: cannot use {taken.getsockname()[1]}"):
-            free_port(taken.getsockname()[1])
-    assert free_port(0) > 0
+            reserved(taken.getsockname()[1])
     assert not healthy("http://127.0.0.1:1")
+
+
+def test_a_port_is_held_for_the_server_alone() -> None:
+    """A server takes ten seconds until it asks for its port, and others look for free ones meanwhile."""
+    with reserved(0) as held:
+        port = held.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((HOST, port))
+        assert not healthy(f"http://{HOST}:{port}")
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's
+            server.bind((HOST, port))
+            server.listen()
+            with socket.create_connection((HOST, port), timeout=60), pytest.raises(SettingError):
+                reserved(port)
+        reserved(port).close()
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerProcess]:
+    """`running(script)`: a process of ours in the place of vLLM's server."""
+
+    def start(script: str, **options: Callable[[str], None]) -> ServerProcess:
+        monkeypatch.setattr(serving, "command", lambda *_: [sys.executable, "-c", script])
+        return ServerProcess(**options)  # type: ignore[arg-type]
+
+    return start
+
+
+def test_what_ends_while_starting_is_heard_to_the_end_and_leaves_nobody(running) -> None:
+    """Its engine may outlive it, with the pipe in its hand."""
+    server = running(
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('ValueError: no room')"
+    )
+    with pytest.raises(SettingError, match="ended while starting: ValueError: no room"):
+        server.wait()
+    assert not serving._running(server.pid)
+    assert not server._reader.is_alive()
+    server.stop()
+
+
+def test_a_server_that_nobody_listens_to_is_not_held_up(running) -> None:
+    def echo(line: str) -> None:
+        raise BrokenPipeError
+
+    with running("for _ in range(2000): print(100 * 'x')", echo=echo) as server:  # more than a pipe holds
+        assert within(60, server.ended)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells nobody elsewhere")
+def test_a_server_whose_parent_died_before_it_asked_to_be_told_does_not_start() -> None:
+    for parent, status in ((os.getpid(), 0), (1 << 30, 1)):
+        start = functools.partial(serving._die_with, parent)
+        assert subprocess.run([sys.executable, "-c", ""], preexec_fn=start).returncode == status
 
 
 @pytest.mark.parametrize(
