@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import queue
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class EngineThread:
         self._calls: queue.SimpleQueue[Request | tuple[Callable[[Any], Any] | None, Future[Any]]] = queue.SimpleQueue()
         self._gathered: dict[asyncio.AbstractEventLoop, list[Request]] = defaultdict(list)
         self._ended = False
+        self._building, self._door = True, threading.Lock()
         ready: Future[Any] = Future()
         self._thread = Thread(self._serve, args=(make, ready), name="vllm-engine")
         _running.add(self)
@@ -121,10 +123,11 @@ class EngineThread:
     def _stop(self, error: BaseException) -> None:
         """Ends a thread that may still be building its engine."""
         while self._thread.is_alive():
-            if not isinstance(error, Exception):  # Ctrl-C reaches the main thread only: pass it on
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
-                )
+            with self._door:
+                if self._building and not isinstance(error, Exception):  # Ctrl-C reaches the main thread only
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+                    )
             self._calls.put((None, Future()))
             self._thread.join(timeout=1)
         _running.discard(self)
@@ -148,7 +151,7 @@ class EngineThread:
         """The engine's thread: takes calls, decodes a step, hands out what is finished."""
         engine, ended = None, PolicyError("The vLLM engine has ended.")
         try:
-            engine = make()
+            engine = self._build(make)
             ready.set_result(engine)
             while self._take(engine):
                 self.step(engine)
@@ -161,6 +164,14 @@ class EngineThread:
             self._refuse(ended)
             if engine is not None:
                 engine.engine_core.shutdown()
+
+    def _build(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives; only here may the thread be interrupted: its end would be left half done."""
+        try:
+            return make()
+        finally:
+            with self._door:
+                self._building = False
 
     def step(self, engine: Any) -> None:
         """One decoding step; on the engine's thread only."""
@@ -183,6 +194,8 @@ class EngineThread:
             function, future = item
             if function is None:
                 return False
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function(engine))
             except Exception as error:

@@ -83,16 +83,20 @@ def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
             outcome.append(asyncio.run(main()))
         except BaseException as error:
             errors.append(error)
+        finally:
+            started.set()
 
     thread = Thread(target, name="llm_gym-run")
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:
-        started.wait()
-        loop, task = running[0]
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        if thread.is_alive():
+            started.wait()
+            for loop, task in running:
+                with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+            thread.join()
         raise
     if errors:
         raise errors[0]
