@@ -114,6 +114,8 @@ def _hushed() -> Iterator[IO[str]]:
         with os.fdopen(os.dup(kept[1]), "w") as error:
             yield error
     finally:
+        for buffered in (sys.stdout, sys.stderr):
+            buffered.flush()  # while it still goes nowhere
         for stream, old in zip((1, 2), kept, strict=True):
             os.dup2(old, stream)
             os.close(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -131,3 +132,15 @@ def test_a_line_says_what_is_being_done() -> None:
             tell("starting vllm")
         assert "starting vllm ..." in screen.getvalue()
         assert ("\x1b[?25h" in screen.getvalue()) == terminal, "the cursor is given back"
+
+
+def test_what_is_hushed_is_not_said_later_either() -> None:
+    """What an engine printed waits in a buffer where the output is a pipe, and must not come out before the report."""
+    code = (
+        "import sys; from llm_gym.cli.doctor import _hushed\n"
+        "with _hushed() as error: print('loud'); print('loud', file=sys.stderr); print('told', file=error)\n"
+        "print('{}')"
+    )
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=buffered)
+    assert (done.stdout, done.stderr) == ("{}\n", "told\n")
