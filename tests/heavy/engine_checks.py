@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -96,15 +97,31 @@ def worst_by_version(
 
 
 async def until_tokens(policy: Any, tokens: int) -> None:
-    """Waits until some request under way has that many tokens more than at its last update."""
+    """Lets the engine go on until a request under way has that many tokens more than at its last update.
 
-    def most(engine: object) -> int:
-        under_way = [r for r in policy._thread.requests.values() if r.state is not None]
+    It then stands still until the next call, so what that meets does not depend on how soon it comes.
+    """
+    thread = policy._thread
+
+    def most() -> int:
+        under_way = [r for r in thread.requests.values() if r.state is not None]
         done = ((r.state.detokenizer.num_output_tokens(), r.updates) for r in under_way)
         return max((n - (updates[-1][0] if updates else 0) for n, updates in done), default=0)
 
-    while await asyncio.wrap_future(policy._thread.call(most)) < tokens:
-        pass
+    def go_on(engine: Any) -> bool:
+        while (reached := most()) < tokens and engine.has_unfinished_requests():
+            thread.step(engine)
+        return reached >= tokens
+
+    def stand_still(engine: Any) -> None:
+        while thread._calls.empty():
+            time.sleep(0.001)
+
+    while not thread.requests:  # handed in when the event loop has gone round
+        await asyncio.sleep(0)
+    reached = thread.call(go_on)
+    thread.call(stand_still)
+    assert await asyncio.wrap_future(reached), "all requests ended before"
 
 
 def nudged(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
