@@ -250,7 +250,7 @@ class ServerPolicy:
         for server, error in zip(there, found, strict=True):
             if isinstance(error, RemoteError):
                 server.doubt(error)
-                if error.status is not None:
+                if await server.refuses(error):
                     raise PolicyError(f"A server could not take the new weights: {error}") from error
             elif isinstance(error, BaseException):
                 raise error
@@ -264,7 +264,7 @@ class ServerPolicy:
             asked = (server.rpc("llm_gym_checksums", names, seconds=LOADING) for server in there)
             found = await asyncio.gather(*asked, return_exceptions=True)
             for server, answer in zip(there, found, strict=True):
-                if isinstance(answer, RemoteError) and answer.status is None:
+                if isinstance(answer, RemoteError) and not await server.refuses(answer):
                     server.doubt(answer)  # it gets the weights when it is back
                 elif isinstance(answer, BaseException):
                     raise answer

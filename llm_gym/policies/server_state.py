@@ -251,6 +251,16 @@ class Server:
 
     # Coming back
 
+    async def refuses(self, error: RemoteError) -> bool:
+        """Whether this was its answer; one that has lost its engine answers too, until it ends."""
+        if error.status is None:
+            return False
+        try:
+            await self.remote.call("GET", "/health", seconds=CONTROL)
+        except RemoteError:
+            return False
+        return True
+
     def doubt(self, error: RemoteError, *, gone: bool = False) -> None:
         """Something failed: no more requests until it has proved that it is there and serves the right weights.
 

@@ -12,6 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Fake:
         self.calls: list[str] = []
         self.fail: deque[str] = deque()
         self.hanging = self.loading = self.resuming = False
-        self.holding = ""
+        self.holding = self.breaks = ""
+        self.broken = False
         self._loop, self._held = Loop("fake"), reserved(0)  # nobody else gets its port while it is away
         self.port = self._held.getsockname()[1]
         self.start()
@@ -55,7 +57,7 @@ class Fake:
 
     def start(self) -> None:
         """(Again) on the same port, with nothing loaded."""
-        self.label, self.version, self.paused, self.hanging = "", "default", False, False
+        self.label, self.version, self.paused, self.hanging, self.broken = "", "default", False, False, False
         self._loop.run(self._start())
 
     def kill(self) -> None:
@@ -79,6 +81,9 @@ class Fake:
         path = request.path
         body = await request.json() if request.can_read_body else {}
         self.calls.append(body.get("method", path))
+        self.broken = self.broken or self.calls[-1] == self.breaks
+        if self.broken:
+            return web.json_response({"error": {"message": "the engine is dead"}}, status=500)
         if path == "/inference/v1/generate":
             return await self._generate(request, body)
         if path == "/collective_rpc":
@@ -101,7 +106,9 @@ class Fake:
             assert Path(args[0]).exists()
         if name == "llm_gym_set_label":
             self.label = args[0]
-        return {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32"}.get(name)
+        checksums = {"received": {}, "held": {}, "meant": {}}
+        known = {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32", "llm_gym_checksums": checksums}
+        return known.get(name)
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if body["token_ids"] == [0]:  # the probe at the start
@@ -258,6 +265,37 @@ def test_an_update_at_the_very_end_of_a_return_is_not_lost(policy: ServerPolicy,
         return await request
 
     assert asyncio.run(overtake()).version == 2
+
+
+@pytest.mark.parametrize("call", ["llm_gym_load_file", "llm_gym_checksums"])
+def test_an_engine_that_dies_while_it_is_asked_is_waited_for(policy: ServerPolicy, fake: Fake, call: str) -> None:
+    """Its server still answers, with errors, until it ends itself."""
+    policy.load(WEIGHTS.items(), version=1)
+    fake.breaks = call
+    with ThreadPoolExecutor(1) as pool:
+        if call == "llm_gym_load_file":
+            done = pool.submit(policy.load, WEIGHTS.items(), version=2)
+        else:
+            done = pool.submit(policy.differing, {"w": 0})
+        while not fake.broken or policy._servers[0].ready:
+            time.sleep(0.01)
+        fake.breaks = ""
+        fake.kill()
+        fake.start()
+        done.result(timeout=60)
+    assert ask(policy).version == 1 + (call == "llm_gym_load_file")
+
+
+def test_weights_that_a_server_refuses_end_the_update(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
+    def refuse(name: str, args: list[Any]) -> Any:
+        if name == "llm_gym_load_file":
+            raise web.HTTPBadRequest(text="no such tensor")
+        return real(name, args)
+
+    real = fake._method
+    monkeypatch.setattr(fake, "_method", refuse)
+    with pytest.raises(PolicyError, match=r"could not take the new weights: .*no such tensor"):
+        policy.load(WEIGHTS.items(), version=2)
 
 
 def test_only_the_latest_weights_stay_in_shared_memory(fake: Fake, tmp_path: Path) -> None:
