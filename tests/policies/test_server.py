@@ -277,7 +277,7 @@ def test_an_engine_that_dies_while_it_is_asked_is_waited_for(policy: ServerPolic
             done = pool.submit(policy.load, WEIGHTS.items(), version=2)
         else:
             done = pool.submit(policy.differing, {"w": 0})
-        while not fake.broken or policy._servers[0].ready:
+        while not done.done() and (not fake.broken or policy._servers[0].ready):
             time.sleep(0.01)
         fake.breaks = ""
         fake.kill()
