@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -87,25 +88,44 @@ def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
 def as_rank(rank: int) -> Iterator[None]:
     """What a process that is not alone does differently: SIGTERM lets it clean up, and one speaks for all.
 
-    Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in torch, and aborts.
-    An error that several processes have is said once: each leaves word of it, and who started them speaks.
+    SIGTERM is Ctrl-C without a word: an exception that comes between two steps of an event loop, which knows of
+    Ctrl-C only, leaves tasks behind that say so. Once it is on its way out, SIGTERM does nothing: an exit that is
+    interrupted leaves threads in torch, and aborts.
     """
+    ending: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        interrupt = signal.getsignal(signal.SIGINT)
+        ending.append(number)
+        if len(ending) == 1:
+            interrupt(signal.SIGINT, frame) if callable(interrupt) else signal.default_int_handler(number, frame)
+
     if "RANK" in os.environ:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        with _one_speaks():
+            yield
     except KeyboardInterrupt:
+        if ending:
+            sys.exit(128 + signal.SIGTERM)
         if rank:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         raise
+    finally:
+        if "RANK" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _one_speaks() -> Iterator[None]:
+    """An error that several processes have is said once: each leaves word of it, and who started them speaks."""
+    try:
+        yield
     except LLMGymError as error:
         if not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS) or os.environ.get("LLMGYM_DEBUG"):
             raise
         _leave_word(str(error))
         raise click.exceptions.Exit(EXIT_SETTING) from None
-    finally:
-        if "RANK" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _leave_word(sentence: str) -> None:

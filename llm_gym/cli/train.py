@@ -82,9 +82,9 @@ def command(
         return launch(nproc)
     progress = TrainProgress()
     try:
-        with as_rank(rank), settings():
-            trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
         with as_rank(rank):
+            with settings():
+                trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
             rows = trainer.train(rollout_only=rollout_only)
     except KeyboardInterrupt:
         progress.stop()
