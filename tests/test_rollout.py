@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import teacher_forced
 
 import llm_gym
+from llm_gym import seats
 from llm_gym.core import Completion, Episode, Sampling, StopReason, group
 from llm_gym.errors import RewardError, SettingError
 from llm_gym.policies import make_policy
@@ -61,6 +62,13 @@ class Blocking(Counting):
 
 def said(seed, turns):
     return ScriptedPolicy([[seed]] * turns)
+
+
+def later(seconds):
+    """The running event loop's clock is ahead by so much from now on: what has a deadline before then runs into it."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds
 
 
 def play(env=Counting, policy=None, *, seeds=range(20), book=None, fault=None, **options):
@@ -286,21 +294,33 @@ class TestFailures:
                     await asyncio.Event().wait()
                 return await super().complete(context, sampling)
 
-        book = []
-        episodes = play(env, Policy([[4, 5]]), seeds=range(5), book=book, time_limit=0.3)
+        book, ended = [], []
+
+        def note(episode):
+            ended.append(episode)
+            if len(ended) == 4:
+                later(3600)
+
+        episodes = play(env, Policy([[4, 5]]), seeds=range(5), book=book, time_limit=3000, on_episode=note)
         assert [str(e.stop_reason) for e in episodes] == ["answered"] * 3 + ["time_limit", "answered"]
         assert len(episodes[3].turns) == 1
         assert episodes[3].error is None
         assert all(env.closed == 1 for env in book)
 
     def test_a_step_that_hangs_holds_nobody_up_and_is_closed_when_it_comes_back(self):
-        book, release = [], threading.Event()
+        book, ended, release = [], [], threading.Event()
 
         def fault(what, seed, turn):
             if (what, seed) == ("step", 3):
                 assert release.wait(60)
 
-        episodes = play(Blocking, seeds=range(5), group_size=2, book=book, fault=fault, time_limit=0.3)
+        def note(episode):
+            ended.append(episode)
+            if len(ended) == 8:
+                later(3600)
+
+        options = {"book": book, "fault": fault, "time_limit": 3000, "on_episode": note}
+        episodes = play(Blocking, seeds=range(5), group_size=2, **options)
         reasons = [str(e.stop_reason) for e in episodes]
         assert reasons == ["answered"] * 6 + ["time_limit"] * 2 + ["answered"] * 2
         assert sum(env.closed for env in book) == len(book) - 2
@@ -345,10 +365,17 @@ rollout(Hangs, ScriptedPolicy([[4]]), seeds=range(4))
 """A program whose environments hang in the call that its argument names."""
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Environments whose calls come back are waited for, however long this machine takes to let them."""
+    monkeypatch.setattr(seats, "BRIEF", 60.0)
+    monkeypatch.setattr(seats, "PATIENCE", 60.0)
+
+
 class TestStopping:
     @pytest.mark.parametrize("env", [Counting, Blocking])
-    def test_cancelling_closes_everything(self, env):
-        book, reached = [], threading.Event()
+    def test_cancelling_closes_everything(self, env, patient):
+        book, reached, before = [], threading.Event(), set(threading.enumerate())
 
         class Policy(ScriptedPolicy):
             async def complete(self, context, sampling, *, seed=None):
@@ -369,7 +396,7 @@ class TestStopping:
         asyncio.run(scenario())
         assert book
         assert all(env.closed == 1 for env in book)
-        assert not [t for t in threading.enumerate() if t.name == "llm_gym-env"]
+        assert not [t for t in threading.enumerate() if t.name == "llm_gym-env" and t not in before]
 
     @pytest.mark.parametrize("how", ["signal", "exception"])
     def test_ctrl_c_closes_everything(self, how):
@@ -386,7 +413,7 @@ class TestStopping:
         assert book
         assert all(env.closed == 1 for env in book)
 
-    def test_a_call_that_is_under_way_may_end_before_its_environment_is_closed(self):
+    def test_a_call_that_is_under_way_may_end_before_its_environment_is_closed(self, patient):
         """Ctrl-C while every environment waits for a tool: they are closed, because their tools answer soon."""
         book, inside, interrupted = [], threading.Semaphore(0), threading.Event()
 

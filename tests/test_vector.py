@@ -168,6 +168,7 @@ class Waiting(TextEnv):
 def test_no_one_waits_for_the_slowest():
     Waiting.gates = {"slow": threading.Event(), "fast": threading.Event()}
     Waiting.gates["fast"].set()
+    before = set(threading.enumerate())
     venv = TextVectorEnv(Waiting, 3)
     venv.reset(seed=1)
     encode = venv.envs[0].chat.encode_reply
@@ -185,7 +186,7 @@ def test_no_one_waits_for_the_slowest():
     Waiting.gates["slow"].set()
     assert [r.index for r in venv.recv()] == [0]
     venv.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("llm_gym-env")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("llm_gym-env") and t not in before]
 
 
 def test_one_environments_error_does_not_touch_the_others():
