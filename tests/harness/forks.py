@@ -14,12 +14,22 @@ import torch
 from llm_gym.harness.parallel import ParallelConfig, World, connect
 
 
+def reserved() -> socket.socket:
+    """A socket with a port that nobody is given who asks for any, while it is open, and that a store can listen at.
+
+    Between a moment when a port was free and one when the first rank listens, other tests open many.
+    """
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("", 0))
+    return made
+
+
 def in_ranks(size: int, work: Callable[[World], Any], strategy: str = "ddp") -> list[Any]:
     """What `work` returns on each of `size` ranks, in order; it must be picklable."""
     processes = multiprocessing.get_context("fork")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    place = reserved()
+    port = place.getsockname()[1]
     ends = [processes.Pipe(duplex=False) for _ in range(size)]
     ranks = [
         processes.Process(target=_rank, args=(rank, size, port, strategy, work, end), daemon=True)
@@ -34,6 +44,7 @@ def in_ranks(size: int, work: Callable[[World], Any], strategy: str = "ddp") -> 
         for rank in ranks:
             rank.kill()
             rank.join()
+        place.close()
 
 
 def _rank(rank: int, size: int, port: int, strategy: str, work: Callable[[World], Any], end: Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "harness"))
 
+from forks import reserved  # noqa: E402
 from small_models import qwen3  # noqa: E402
 from test_presets import prepared  # noqa: E402
 
@@ -34,21 +34,14 @@ from llm_gym.harness.sharding import split_as, whole  # noqa: E402
 from llm_gym.harness.weights import restore, save  # noqa: E402
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def start(command: Sequence[str], size: int, **popen: Any) -> list[subprocess.Popen[str]]:
     """`command` as ranks 0 to size - 1, with torchrun's variables; rank 0 holds the store."""
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    return [
-        subprocess.Popen(command, env=base | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True, **popen)
-        for r in range(size)
-    ]
+    base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "WORLD_SIZE": str(size)}
+    with reserved() as port:  # each rank keeps it reserved as long as it lives
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+        mine: list[dict[str, Any]] = [{"env": base | {"RANK": str(r), "LOCAL_RANK": str(r)}} for r in range(size)]
+        return [subprocess.Popen(command, **each, pass_fds=[port.fileno()], text=True, **popen) for each in mine]
 
 
 def run(command: Sequence[str], size: int, *, timeout: float = 500) -> None:
