@@ -34,6 +34,8 @@ T = TypeVar("T")
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 """What an error says whose cause is in another process."""
 
+COMING = 600.0
+"""Seconds that processes have to come, at the least: they are not started at one moment, and import at their pace."""
 BUCKET = 1 << 24
 """Most gradient elements that travel in one piece."""
 
@@ -283,16 +285,16 @@ def connect(config: ParallelConfig, device: torch.device | str = "cpu") -> World
     device = torch.device(device)
     if size == 1:
         return World(config=config, device=device)
-    backend, timeout = "gloo", datetime.timedelta(seconds=config.timeout)
+    backend, timeout, coming = "gloo", datetime.timedelta(seconds=config.timeout), max(config.timeout, COMING)
     if device.type == "cuda":
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     _Stores.count += 1
     if _Stores.base is None:
         try:
-            _Stores.base, *_ = next(rendezvous("env://", timeout=timeout))
+            _Stores.base, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=coming)))
         except dist.DistError as error:
-            raise RankError(f"rank {rank}: the other processes did not come within {config.timeout:g} s.") from error
+            raise RankError(f"rank {rank}: the other processes did not come within {coming:g} s.") from error
     store = PrefixStore(f"llm_gym/{_Stores.count}", _Stores.base)
     dist.init_process_group(backend, store=PrefixStore("c10d", store), rank=rank, world_size=size, timeout=timeout)
     group = dist.new_group(backend="gloo", timeout=timeout)

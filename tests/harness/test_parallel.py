@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
-from llm_gym.harness import watch
+from llm_gym.harness import parallel, watch
 from llm_gym.harness.batching import pack
 from llm_gym.harness.config import TrainConfig, load
 from llm_gym.harness.learner import Learner
@@ -221,6 +221,23 @@ def test_what_cannot_work_is_refused_in_one_sentence() -> None:
 # Who is missing
 
 
+@pytest.mark.parametrize(("timeout", "seconds"), [(20, 600), (1800, 1800)])
+def test_processes_have_ten_minutes_to_come_however_short_steps_are(timeout: float, seconds: int, monkeypatch) -> None:
+    """They load torch at their own pace, which says nothing about a step's."""
+
+    def nobody(url: str, timeout: datetime.timedelta) -> Iterator[Any]:
+        assert timeout.total_seconds() == seconds
+        raise torch.distributed.DistError("timed out")
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "rendezvous", nobody)
+    monkeypatch.setattr(parallel._Stores, "base", None)
+    monkeypatch.setattr(parallel._Stores, "count", 0)
+    with pytest.raises(RankError, match=f"rank 1: the other processes did not come within {seconds} s"):
+        parallel.connect(ParallelConfig(timeout=timeout))
+
+
 @pytest.fixture
 def store() -> Iterator[Callable[[], TCPStore]]:
     """Makes clients of one real store."""
@@ -296,7 +313,7 @@ ORPHAN = """
 import sys, threading
 from torch.distributed import TCPStore
 from llm_gym.errors import RankError
-from llm_gym.harness import watch
+from llm_gym.harness import parallel, watch
 
 watch.BEAT, watch.GRACE = 0.01, float(sys.argv[3])
 held = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)

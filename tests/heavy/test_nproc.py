@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from leftovers import living
 from safetensors.torch import load_file
 from sandbox_tiers import within
 
+from llm_gym.harness.checkpoint import RunFolder
+
 pytestmark = pytest.mark.heavy
 
 LLMGYM = [sys.executable, "-m", "llm_gym.cli"]
@@ -30,8 +31,8 @@ DEADLINE = 240.0
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Whole rows: the last may be half written."""
+    return RunFolder(run).metrics()
 
 
 def until(true: Callable[[], Any], what: str) -> Any:
