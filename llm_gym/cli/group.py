@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -90,8 +92,22 @@ def llmgym() -> None:
     """
 
 
+def interrupted_again(lost: sys.UnraisableHookArgs) -> None:
+    """Where Ctrl-C came while an object was deleted, Python can only print it, and goes on: so it comes again.
+
+    Every import deletes a lock in that way: one in a thousand moments of importing an engine.
+    """
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.01, _thread.interrupt_main)  # not here, where it would be lost too
+    again.daemon = True
+    again.start()
+
+
 def main() -> None:
     """The entry point of the `llmgym` command."""
+    sys.unraisablehook = interrupted_again
     for stream in (sys.stdout, sys.stderr):
         # Curves and models' text are Unicode; a terminal that is not must not end the run.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -86,18 +86,13 @@ def command(
             with settings():
                 trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
             rows = trainer.train(rollout_only=rollout_only)
+        if rank == 0:
+            click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))
     except KeyboardInterrupt:
         progress.stop()
         stopped(progress)
     finally:
         progress.stop()
-    if rank > 0:
-        return
-    if rollout_only:
-        click.echo(f"Episodes: {trainer.run.path / 'episodes'}")
-        click.echo(f"Next:     llmgym replay {trainer.run.path} --step {config.steps}")
-        return
-    click.echo(closing(trainer.run.path, config, rows))
 
 
 def configuration(
@@ -124,6 +119,13 @@ def stopped(progress: TrainProgress) -> None:
         click.echo(f"Go on from its newest checkpoint: llmgym train --resume --out {progress.run}", err=True)
         click.echo(f"Look at it so far: llmgym view {progress.run}", err=True)
     raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def ending(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]], *, rollout_only: bool) -> str:
+    """What is said at the end."""
+    if not rollout_only:
+        return closing(run, config, rows)
+    return f"Episodes: {run / 'episodes'}\nNext:     llmgym replay {run} --step {config.steps}"
 
 
 def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -167,6 +167,44 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path) -> None:
     assert steps == list(range(len(rows) + 1))
 
 
+INTERRUPTED = """
+import signal, sys, time
+from llm_gym.cli import group
+
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def invoke(context):
+    del Deleted.one
+    while True:
+        time.sleep(0.01)
+
+Deleted.one = Deleted()
+group.llmgym.get_command(None, "envs").invoke = invoke
+sys.argv = ["llmgym", "envs"]
+group.main()
+"""
+
+
+def test_ctrl_c_is_not_lost_while_an_object_is_deleted() -> None:
+    """Python prints what is raised there, and goes on."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_the_report_is_written_says_how_to_go_on(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_gym.report.write", interrupted)
+    done = CliRunner().invoke(llmgym, ["train", "--resume", "--out", str(trained[0])])
+    assert done.exit_code == 130
+    assert f"llmgym train --resume --out {trained[0]}" in done.stderr
+
+
 def test_sft_writes_a_model_that_eval_takes(tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}

@@ -27,7 +27,7 @@ PHASES = {
     "episodes of training": LARGE,
     "training on them": LARGE,
     "sending the new weights": [*SMALL, "policy.sync=restart"],  # the mode that takes longest
-    "saving": [*SMALL, "steps=1"],
+    "saving": [*SMALL, "checkpoint.every=1"],  # over in a moment; the next step then
 }
 """What the phase says when it begins -> settings with which it lasts."""
 
