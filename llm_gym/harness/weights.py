@@ -33,12 +33,13 @@ def save(learner: Learner, tokenizer: str | Path | None, folder: Path) -> None:
     """Everything that training needs to go on bit for bit; every process of the run calls it with the same folder."""
     world = learner.world
     world.meet("checkpoint")  # the folder exists
-    state = whole_state(learner.model) if world.sharded else None
-    if world.rank == 0:
-        export(learner.model, tokenizer, folder, state)
-    if world.sharded:
-        save_parts(learner, folder / PARTS)
-    elif world.rank == 0:
+    with world.naming("checkpoint"):
+        state = whole_state(learner.model) if world.sharded else None
+        if world.rank == 0:
+            export(learner.model, tokenizer, folder, state)
+        if world.sharded:
+            save_parts(learner, folder / PARTS)
+    if not world.sharded and world.rank == 0:
         torch.save(learner.state_dict(), folder / STATE)
     world.meet("checkpoint written")
 

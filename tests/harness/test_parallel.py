@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
-from llm_gym.harness import parallel, watch
+from llm_gym.harness import parallel, watch, weights
 from llm_gym.harness.batching import pack
 from llm_gym.harness.config import TrainConfig, load
 from llm_gym.harness.learner import Learner
@@ -203,6 +203,28 @@ def test_weights_of_4_bits_are_split_too(kind: str) -> None:
         assert part <= 0.51 * held
 
 
+def test_who_is_lost_while_a_split_model_is_saved_is_named(tmp_path) -> None:
+    """Weights are gathered there: whoever waits for a part hears of a lost connection first."""
+
+    def fail(model: Any) -> Any:
+        raise OSError("the disk is full")
+
+    def work(world: World) -> str:
+        learner = Learner(qwen3(), total_steps=4, world=world)
+        if world.rank == 1:
+            weights.whole_state = fail
+        try:
+            weights.save(learner, None, tmp_path)
+        except (OSError, RuntimeError, RankError) as error:
+            world.close()
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    first, second = in_ranks(2, work, "fsdp")
+    assert second == "OSError: the disk is full"
+    assert first == "RankError: rank 1 has left during 'checkpoint': OSError: the disk is full"
+
+
 # What is refused
 
 
@@ -313,7 +335,7 @@ ORPHAN = """
 import sys, threading
 from torch.distributed import TCPStore
 from llm_gym.errors import RankError
-from llm_gym.harness import parallel, watch
+from llm_gym.harness import parallel, watch, weights
 
 watch.BEAT, watch.GRACE = 0.01, float(sys.argv[3])
 held = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
