@@ -72,9 +72,13 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
 
 def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
     """What to end with when ranks have failed: what the first of them left word of, or how it ended."""
-    # Signals, which are negative, are the first cause; but SIGTERM is how the agent stops the others.
+    # Signals, which are negative, are the first cause; but SIGTERM, and SIGKILL when their time is over, is how the
+    # agent stops the others.
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    rank = min(codes, key=lambda r: (codes[r] == -signal.SIGTERM, codes[r], failures[r].timestamp, r))
+    began = min(failure.timestamp for failure in failures.values())
+    late = {rank for rank, failure in failures.items() if failure.timestamp - began >= PATIENCE - 1}
+    stopped = {r for r in codes if codes[r] == -signal.SIGTERM or (r in late and codes[r] == -signal.SIGKILL)}
+    rank = min(codes, key=lambda r: (r in stopped, codes[r], failures[r].timestamp, r))
     code, failure = codes[rank], failures[rank]
     if os.path.isfile(failure.error_file):
         return OneSentence(failure.message)

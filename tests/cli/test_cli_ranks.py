@@ -6,13 +6,14 @@ import gc
 import logging
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llm_gym import TextEnv
-from llm_gym.cli.nproc import as_rank
+from llm_gym.cli.nproc import PATIENCE, _account, as_rank
 from llm_gym.core import Sampling
 from llm_gym.policies import make_policy
 from llm_gym.rollout import rollout
@@ -45,6 +46,18 @@ def test_sigterm_ends_a_process_without_a_word(
         twice()
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_who_did_not_hear_sigterm_and_was_killed_is_not_the_cause() -> None:
+    """(exit code, when the agent saw it, in whole seconds) of each rank."""
+
+    def ended(*ranks: tuple[int, int]) -> Exception:
+        rows = [SimpleNamespace(exitcode=c, timestamp=1000 + at, error_file="", message="") for c, at in ranks]
+        return _account(dict(enumerate(rows)), None)
+
+    assert ended((2, 0), (-9, PATIENCE)).exit_code == 2  # type: ignore[attr-defined]
+    for early in ended((2, 0), (-9, 0)), ended((-9, PATIENCE), (-9, 0)):
+        assert str(early) == "rank 1 was killed by SIGKILL; the other processes were stopped."
 
 
 class Ended(TextEnv):
