@@ -187,6 +187,24 @@ def test_a_flood_that_nobody_reads_in_time_does_not_cost_the_session(monkeypatch
         assert session.run("kept").output == "1\n"
 
 
+SLOW = """
+import subprocess, sys, time
+kind, passed = type(sys.stdout), type(sys.stdout)._pass_on
+def slow(self, data):
+    time.sleep(1.5 if b"late" in data else 0)
+    passed(self, data)
+kind._pass_on = slow
+"""
+
+
+def test_what_a_child_wrote_is_its_cells_however_late_it_is_read(tier: str) -> None:
+    """The thread that reads it stands still for longer than the cell would wait for nothing."""
+    with PythonSession("jupyter", tier) as session:
+        session.run(SLOW)
+        assert session.run("assert not subprocess.call(['echo', 'late'])", timeout=60).output == "late\n"
+        assert session.run("1").output == "1\n"
+
+
 @pytest.mark.parametrize("ids", ["0 0 65536", "0 0 4294967295"])
 @pytest.mark.parametrize("at_the_end", [False, True])
 def test_a_block_of_user_ids_is_never_short(ids: str, at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:

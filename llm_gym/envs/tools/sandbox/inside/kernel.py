@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -37,6 +39,8 @@ from .wire import Channel
 
 PART = 1 << 18
 """Characters kept of a cell's output at its head, and at its tail; also of one displayed value."""
+MARK = 1 + 32 + 8
+"""Bytes of a mark: its beginning, which nobody else writes, and its number."""
 FLUSHES, PAUSE = 100, 0.05
 """A cell may flush so often at once, then once a pause: each flush is a message."""
 
@@ -60,7 +64,9 @@ class Stream(OutStream):
     """Standard output and error of the kernel."""
 
     def __init__(self, session: Any, thread: Any, box: int) -> None:
-        self.box, self.mark, self.marked = box, b"\0" + secrets.token_bytes(16), threading.Event()
+        self.box, self.mark, self.marked = box, b"\0" + secrets.token_hex(16).encode(), threading.Event()
+        self.marks = re.compile(re.escape(self.mark) + rb"([0-9a-f]{8})")
+        self.asked = self.heard = 0
         self.cell: Any = None
         self.begin({})
         super().__init__(session, thread, "stdout")
@@ -73,10 +79,22 @@ class Stream(OutStream):
         os.ftruncate(self.box, 0)
 
     def catch_up(self) -> None:
-        """What children and C code have written to the descriptor is in the stream after this."""
-        self.marked.clear()
-        os.write(1, self.mark)
-        self.marked.wait(1.0)
+        """What children and C code have written to the descriptor is in the stream after this.
+
+        It waits for a mark, numbered because an earlier one may come late, as long as there is something to read.
+        """
+        if not self._is_master_process():
+            return  # a fork has no thread that reads
+        self.asked += 1
+        os.write(1, self.mark + b"%08x" % self.asked)
+        while self.heard < self.asked:
+            self.marked.clear()
+            if self.heard < self.asked and not self.marked.wait(1.0) and not self._unread():
+                return  # the cell has made its descriptor lead elsewhere
+
+    def _unread(self) -> bool:
+        assert self._fid is not None
+        return bool(select.select([self._fid], [], [], 0)[0])
 
     def finish(self) -> None:
         """A cell ends: what its children wrote, and the tail of what was cut, go out."""
@@ -120,15 +138,16 @@ class Stream(OutStream):
         rest, pipe = b"", self._fid
         assert pipe is not None
         while data := os.read(pipe, 1 << 16):
-            parts = (rest + data).split(self.mark)
-            for part in parts[:-1]:
+            *parts, last = self.marks.split(rest + data)
+            for part, number in zip(parts[::2], parts[1::2], strict=True):
                 self._pass_on(part)
+                self.heard = int(number, 16)
                 self.marked.set()
             # A mark that is only half there waits for its other half.
-            cut = parts[-1].rfind(b"\0")
-            cut = cut if cut >= 0 and self.mark.startswith(parts[-1][cut:]) else len(parts[-1])
-            rest = parts[-1][cut:]
-            self._pass_on(parts[-1][:cut])
+            cut = last.rfind(b"\0")
+            half = cut >= 0 and len(last) - cut < MARK and last[cut:].startswith(self.mark[: len(last) - cut])
+            rest, last = (last[cut:], last[:cut]) if half else (b"", last)
+            self._pass_on(last)
 
     def _pass_on(self, data: bytes) -> None:
         if data:
