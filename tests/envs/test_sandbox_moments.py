@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import random
@@ -45,12 +46,17 @@ def reaper_of(handle: Handle | None) -> psutil.Process:
     return psutil.Process(next(int(line.split()[1]) for line in lines if line.startswith("Pid:")))
 
 
+def resume(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have been killed meanwhile
+        process.resume()
+
+
 def test_an_interrupt_is_over_before_the_next_cell(tier: str) -> None:
     """However late the reaper relays it, and though the late cell has ended by itself."""
     with PythonSession("worker", tier) as session:
         reaper = reaper_of(session._held.handle)
         reaper.suspend()
-        resuming = threading.Timer(1.5, reaper.resume)
+        resuming = threading.Timer(1.5, resume, [reaper])
         resuming.start()
         assert session.run("import time; time.sleep(0.7)", timeout=0.3).status == "timeout"
         assert session.run("time.sleep(1.5); 1").output == "1\n"
@@ -64,7 +70,7 @@ def test_an_interrupt_that_is_not_relayed_costs_the_session_its_state(
     with PythonSession("worker", tier) as session:
         reaper = reaper_of(session._held.handle)
         reaper.suspend()
-        resuming = threading.Timer(1.0, reaper.resume)
+        resuming = threading.Timer(1.0, resume, [reaper])
         resuming.start()
         result = session.run("import time; time.sleep(60)", timeout=0.1)
         assert (result.status, result.lost) == ("timeout", True)
@@ -102,8 +108,7 @@ def test_who_waits_too_short_for_an_end_does_not_prevent_it(tier: str, monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(trainers_side, "END_SECONDS", 0.1)
             session.close()
-        if reaper.is_running():
-            reaper.resume()
+        resume(reaper)
         assert within(60, lambda: not sleepers())
 
 
@@ -130,6 +135,7 @@ def test_a_kernel_that_dies_before_its_first_word_is_replaced(tier: str, monkeyp
         if not died:
             died.append(handle)
             reaper_of(handle).kill()
+            assert poll([handle.lease], 60)  # it is dead
 
     with nothing_left():
         monkeypatch.setattr(KernelHandle, "connect", connecting)

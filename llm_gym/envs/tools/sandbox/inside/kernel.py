@@ -67,6 +67,7 @@ class Stream(OutStream):
         self.box, self.mark, self.marked = box, b"\0" + secrets.token_hex(16).encode(), threading.Event()
         self.marks = re.compile(re.escape(self.mark) + rb"([0-9a-f]{8})")
         self.asked = self.heard = 0
+        self.busy = False
         self.cell: Any = None
         self.begin({})
         super().__init__(session, thread, "stdout")
@@ -81,7 +82,7 @@ class Stream(OutStream):
     def catch_up(self) -> None:
         """What children and C code have written to the descriptor is in the stream after this.
 
-        It waits for a mark, numbered because an earlier one may come late, as long as there is something to read.
+        It waits for a mark, numbered because an earlier one may come late, as long as something is being read.
         """
         if not self._is_master_process():
             return  # a fork has no thread that reads
@@ -89,12 +90,12 @@ class Stream(OutStream):
         os.write(1, self.mark + b"%08x" % self.asked)
         while self.heard < self.asked:
             self.marked.clear()
-            if self.heard < self.asked and not self.marked.wait(1.0) and not self._unread():
+            if self.heard < self.asked and not self.marked.wait(1.0) and not self._reading():
                 return  # the cell has made its descriptor lead elsewhere
 
-    def _unread(self) -> bool:
+    def _reading(self) -> bool:
         assert self._fid is not None
-        return bool(select.select([self._fid], [], [], 0)[0])
+        return bool(select.select([self._fid], [], [], 0)[0]) or self.busy
 
     def finish(self) -> None:
         """A cell ends: what its children wrote, and the tail of what was cut, go out."""
@@ -137,17 +138,24 @@ class Stream(OutStream):
     def _watch_pipe_fd(self) -> None:
         rest, pipe = b"", self._fid
         assert pipe is not None
-        while data := os.read(pipe, 1 << 16):
-            *parts, last = self.marks.split(rest + data)
-            for part, number in zip(parts[::2], parts[1::2], strict=True):
-                self._pass_on(part)
-                self.heard = int(number, 16)
-                self.marked.set()
-            # A mark that is only half there waits for its other half.
-            cut = last.rfind(b"\0")
-            half = cut >= 0 and len(last) - cut < MARK and last[cut:].startswith(self.mark[: len(last) - cut])
-            rest, last = (last[cut:], last[:cut]) if half else (b"", last)
-            self._pass_on(last)
+        while select.select([pipe], [], []):
+            self.busy = True  # before the pipe is empty
+            if not (data := os.read(pipe, 1 << 16)):
+                return
+            rest = self._split(rest + data)
+            self.busy = False
+
+    def _split(self, data: bytes) -> bytes:
+        """Passes on what is not a mark; returns the beginning of one whose other half is still to come."""
+        *parts, last = self.marks.split(data)
+        for part, number in zip(parts[::2], parts[1::2], strict=True):
+            self._pass_on(part)
+            self.heard = int(number, 16)
+            self.marked.set()
+        cut = last.rfind(b"\0")
+        half = cut >= 0 and len(last) - cut < MARK and last[cut:].startswith(self.mark[: len(last) - cut])
+        self._pass_on(last[:cut] if half else last)
+        return last[cut:] if half else b""
 
     def _pass_on(self, data: bytes) -> None:
         if data:
