@@ -118,6 +118,24 @@ def worst(model: torch.nn.Module, episodes: list[Episode], temperature: float = 
     return max(float(gap.max()) for gap, _ in gaps(model, episodes, temperature))
 
 
+Asked = tuple[list[Ids], list[Completion]]
+"""Contexts, and what was sampled in each."""
+
+
+async def ask_on(policy: ServerPolicy, prompts: list[Ids], over: threading.Event) -> Asked:
+    """A completion of each prompt, and another, until `over`: of unlike lengths, so some are under way at any moment."""
+
+    async def one_after_another(i: int) -> list[tuple[Ids, Completion]]:
+        sampling, found = Sampling(max_tokens=200 + 3 * i, stop_token_ids=()), []
+        while not over.is_set():
+            found.append((prompts[i], await policy.complete(prompts[i], sampling, seed=100 * i + len(found))))
+        return found
+
+    every = await asyncio.gather(*map(one_after_another, range(len(prompts))))
+    asked, said = zip(*itertools.chain(*every), strict=True)
+    return list(asked), list(said)
+
+
 def metric(url: str, *names: str) -> float:
     """The sum of some of the server's metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
@@ -174,22 +192,23 @@ def test_seeds_decide_and_stop_tokens_stay(policy) -> None:
 
 def test_new_weights_are_served_from_the_next_token_on(policy, model) -> None:
     """An update while requests are under way, and one while none is; each token against its own weights."""
-    prompts, sampling, other = contexts(32), Sampling(max_tokens=300, stop_token_ids=()), moved(1)
+    prompts, other, updated = contexts(32), moved(1), threading.Event()
 
-    async def with_update() -> list[Completion]:
+    async def with_update() -> Asked:
         url = policy._servers[0].remote.url
         before = metric(url, GENERATED)
-        tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
-        while metric(url, GENERATED) < before + len(prompts):  # of 300 each: they are under way
+        asked = asyncio.create_task(ask_on(policy, prompts, updated))
+        while await asyncio.to_thread(metric, url, GENERATED) < before + len(prompts):
             await asyncio.sleep(0.01)
         await asyncio.to_thread(policy.load, other.state_dict().items(), version=7)
-        return await asyncio.gather(*tasks)
+        updated.set()
+        return await asked
 
-    across = asyncio.run(with_update())
+    of_each, across = asyncio.run(with_update())
     assert any(c.version == 0 and [version for _, version in c.updates] == [7] for c in across)
     assert all(set(c.versions) <= {0, 7} for c in across)
     for weights, version in ((model, 0), (other, 7)):
-        found = gaps(weights, played(prompts, across))
+        found = gaps(weights, played(of_each, across))
         assert np.concatenate([gap[of == version] for gap, of in found]).max() <= 1e-4
         assert np.concatenate([gap[of != version] for gap, of in found]).max() > 0.1
     after = policy.generate(prompts, Sampling(max_tokens=20, stop_token_ids=()), seeds=range(32))
@@ -266,11 +285,13 @@ def test_a_cancelled_request_ends_in_the_server(policy, first: str) -> None:
         sampling = Sampling(max_tokens=400, stop_token_ids=())
         task = asyncio.create_task(policy.complete(contexts(1)[0], sampling))
         while not running(first):
+            if task.done():  # it was not looked at while it was under way
+                task = asyncio.create_task(policy.complete(contexts(1)[0], sampling))
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while running(first):  # it would take much longer to end by itself, paused as it is
+        while running(first):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(cancel(), timeout=240))
@@ -369,25 +390,25 @@ def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: S
     policy.load(load_model(None).state_dict().items(), version=2)
     policy.load_adapter(tensors.items(), config, version=3)
     assert policy.differing(checksums(tensors.items(), policy.dtype)) == []
-    prompts = contexts(64)
-    sampling = Sampling(max_tokens=128, stop_token_ids=())
+    prompts, killed = contexts(64), threading.Event()
     busy: list[int] = []
     before = metric(second.url, GENERATED)
 
-    async def with_kill() -> list[Completion]:
-        tasks = [asyncio.create_task(policy.complete(p, sampling, seed=i)) for i, p in enumerate(prompts)]
+    async def with_kill() -> Asked:
+        asked = asyncio.create_task(ask_on(policy, prompts, killed))
         while sum(server.load for server in policy._servers) < len(prompts):
             await asyncio.sleep(0.01)
         busy.extend(server.load for server in policy._servers)
         while metric(second.url, GENERATED) < before + 16:  # a sum: it cannot have been and gone
             await asyncio.sleep(0.01)
         second.kill()
-        return await asyncio.gather(*tasks)
+        killed.set()
+        return await asked
 
     with caplog.at_level(logging.WARNING, "llm_gym"):
-        completions = asyncio.run(with_kill())
+        of_each, completions = asyncio.run(with_kill())
         assert min(busy) >= 24  # shared evenly, for nothing was cached yet
-        assert worst(merged, played(prompts, completions)) <= 1e-4
+        assert worst(merged, played(of_each, completions)) <= 1e-4
         assert {c.version for c in completions} == {3}
         servers.start(second.port).wait()
         while not all(server.ready for server in policy._servers):
@@ -395,7 +416,7 @@ def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: S
     assert f"lost {second.url}" in caplog.text
     assert "weights of version 3 sent again" in caplog.text
     policy._servers[0].load += 1000  # only the one that came back is asked
-    completions = policy.generate(prompts[:8], sampling, seeds=range(8))
+    completions = policy.generate(prompts[:8], Sampling(max_tokens=128, stop_token_ids=()), seeds=range(8))
     assert worst(merged, played(prompts[:8], completions)) <= 1e-4
     policy.close()
 
