@@ -17,6 +17,7 @@ from llm_gym.chat import load_chat
 from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
 from llm_gym.harness.card import card
 from llm_gym.harness.lineage import Source, locate
+from llm_gym.policies.plain import fold
 from llm_gym.tokenizer import declared_stops, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,10 +76,7 @@ def checkpoint_model(source: Source) -> Any:
     try:
         if not source.tuned:
             return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        import peft
-
-        base = AutoModelForCausalLM.from_pretrained(str(source.base or embedded.PATH), dtype=torch.float32)
-        return peft.PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
+        return fold(source.folder, source.base or embedded.PATH)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"checkpoint: {str(source.folder)!r} cannot be read ({reason}).") from error

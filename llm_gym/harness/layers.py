@@ -8,14 +8,10 @@ from typing import Any
 from torch import nn
 
 from llm_gym.errors import ConfigError
+from llm_gym.policies.folding import base_of as base_of
 
 NAMED = ("embeddings", "head", "norms")
 """What `train` takes besides layers."""
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model itself, without peft around it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

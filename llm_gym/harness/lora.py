@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.layers import decoder_layers, parse_layers
 from llm_gym.harness.optimizers import require
-from llm_gym.harness.sharding import whole
+from llm_gym.policies.plain import HELD, full_precision
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},  # https://arxiv.org/abs/2106.09685
@@ -21,8 +19,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},  # https://arxiv.org/abs/2402.09353
 }
 """Name -> what peft is told."""
-BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
-"""Name -> type of the frozen weights; for `nf4`, of those that are not linear layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ class LoraConfig:
     """Must be 0: with dropout, old and new log-probabilities would be of two different functions."""
 
     def __post_init__(self) -> None:
-        for name, valid in (("kind", KINDS), ("base", BASES)):
+        for name, valid in (("kind", KINDS), ("base", HELD)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"lora.{name}", getattr(self, name), valid))
         if self.rank < 1:
@@ -75,31 +71,6 @@ class LoraConfig:
         if self.layers:
             parse_layers(self.layers, layers, "lora.layers")
         require("bitsandbytes" if self.base == "nf4" else None, f"lora.base: {self.base!r}")
-
-    def load(self, source: str, config: Any, device: torch.device | str) -> Any:
-        """The frozen model in the type of `base`; in 4 bits it is on `device` already."""
-        from transformers import AutoModelForCausalLM
-
-        how: dict[str, Any] = {"config": config, "dtype": BASES[self.base]}
-        if self.base != "nf4":
-            return AutoModelForCausalLM.from_pretrained(source, **how)
-        from transformers import BitsAndBytesConfig
-
-        four = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=BASES["nf4"],
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            source, **how, quantization_config=four, device_map={"": str(device)}
-        )
-        for module in model.modules():
-            # Or bitsandbytes lays the weights out anew in a forward on a CPU, and what `numbers` reads is wrong.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-                module.quant_state = module.weight.quant_state  # a weight that is split forgets it
-        return model
 
 
 def add_adapters(model: Any, lora: LoraConfig) -> Any:
@@ -132,46 +103,5 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         made = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
-    for parameter in made.parameters():
-        if parameter.requires_grad:  # a DoRA's magnitudes come in the type of the weights
-            parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+    full_precision(made)
     return made
-
-
-def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:
-    """The weight that a linear layer acts with, [out, in], adapters folded in or left out; differentiable.
-
-    Of frozen weights in half precision or 4 bits the result is float32, so that a small adapter is not rounded away.
-    """
-    weight = numbers(getattr(layer, "base_layer", layer))
-    if not adapters or not hasattr(layer, "lora_A") or layer.disable_adapters:
-        return weight
-    if not weight.dtype.is_floating_point or weight.element_size() < 4:
-        weight = weight.float()
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        weight = weight + _beside(weight, layer.get_delta_weight(name)).to(weight.dtype)
-        if name in layer.lora_magnitude_vector:
-            # DoRA: each row keeps its direction and gets a length of its own; the norm counts as a constant.
-            norm = torch.linalg.norm(weight.detach(), dim=1)
-            lengths = _beside(weight, layer.lora_magnitude_vector[name].weight)
-            weight = (lengths / norm).to(weight.dtype)[:, None] * weight
-    return weight
-
-
-def _beside(weight: Tensor, part: Tensor) -> Tensor:
-    """Of an adapter: as it is beside a weight that is split as it is, else whole."""
-    found: Tensor = part if isinstance(weight, DTensor) else whole(part)
-    return found
-
-
-def numbers(layer: Any) -> Tensor:
-    """A linear layer's weight as numbers: out of its 4 bits if it is held so, and then whole, even if it is split."""
-    weight: Tensor = layer.weight
-    state = getattr(layer, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(whole(weight).data, state)
-    return weight

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,16 @@ from transformers.utils import logging as hf_logging
 from llm_gym import embedded
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
-from llm_gym.harness.layers import base_of
 from llm_gym.harness.lora import LoraConfig as LoraConfig
-from llm_gym.harness.lora import add_adapters, weight_of
+from llm_gym.harness.lora import add_adapters
 from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
 from llm_gym.harness.packing import NAME, Form, Layout
-from llm_gym.harness.sharding import is_sharded, whole
-from llm_gym.policies.model import copy_weights
+from llm_gym.policies.folding import beneath, weight_of, whole
+from llm_gym.policies.folding import plain_tensors as plain_tensors
+from llm_gym.policies.plain import is_adapter, load_base, recorded_base
+from llm_gym.policies.plain import merged as merged
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def load_model(
     """A causal language model, ready to train.
 
     Args:
-        path: a folder in the Hugging Face layout, or a hub id; None: the embedded model.
+        path: a folder in the Hugging Face layout, or a hub id; None: the embedded model. An adapter's folder is that
+            adapter folded into its base.
         dtype: of the master weights. Keep float32: an update of 1e-6 vanishes when added to a bfloat16 weight.
             Frozen weights beneath adapters are held as `lora.base` says.
         device: where the weights live.
@@ -57,11 +58,8 @@ def load_model(
     config = _config(embedded.PATH if path is None else path)
     check_memory(memory, lora, layers=config.get_text_config().num_hidden_layers, device=device)
     hf_logging.disable_progress_bar()
-    source = str(embedded.PATH if path is None else path)
-    if lora is None or lora.base == "float32":
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-    else:
-        model = lora.load(source, config, device)
+    held, kind = ("float32", dtype) if lora is None or lora.base == "float32" else (lora.base, None)
+    model = load_base(embedded.PATH if path is None else path, held, dtype=kind, device=device, config=config)
     return prepare(model, device=device, lora=lora, memory=memory)
 
 
@@ -103,9 +101,9 @@ def _config(path: str | Path) -> Any:
     folder = Path(path)
     local = folder.exists() or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
     if local and not (folder / "config.json").is_file():
+        if is_adapter(folder):
+            return _config(recorded_base(folder)[0] or embedded.PATH)
         what = "no such folder" if not folder.exists() else "it has no config.json"
-        if (folder / "adapter_config.json").is_file():
-            what = "it holds an adapter alone; `llmgym export` folds it into a model"
         raise ConfigError(f"model: {str(path)!r} is not a model folder: {what}.")
     try:
         return AutoConfig.from_pretrained(str(path))
@@ -145,9 +143,7 @@ class Body:
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Head weight [V, H] and bias ([V] or None) as they act now, adapters included."""
         head = self.causal.get_output_embeddings()
-        if hasattr(head, "modules_to_save"):  # a fully trained copy under peft
-            head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
-        return weight_of(head), getattr(head, "base_layer", head).bias
+        return weight_of(head), beneath(head)[0].bias
 
     def without_adapters(self) -> AbstractContextManager[Any]:
         """The base model while the context lasts (a no-op for a model without adapters)."""
@@ -241,47 +237,6 @@ def _probe(vocabulary: int, device: torch.device) -> MicroBatch:
 
 
 # --- in and out --------------------------------------------------------------------------------------------
-
-
-def merged(model: Any) -> Any:
-    """A plain copy with the adapters folded in; the model itself is only read.
-
-    Folding in place and back would leave rounding errors in the base weights. If it is split over several processes,
-    each of them must ask, and gets the whole.
-    """
-    if getattr(base_of(model), "quantization_method", None) is not None or is_sharded(base_of(model)):
-        return _rebuilt(model)
-    plain = copy.deepcopy(model)
-    return plain.merge_and_unload() if hasattr(plain, "peft_config") else plain
-
-
-def _rebuilt(model: Any) -> Any:
-    """A model of numbers from one in 4 bits, or split over processes, adapters folded in, in float32 on the CPU."""
-    base = base_of(model)
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    copy_weights(plain, plain_tensors(model))
-    plain.generation_config = copy.deepcopy(base.generation_config)
-    return plain.eval()
-
-
-@torch.no_grad()
-def plain_tensors(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their names in the plain model, one tensor at a time; adapters folded in, or left out.
-
-    Tensors that are split over several processes come whole; then all of these must go through them together.
-    """
-    base = base_of(model)
-    for name, tensor in base.state_dict().items():
-        if ".lora_" in name or ".weight." in name:  # an adapter's, or the scales of 4 bits
-            continue
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight":
-            layer = base.get_submodule(path.removesuffix(".base_layer"))
-            tensor = weight_of(layer, adapters=adapters)
-        yield name.replace(".base_layer.", "."), whole(tensor.detach())
 
 
 def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

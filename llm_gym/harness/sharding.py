@@ -25,6 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from llm_gym.policies.folding import whole as whole
+
 T = TypeVar("T")
 
 
@@ -70,12 +72,6 @@ def gathered(causal: Any, compute: Callable[..., T], *args: Any) -> T:
 
 def _call(compute: Callable[..., T], *args: Any) -> T:
     return compute(*args)
-
-
-@torch.no_grad()
-def whole(tensor: Any) -> Any:
-    """The whole of a tensor that may be split (anything else as it is); every rank must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from llm_gym.errors import CheckpointError
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.sharding import load_parts, save_parts, split_as, split_state, whole_state
 from llm_gym.policies.model import copy_weights
+from llm_gym.policies.plain import record_base
 
 STATE, PARTS = "trainer.pt", "trainer"
 """The optimizer's file; for a learner that is split over processes, the folder with each one's part."""
@@ -25,7 +26,11 @@ def export(model: Any, tokenizer: str | Path | None, folder: Path, state: Mappin
 
     `state`: the model's state dict, if its own tensors are not whole.
     """
-    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    given: dict[str, Any] = {} if state is None else {"state_dict": state}
+    if hasattr(model, "peft_config"):
+        given["save_embedding_layers"] = False  # an adapted embedding's frozen weights are the base's
+        record_base(model, folder)
+    model.save_pretrained(folder, **given)
     load_tokenizer(tokenizer).save_pretrained(folder)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,27 @@ from torch import nn
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import PolicyError, SettingError
+from llm_gym.policies.plain import fold, is_adapter, no_progress_bar
 
 
 def load_model(source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A causal language model, in evaluation mode.
 
     Args:
-        source: a folder or hub id; None: the embedded model.
+        source: a folder or hub id, of a model or an adapter, which is then folded in; None: the embedded model.
         device: None: CUDA if there is one, else the CPU.
         dtype: None: bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         SettingError: there is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        with _no_progress_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(str(source or PATH), dtype=dtype)
-            if hasattr(model, "peft_config"):  # the folder holds an adapter, and names its base
-                base = next(iter(model.peft_config.values())).base_model_name_or_path
-                model = _folded(source, str(base), dtype)
+        with no_progress_bar():
+            model: Any = None if is_adapter(source or PATH) else _numbers(source or PATH, dtype)
+            if model is None or hasattr(model, "peft_config"):  # the second: an adapter of the hub
+                model = fold(source or PATH).to(dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
@@ -42,27 +39,10 @@ def load_model(source: str | Path | None, device: str | None = None, dtype: torc
     return loaded
 
 
-def _folded(adapter: str | Path | None, base: str, dtype: torch.dtype) -> Any:
-    """The base model with an adapter folded into its weights, in float32 until that is done."""
-    import peft
+def _numbers(source: str | Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return peft.PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload().to(dtype)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keeps transformers from drawing a bar for every load, which would run into the trainer's own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
 
 
 def max_context_of(model: nn.Module, wanted: int | None) -> int:

@@ -15,13 +15,15 @@ from llm_gym.harness import TrainConfig, Trainer, load, optimizers, weights
 from llm_gym.harness.batching import pack
 from llm_gym.harness.layers import decoder_layers
 from llm_gym.harness.learner import Learner
-from llm_gym.harness.lora import BASES, KINDS, LoraConfig, weight_of
+from llm_gym.harness.lora import KINDS, LoraConfig
 from llm_gym.harness.memory import MemoryConfig, economise
 from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.sync import modes_of
+from llm_gym.policies.folding import weight_of
+from llm_gym.policies.plain import HELD
 
-EVERY = [(kind, base) for kind in KINDS for base in BASES]
+EVERY = [(kind, base) for kind in KINDS for base in HELD]
 
 
 def adapted(seed: int = 0, **fields: Any) -> Any:
@@ -103,7 +105,7 @@ def test_only_float32_adapters_are_trained_and_the_base_keeps_its_bits(kind: str
 
 def test_four_bits_are_smaller_than_sixteen() -> None:
     pytest.importorskip("bitsandbytes")
-    sizes = {base: decoder_layers(adapted(base=base)) for base in BASES}
+    sizes = {base: decoder_layers(adapted(base=base)) for base in HELD}
     held = {base: sum(p.nbytes for n, p in m.named_parameters() if "base_layer" in n) for base, m in sizes.items()}
     assert held["nf4"] * 4 == held["bfloat16"]
     assert held["bfloat16"] * 2 == held["float32"]

@@ -1,0 +1,231 @@
+"""Plain models: what a trained model, or a saved adapter, is to tools that know nothing of adapters.
+
+An adapter is a difference to the base that it was trained on. If that was held in fewer bits, those numbers are the
+base: a checkpoint says how it was held (`BASE`), and whoever folds the adapter in holds the base so first.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from llm_gym.embedded import PATH
+from llm_gym.errors import SettingError
+from llm_gym.policies.folding import base_of, beneath, plain_tensors, untied
+
+HELD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
+"""How frozen weights are held -> their type; for `nf4`, of those that are not linear layers."""
+BASE = "base.json"
+"""File beside an adapter: the `model` that it was trained on (null: the embedded one), and how that was `held`."""
+ADAPTER = "adapter_config.json"
+
+
+# A trained model
+
+
+def plain_config(model: Any) -> Any:
+    """The config of the plain model: no 4 bits, and no tie that an adapter has broken."""
+    config = copy.deepcopy(base_of(model).config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if untied(model):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def as_saved(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Plain tensors by the names, and in the form, in which `save_pretrained` writes them, and engines read them.
+
+    Where these differ from those in memory (experts that are fused there) it takes a layer at a time.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    base = base_of(model)
+    if getattr(base, "quantization_method", None) is not None:  # its own would end in 4 bits again
+        with torch.device("meta"):
+            base = _class_of(base)(plain_config(model))
+    known = getattr(base, "_weight_conversions", None)
+    if not (get_model_conversion_mapping(base, add_legacy=False) if known is None else known):
+        yield from tensors
+        return
+    for _, layer in groupby(tensors, key=lambda item: _layer(item[0])):
+        yield from revert_weight_conversion(base, dict(layer)).items()
+
+
+def merged(model: Any, *, consume: bool = False) -> Any:
+    """The plain model, adapters folded in: a copy in float32 at least, on the CPU; the model is only read.
+
+    If it is split over several processes, each of them must ask, and gets the whole.
+
+    Args:
+        model: a trained model.
+        consume: nobody needs `model` any more: its memory is used, and it is of no use afterwards.
+    """
+    base, config = base_of(model), plain_config(model)
+    kind = torch.promote_types(beneath(base.get_input_embeddings(), adapters=False)[0].weight.dtype, torch.float32)
+    tensors = as_saved(model, plain_tensors(model, consume=consume))
+    state = {name: tensor.to("cpu", kind, copy=not consume) for name, tensor in tensors}
+    with no_progress_bar():
+        plain = _class_of(base).from_pretrained(None, config=config, state_dict=state, dtype=kind)
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return plain.eval()
+
+
+# On disk
+
+
+def load_base(
+    source: str | Path,
+    held: str = "float32",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+) -> Any:
+    """A causal language model whose weights are held as `held`; one in 4 bits is on `device` already.
+
+    Args:
+        source: a folder or a hub id; a folder that holds an adapter alone is folded first.
+        held: a key of `HELD`.
+        dtype: another type than that of `held`, where these are whole numbers of it (not in 4 bits).
+        device: where weights are brought into 4 bits.
+        config: the model's, if it is known already.
+
+    Raises:
+        SettingError: bitsandbytes is missing.
+    """
+    if held == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise SettingError(f"model: the base of {str(source)!r} is held in 4 bits, which needs bitsandbytes.")
+        return _in_four_bits(source, device, config)
+    if is_adapter(source):
+        return fold(source).to(dtype or HELD[held])
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(source), config=config, dtype=dtype or HELD[held])
+
+
+def fold(source: str | Path, base: str | Path | None = None) -> Any:
+    """The plain model in float32 that a saved adapter (a folder or hub id) makes of its base, held as in training.
+
+    `base`: where the base is, if not where the adapter says.
+    """
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(source))
+    name, held = recorded_base(Path(source))
+    device = "cuda" if held == "nf4" and torch.cuda.is_available() else "cpu"
+    made = peft.get_peft_model(load_base(base or name or PATH, held, device=device), config)
+    full_precision(made)
+    peft.set_peft_model_state_dict(made, peft.load_peft_weights(str(source), device="cpu"))
+    return merged(made.eval(), consume=True)
+
+
+def full_precision(model: Any) -> None:
+    """Adapters in float32 at least: peft makes some of them in the type of the weights."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return (Path(source) / ADAPTER).is_file() and not (Path(source) / "config.json").is_file()
+
+
+def record_base(model: Any, folder: Path) -> None:
+    """Writes beside a saved adapter what it belongs on."""
+    base = base_of(model)
+    held = str(beneath(base.get_input_embeddings(), adapters=False)[0].weight.dtype).removeprefix("torch.")
+    held = "nf4" if getattr(base, "quantization_method", None) is not None else held
+    name = next(iter(model.peft_config.values())).base_model_name_or_path
+    text = json.dumps({"model": None if name == str(PATH) else name, "held": held}, indent=2)
+    (folder / BASE).write_text(text + "\n", "utf-8")
+
+
+def recorded_base(folder: Path) -> tuple[str | None, str]:
+    """The model that an adapter belongs on (None: the embedded one), and how it was held."""
+    if (folder / BASE).is_file():
+        found = json.loads((folder / BASE).read_text("utf-8"))
+        return found["model"], found["held"]
+    import peft
+
+    name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return name, _held_in_run(folder.resolve().parent.parent / "config.yaml")
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing a bar for every load, which would run into the trainer's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+# Inside
+
+
+def _held_in_run(file: Path) -> str:
+    """How the base was held in a run whose checkpoints do not say it: those of older versions."""
+    import yaml
+
+    config = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    lora = config.get("lora") if isinstance(config, dict) else None
+    found = str((lora or {}).get("base", "float32"))
+    if found not in HELD:
+        raise SettingError(f"{str(file)!r}: lora.base is {found!r}, want one of {', '.join(HELD)}.")
+    return found
+
+
+def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if is_adapter(source):  # weights are brought into 4 bits as they are read
+        with tempfile.TemporaryDirectory() as scratch:
+            fold(source).save_pretrained(scratch)
+            return _in_four_bits(scratch, device, None)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=HELD["nf4"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source), config=config, dtype=HELD["nf4"], quantization_config=four, device_map={"": str(device)}
+    )
+    for module in model.modules():
+        # Or bitsandbytes lays the weights out anew in a forward on a CPU, and what `numbers` reads is wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            module.quant_state = module.weight.quant_state  # a weight that is split forgets it
+    return model
+
+
+def _class_of(base: Any) -> Any:
+    """The model's class; one that is split over processes has another in front of it."""
+    return next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _layer(name: str) -> str:
+    """What a parameter's name begins with, the number of its layer included; else the whole."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
