@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.layers import decoder_layers, parse_layers
 from llm_gym.harness.optimizers import require
-from llm_gym.policies.plain import HELD, full_precision
+from llm_gym.policies.folding import base_of, beneath, places, plain_tensors
+from llm_gym.policies.plain import HELD, full_precision, plain_class, plain_config
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},  # https://arxiv.org/abs/2106.09685
@@ -37,6 +41,8 @@ class LoraConfig:
     base: str = "float32"
     """What the frozen weights are held in: `float32`, `bfloat16`, or `nf4` (QLoRA, https://arxiv.org/abs/2305.14314:
     4 bits and a scale for each block; needs bitsandbytes)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained whole beside the adapters, such as `lm_head` or `norm`; needs base float32."""
     dropout: float = 0.0
     """Must be 0: with dropout, old and new log-probabilities would be of two different functions."""
 
@@ -48,6 +54,11 @@ class LoraConfig:
             raise ConfigError(f"lora.rank: got {self.rank!r}, want a value >= 1.")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"lora.alpha: got {self.alpha!r}, want a value > 0.")
+        if self.modules_to_save and self.base != "float32":
+            raise ConfigError(
+                f"lora.modules_to_save: got {list(self.modules_to_save)} with lora.base {self.base!r}, want 'float32': "
+                "what is trained whole is float32, and the layers around it must take that."
+            )
         if self.dropout:
             raise ConfigError(
                 f"lora.dropout: got {self.dropout!r}, want 0: with dropout, old and new log-probabilities "
@@ -56,8 +67,8 @@ class LoraConfig:
 
     @property
     def served_apart(self) -> bool:
-        """Whether vLLM can hold the adapter apart from the weights (not DoRA's)."""
-        return self.kind != "dora"
+        """Whether vLLM can hold the adapter apart from the weights (not DoRA's, nor modules trained whole)."""
+        return self.kind != "dora" and not self.modules_to_save
 
     def check(self, layers: int) -> None:
         """Looks at everything that needs no weights.
@@ -96,12 +107,80 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         lora_alpha=lora.alpha,
         target_modules=targets,
         layers_to_transform=numbers,
+        modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
         **KINDS[lora.kind],
     )
     try:
-        made = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # of tied weights: `plain_config` unties them
+            warnings.simplefilter("ignore", UserWarning)
+            made = peft.get_peft_model(model, config)
     except ValueError as error:
+        if "ParamWrapper" in str(error):  # peft's word for what adapts a parameter that is no layer's
+            raise ConfigError(
+                f"lora.kind: {lora.kind!r} does not go into experts that are fused; use 'lora', or name layers of the "
+                "attention in lora.target_modules, such as [q_proj, v_proj]."
+            ) from error
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
     full_precision(made)
     return made
+
+
+@torch.no_grad()
+def check_folding(model: Any) -> None:
+    """Proves that what is sent and saved is what is trained, without a second model.
+
+    The plain tensors must have the names of the plain model. And one adapted layer of every kind, on what reaches it
+    in a forward of a few tokens, must give what the plain layer gives on its folded weight. Adapters, which change
+    nothing yet, are moved meanwhile.
+
+    Raises:
+        ConfigError: an adapter that cannot be folded.
+    """
+    base = base_of(model)
+    with torch.device("meta"):
+        wanted = plain_class(base)(plain_config(model)).state_dict().keys()
+    if wrong := wanted ^ {place.name for place in places(base)}:
+        raise ConfigError(f"lora: the plain model of these adapters is not known: {sorted(wrong)[0]!r} does not fit.")
+    generator, proven, handles = torch.Generator().manual_seed(0), set(), []
+    for name, module in base.named_modules():
+        leaf, around = beneath(module)
+        kind = (type(module), type(leaf), name.rpartition(".")[2])
+        if "base_layer" in module._modules and not name.endswith("base_layer") and around and kind not in proven:
+            proven.add(kind)
+            handles.append(module.register_forward_hook(partial(_compare, name), with_kwargs=True))
+    moved = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
+    before = {name: parameter.clone() for name, parameter in moved.items()}
+    try:
+        for name, parameter in moved.items():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.copy_(parameter * (1 + 0.1 * noise) if "magnitude" in name else parameter + 0.1 * noise)
+        ids = torch.randint(0, base.config.get_text_config().vocab_size, (1, 8), generator=generator)
+        base(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for name, parameter in moved.items():
+            parameter.copy_(before[name])
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Raises ConfigError if a layer's output is not that of the plain layer beneath it on its folded weights."""
+    leaf, tensors = beneath(module)[0], dict(plain_tensors(module))
+    kind = next(iter(tensors.values())).dtype
+    half = kind not in (torch.float32, torch.float64) or any(p.element_size() < 4 for p in leaf.parameters())
+    kind = torch.promote_types(kind, torch.float32)
+    tensors = {n: t.to(kind) for n, t in tensors.items()}
+    given = [a.to(kind) if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*args, *kwargs.values())]
+    if getattr(leaf, "quant_state", None) is not None:
+        want = nn.functional.linear(given[0], tensors["weight"], tensors.get("bias"))
+    else:
+        named = dict(zip(kwargs, given[len(args) :], strict=True))
+        want = torch.func.functional_call(leaf, tensors, tuple(given[: len(args)]), named)
+    got, want = (found[0] if isinstance(found, tuple) else found for found in (output, want))
+    off = float((got.to(kind) - want).abs().max() / want.abs().max().clamp_min(1e-12))
+    if not off <= (3e-2 if half else 1e-3):
+        raise ConfigError(
+            f"lora: the adapter on {name!r} cannot be folded into plain weights (its layer is off by {off:.1e} of its "
+            "largest output); leave it out of lora.target_modules."
+        )

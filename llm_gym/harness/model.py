@@ -17,7 +17,7 @@ from llm_gym import embedded
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch
 from llm_gym.harness.lora import LoraConfig as LoraConfig
-from llm_gym.harness.lora import add_adapters
+from llm_gym.harness.lora import add_adapters, check_folding
 from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
@@ -93,7 +93,10 @@ def prepare(
     if lora is not None:
         model = add_adapters(model, lora)
     economise(model, memory or MemoryConfig())
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if lora is not None:
+        check_folding(model)
+    return model
 
 
 def _config(path: str | Path) -> Any:

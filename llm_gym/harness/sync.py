@@ -6,7 +6,7 @@ import inspect
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from llm_gym.errors import ConfigError, PolicyError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock
-from llm_gym.harness.model import adapter_tensors, export, load_model, plain_tensors
+from llm_gym.harness.model import adapter_tensors, export, merged, plain_tensors, prepare
 from llm_gym.harness.parallel import World
 from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.policies import ENGINES, make_policy
 from llm_gym.policies.checksums import recorded
+from llm_gym.policies.folding import apart, untied
+from llm_gym.policies.plain import as_saved, is_adapter
 
 Tensors = Iterable[tuple[str, Tensor]]
 Seen = Callable[[Tensors], Tensors]
@@ -37,8 +39,12 @@ def _share(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> N
     policy.refresh(version=version)
 
 
-def _load(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+def _copy(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     policy.load(seen(plain_tensors(model)), version=version)
+
+
+def _load(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    policy.load(seen(as_saved(model, plain_tensors(model))), version=version)
 
 
 def _load_adapter(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
@@ -49,13 +55,13 @@ def _load_adapter(model: Any, policy: Any, version: int, folder: Path, seen: See
 def _load_folder(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     with _written(model, folder):
         policy.load_folder(folder, version=version)
-    deque(seen(plain_tensors(model)), maxlen=0)
+    deque(seen(as_saved(model, plain_tensors(model))), maxlen=0)
 
 
 def _restart(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     with _written(model, folder):
         policy.restart(folder, version=version)
-    deque(seen(plain_tensors(model)), maxlen=0)
+    deque(seen(as_saved(model, plain_tensors(model))), maxlen=0)
 
 
 @contextmanager
@@ -87,7 +93,7 @@ class Mode:
 
 MODES = {
     "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False),
-    "copy": Mode(_load, ("transformers",), None, False, "every tensor is copied into a second module"),
+    "copy": Mode(_copy, ("transformers",), None, False, "every tensor is copied into a second module"),
     "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
     "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
     "adapter": Mode(_load_adapter, ("vllm", "server"), True, True, "the adapter alone is replaced", over_base=True),
@@ -214,13 +220,17 @@ class Sync:
         self.config, self.learner, self.world = config, learner, learner.world
         self.folder = folder.with_name(f"{folder.name}-{self.world.rank}") if self.world.rank else folder
         modes = modes_of(config, engine_of(config), sharded=learner.world.sharded)
+        if config.policy.sync == "auto" and config.lora is not None and not apart(learner.model):
+            modes = [mode for mode in modes if not MODES[mode].over_base]
+        if untied(learner.model):
+            tell("lora: embedding and head, one matrix in the model, become two; engines and exports hold both.")
         best = modes[0]
         try:
             if len(modes) > 1:
                 best, said = self._fastest(modes, version)
                 tell(said)
             elif best == "merged" and config.policy.sync == "auto":
-                tell("policy.sync: 'merged', because vLLM cannot hold a DoRA adapter apart from the weights.")
+                tell("policy.sync: 'merged', because vLLM cannot hold this adapter apart from the weights.")
             self._start(best, version)
         except BaseException:
             if hasattr(self, "policy"):
@@ -290,18 +300,22 @@ class Sync:
         engine = engine_of(config)
         source: Any = config.model
         if engine == "transformers":
-            source = model if mode == "shared" else load_model(config.model, device=self.learner.device)
+            source = model if mode == "shared" else prepare(merged(model), device=self.learner.device)
         options = engine_options(config, mode) | ({"ranks": self.world} if engine == "server" else {})
+        # An engine reads from its folder whether embedding and head are one.
+        other = engine == "vllm" and (is_adapter(config.model or "") or (untied(model) and not MODES[mode].over_base))
 
         def begin() -> None:
-            self.policy = make_policy(source, engine=engine, version=version, **options)
+            with _written(model, self.folder) if other else nullcontext():
+                where = self.folder if other else source
+                self.policy = make_policy(where, engine=engine, version=version, **options)
 
         self.world.every(begin, "starting the engine")
         self.mode = mode
         self.dtype = self.policy.dtype
         self.proof = self._proof()
         if MODES[mode].over_base:
-            self.policy.load(plain_tensors(model, adapters=False), version=version)
+            self.policy.load(as_saved(model, plain_tensors(model, adapters=False)), version=version)
         self(version)
 
     def _proof(self) -> Proof:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,24 +41,39 @@ def plain_tensors(model: Any, *, adapters: bool = True, consume: bool = False) -
     for module in base.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # what was gathered for a forward may be older than the parts
-    kept = {id(parameter) for parameter in _ends(base)} if consume else None
-    yield from _walk(base, "", adapters, kept)
+    shared = {id(weight) for weight in _ends(base)} if consume else set()
+    for place in places(base, adapters=adapters):
+        yield place.name, whole(_adapted(place.leaf, place.parameter, place.around).detach())
+        tensor = getattr(place.leaf, place.parameter)
+        if consume and place.around and id(tensor) not in shared:
+            tensor.data = torch.empty(0)
 
 
-def _walk(module: nn.Module, path: str, adapters: bool, kept: set[int] | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a module and of all below it; `kept`: parameters that are not freed (None: none is)."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of the plain model comes from."""
+
+    name: str
+    """The tensor's, in the plain model."""
+    leaf: Any
+    """The plain module that holds it."""
+    parameter: str
+    """Its name there."""
+    around: list[Any]
+    """The adapters around `leaf`, the innermost first."""
+
+
+def places(module: nn.Module, path: str = "", *, adapters: bool = True) -> Iterator[Place]:
+    """Where the parameters and buffers of a plain model are, in a model with peft's wrappers in it."""
     leaf, around = beneath(module, adapters=adapters)
     if not all(map(_is_lora, around)):
         leaf, around = _merged_copy(module), []
     transient = leaf._non_persistent_buffers_set
     for name in [*leaf._parameters, *(name for name in leaf._buffers if name not in transient)]:
-        if getattr(leaf, name) is None:
-            continue
-        yield path + name, whole(_adapted(leaf, name, around).detach())
-        if kept is not None and around and id(getattr(leaf, name)) not in kept:
-            getattr(leaf, name).data = torch.empty(0)
+        if getattr(leaf, name) is not None:
+            yield Place(path + name, leaf, name, around)
     for name, child in leaf.named_children():
-        yield from _walk(child, f"{path}{name}.", adapters, kept)
+        yield from places(child, f"{path}{name}.", adapters=adapters)
 
 
 def untied(model: Any) -> bool:
@@ -66,6 +82,14 @@ def untied(model: Any) -> bool:
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     return bool(tied) and None not in ends and any(beneath(end)[0] is not end for end in ends)
+
+
+def apart(model: Any) -> bool:
+    """Whether every adapter is on a linear layer of the decoder, where engines can hold one apart from the weights."""
+    base = base_of(model)
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    linear = all(isinstance(p.leaf, nn.Linear) for p in places(base) if p.around)
+    return linear and all(beneath(end)[0] is end for end in ends)
 
 
 def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:

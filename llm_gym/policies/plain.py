@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from llm_gym.embedded import PATH
 from llm_gym.errors import SettingError
 from llm_gym.policies.folding import base_of, beneath, plain_tensors, untied
 
+log = logging.getLogger(__name__)
+
 HELD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 """How frozen weights are held -> their type; for `nf4`, of those that are not linear layers."""
 BASE = "base.json"
@@ -32,6 +35,11 @@ ADAPTER = "adapter_config.json"
 
 
 # A trained model
+
+
+def plain_class(base: Any) -> Any:
+    """The model's class; one that is split over processes has another in front of it."""
+    return next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def plain_config(model: Any) -> Any:
@@ -55,7 +63,7 @@ def as_saved(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tupl
     base = base_of(model)
     if getattr(base, "quantization_method", None) is not None:  # its own would end in 4 bits again
         with torch.device("meta"):
-            base = _class_of(base)(plain_config(model))
+            base = plain_class(base)(plain_config(model))
     known = getattr(base, "_weight_conversions", None)
     if not (get_model_conversion_mapping(base, add_legacy=False) if known is None else known):
         yield from tensors
@@ -78,7 +86,7 @@ def merged(model: Any, *, consume: bool = False) -> Any:
     tensors = as_saved(model, plain_tensors(model, consume=consume))
     state = {name: tensor.to("cpu", kind, copy=not consume) for name, tensor in tensors}
     with no_progress_bar():
-        plain = _class_of(base).from_pretrained(None, config=config, state_dict=state, dtype=kind)
+        plain = plain_class(base).from_pretrained(None, config=config, state_dict=state, dtype=kind)
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain.eval()
 
@@ -130,6 +138,8 @@ def fold(source: str | Path, base: str | Path | None = None) -> Any:
     made = peft.get_peft_model(load_base(base or name or PATH, held, device=device), config)
     full_precision(made)
     peft.set_peft_model_state_dict(made, peft.load_peft_weights(str(source), device="cpu"))
+    if untied(made):
+        log.warning("%s: embedding and head, one matrix in its base, are two in the plain model.", source)
     return merged(made.eval(), consume=True)
 
 
@@ -217,11 +227,6 @@ def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -
             module.support_avx512bf16_for_cpu = False
             module.quant_state = module.weight.quant_state  # a weight that is split forgets it
     return model
-
-
-def _class_of(base: Any) -> Any:
-    """The model's class; one that is split over processes has another in front of it."""
-    return next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _layer(name: str) -> str:
