@@ -210,7 +210,7 @@ class Body:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight, bias = self.head()
-        return self.scale * nn.functional.linear(hidden, weight, bias).float()
+        return self.scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def _scale(self, linear: Tensor, logits: Tensor) -> float:
         """The factor between them (Granite and Cohere have one); 1.0 exactly where there is none."""

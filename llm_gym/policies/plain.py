@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 HELD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 """How frozen weights are held -> their type; for `nf4`, of those that are not linear layers."""
 BASE = "base.json"
-"""File beside an adapter: the `model` that it was trained on (null: the embedded one), and how that was `held`."""
+"""File beside an adapter: the `model` that it was trained on (null: the embedded one), how that was `held`, and the
+type of the `numbers` that its 4 bits stood for."""
 ADAPTER = "adapter_config.json"
 
 
@@ -133,9 +134,11 @@ def fold(source: str | Path, base: str | Path | None = None) -> Any:
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(source))
-    name, held = recorded_base(Path(source))
+    name, held, kind = recorded_base(Path(source))
     device = "cuda" if held == "nf4" and torch.cuda.is_available() else "cpu"
     made = peft.get_peft_model(load_base(base or name or PATH, held, device=device), config)
+    for state in _states(made) if kind is not None else ():
+        state.dtype = getattr(torch, str(kind))
     full_precision(made)
     peft.set_peft_model_state_dict(made, peft.load_peft_weights(str(source), device="cpu"))
     if untied(made):
@@ -161,19 +164,21 @@ def record_base(model: Any, folder: Path) -> None:
     held = str(beneath(base.get_input_embeddings(), adapters=False)[0].weight.dtype).removeprefix("torch.")
     held = "nf4" if getattr(base, "quantization_method", None) is not None else held
     name = next(iter(model.peft_config.values())).base_model_name_or_path
-    text = json.dumps({"model": None if name == str(PATH) else name, "held": held}, indent=2)
+    kinds = {str(state.dtype).removeprefix("torch.") for state in _states(base)}
+    known = {"model": None if name == str(PATH) else name, "held": held, "numbers": min(kinds, default=None)}
+    text = json.dumps(known, indent=2)
     (folder / BASE).write_text(text + "\n", "utf-8")
 
 
-def recorded_base(folder: Path) -> tuple[str | None, str]:
-    """The model that an adapter belongs on (None: the embedded one), and how it was held."""
+def recorded_base(folder: Path) -> tuple[str | None, str, str | None]:
+    """What `BASE` says of the model that an adapter belongs on: name, how it was held, type of its numbers."""
     if (folder / BASE).is_file():
         found = json.loads((folder / BASE).read_text("utf-8"))
-        return found["model"], found["held"]
+        return found["model"], found["held"], found["numbers"]
     import peft
 
     name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    return name, _held_in_run(folder.resolve().parent.parent / "config.yaml")
+    return name, _held_in_run(folder.resolve().parent.parent / "config.yaml"), None
 
 
 @contextmanager
@@ -191,6 +196,11 @@ def no_progress_bar() -> Iterator[None]:
 
 
 # Inside
+
+
+def _states(model: Any) -> list[Any]:
+    """What bitsandbytes knows of each weight in 4 bits."""
+    return [module.quant_state for module in model.modules() if getattr(module, "quant_state", None) is not None]
 
 
 def _held_in_run(file: Path) -> str:
@@ -212,11 +222,13 @@ def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -
         with tempfile.TemporaryDirectory() as scratch:
             fold(source).save_pretrained(scratch)
             return _in_four_bits(scratch, device, None)
+    slow = torch.device(device).type == "cpu"  # at bfloat16: products are of float32 there
+    kind = torch.float32 if slow else HELD["nf4"]
     four = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=HELD["nf4"],
+        bnb_4bit_compute_dtype=kind,
     )
     model = AutoModelForCausalLM.from_pretrained(
         str(source), config=config, dtype=HELD["nf4"], quantization_config=four, device_map={"": str(device)}
@@ -226,6 +238,10 @@ def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             module.quant_state = module.weight.quant_state  # a weight that is split forgets it
+            module.quant_state.dtype = kind
+    for parameter in model.parameters() if slow else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     return model
 
 
