@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,4 +44,32 @@ def test_the_engine_serves_what_is_trained(kind: str, base: str, sync: str, mode
         assert row["sync/mode"] == mode
         assert row["sync/canary_gap_max"] <= (1e-4 if base == "float32" else 0.3)
         assert row["sampler/logprob_gap_mean"] <= (1e-5 if base == "float32" else 0.03)
-    assert any("DoRA" in line for line in told) == (sync == "auto")
+    assert any("cannot hold this adapter apart" in line for line in told) == (sync == "auto")
+
+
+@pytest.mark.parametrize(
+    ("lora", "sync", "mode"),
+    [
+        ({"target_modules": ("lm_head", "q_proj")}, "auto", "merged"),
+        ({"target_modules": ("embed_tokens", "lm_head"), "kind": "dora"}, "disk", "disk"),
+        ({"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)}, "restart", "restart"),
+    ],
+)
+def test_the_engine_holds_two_matrices_where_an_adapter_makes_two_of_one(
+    lora: dict[str, Any], sync: str, mode: str, tmp_path: Path
+) -> None:
+    """The embedded model's head is its embedding: an engine that were started on it would hold one."""
+    told: list[str] = []
+
+    class Listens(Silent):
+        def on_note(self, text: str) -> None:
+            told.append(text)
+
+    sets = ["policy.engine=vllm", "policy.vllm.max_model_len=256", f"policy.sync={sync}", *FEW]
+    rows = Trainer(load(TrainConfig, sets=sets, lora={"rank": 4, **lora}), out=tmp_path, observer=Listens()).train()
+    assert any(row["policy/grad_norm"] > 0 for row in rows[1:])
+    for row in rows[1:]:
+        assert row["sync/mode"] == mode
+        assert row["sync/canary_gap_max"] <= 1e-4
+        assert row["sampler/logprob_gap_mean"] <= 1e-5
+    assert any("become two" in line for line in told)
