@@ -43,6 +43,7 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
 
     from llm_gym.cli.group import settings
     from llm_gym.harness.lineage import model_path
+    from llm_gym.policies.plain import plain_folder
     from llm_gym.policies.serving import ServerProcess
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -52,8 +53,8 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
         if verbose or (up and _important(line)):
             click.echo(line, err=True)
 
-    with settings(), _signals():
-        path, arguments = model_path(model), parse_args(sets, "--set")
+    with settings(), _signals(), plain_folder(model_path(model)) as path:
+        arguments = parse_args(sets, "--set")
         server = ServerProcess(path, port=port, settings=arguments, echo=echo)
         try:
             _wait(server, console, f"starting vLLM on {model or 'the embedded model'}")

@@ -17,7 +17,7 @@ from llm_gym.chat import load_chat
 from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
 from llm_gym.harness.card import card
 from llm_gym.harness.lineage import Source, locate
-from llm_gym.policies.plain import fold
+from llm_gym.policies.plain import fold, is_adapter
 from llm_gym.tokenizer import declared_stops, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,6 +48,8 @@ def export_run(
         raise ConfigError(unknown("dtype", dtype, DTYPES))
     if adapter and not source.tuned:
         raise ConfigError(f"adapter: the run {str(run)!r} trained whole weights and has none; leave --adapter out.")
+    if adapter and source.base is not None and is_adapter(source.base):
+        raise ConfigError(f"adapter: that of {str(run)!r} lies on another run's adapter; leave --adapter out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"out: {str(out)!r} holds something already; name a new folder.")
     partial = out.with_name(f".partial-{out.name}")

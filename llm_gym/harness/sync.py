@@ -26,7 +26,7 @@ from llm_gym.harness.proof import Canaries, Proof
 from llm_gym.policies import ENGINES, make_policy
 from llm_gym.policies.checksums import recorded
 from llm_gym.policies.folding import apart, untied
-from llm_gym.policies.plain import as_saved, is_adapter
+from llm_gym.policies.plain import as_saved
 
 Tensors = Iterable[tuple[str, Tensor]]
 Seen = Callable[[Tensors], Tensors]
@@ -303,7 +303,7 @@ class Sync:
             source = model if mode == "shared" else prepare(merged(model), device=self.learner.device)
         options = engine_options(config, mode) | ({"ranks": self.world} if engine == "server" else {})
         # An engine reads from its folder whether embedding and head are one.
-        other = engine == "vllm" and (is_adapter(config.model or "") or (untied(model) and not MODES[mode].over_base))
+        other = engine == "vllm" and untied(model) and not MODES[mode].over_base
 
         def begin() -> None:
             with _written(model, self.folder) if other else nullcontext():

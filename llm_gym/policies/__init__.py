@@ -64,7 +64,8 @@ def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: st
     """An engine that serves `model`.
 
     Args:
-        model: a folder, a hub id, a transformers module (served in place), or None: the embedded model.
+        model: a folder (of an adapter too: it is folded in), a hub id, a transformers module (served in place), or
+            None: the embedded model.
         engine: a name of `ENGINES`; "auto" is vLLM for a named model where vLLM and a CUDA device are at
             hand, else the built-in engine.
         **options: the engine's own keyword arguments.
@@ -82,7 +83,13 @@ def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: st
         for option in options:
             if option not in known:
                 raise SettingError(unknown(f"option of the {name} engine", option, known))
-    policy: Policy = make(model, **options)
+    if name != "vllm" or not isinstance(model, str | Path):
+        policy: Policy = make(model, **options)
+        return policy
+    from llm_gym.policies.plain import plain_folder
+
+    with plain_folder(model) as folder:
+        policy = make(folder, **options)
     return policy
 
 

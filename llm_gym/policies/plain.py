@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from llm_gym.embedded import PATH
 from llm_gym.errors import SettingError
 from llm_gym.policies.folding import base_of, beneath, plain_tensors, untied
+from llm_gym.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,21 @@ def fold(source: str | Path, base: str | Path | None = None) -> Any:
     if untied(made):
         log.warning("%s: embedding and head, one matrix in its base, are two in the plain model.", source)
     return merged(made.eval(), consume=True)
+
+
+@contextmanager
+def plain_folder(source: str | Path | None) -> Iterator[str | Path | None]:
+    """What an engine loads that knows no adapters: `source`, or a folder, while this lasts, with its adapter folded in.
+
+    The folder holds the tokenizer too.
+    """
+    if source is None or not is_adapter(source):
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        fold(source).save_pretrained(scratch)
+        load_tokenizer(source).save_pretrained(scratch)
+        yield scratch
 
 
 def full_precision(model: Any) -> None:

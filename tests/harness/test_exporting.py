@@ -168,3 +168,18 @@ def test_mistakes_leave_nothing_behind(runs, tmp_path: Path) -> None:
         export_run(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_run_goes_on_from_an_adapters_run(runs, tmp_path: Path) -> None:
+    """It trains the former adapter folded in, and its own export is the fold of both."""
+    folder, _, first = runs
+    second = train(tmp_path / "on", f"model={folder / 'lora'}", "lora.rank=2")
+    start = Trainer(load(TrainConfig, sets=[*SMALL, f"model={folder / 'lora'}"]), out=tmp_path / "start")
+    same(start.model, merged(first.model), 1e-4)
+    start.close()
+    assert [source.config["lora"]["rank"] for source in lineage(locate(tmp_path / "on"))] == [4, 2]
+    export_run(tmp_path / "on", tmp_path / "out")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    same(plain, merged(second.model), 1e-4)
+    with pytest.raises(ConfigError, match="lies on another run's adapter"):
+        export_run(tmp_path / "on", tmp_path / "adapter", adapter=True)
