@@ -236,8 +236,8 @@ MUTANTS = (
     Mutant(
         "master weights in bfloat16",
         "harness/model.py",
-        "from_pretrained(source, config=config, dtype=dtype)",
-        "from_pretrained(source, config=config, dtype=torch.bfloat16)",
+        "held, dtype=kind, device=device, config=config)",
+        "held, dtype=torch.bfloat16, device=device, config=config)",
         ("harness/test_model.py::test_export_in_bfloat16_loads_as_float32",),
     ),
     Mutant(
@@ -270,9 +270,9 @@ MUTANTS = (
     ),
     Mutant(
         "the sampler is sent a DoRA without its magnitudes",
-        "harness/lora.py",
-        "if name in layer.lora_magnitude_vector:",
-        "if name not in layer.lora_A:",
+        "policies/folding.py",
+        "    if adapter in lengths:\n",
+        "    if adapter not in layer.scaling:\n",
         ("harness/test_lora.py::test_what_is_sent_and_written_is_what_is_trained[dora-float32]",),
     ),
     Mutant(
@@ -304,10 +304,10 @@ MUTANTS = (
         ("harness/test_learner.py::test_dropout_never_acts",),
     ),
     Mutant(
-        "merging an adapter drifts the base",
-        "harness/model.py",
-        "plain = copy.deepcopy(model)",
-        "plain = model",
+        "merging an adapter uses the base up",
+        "policies/folding.py",
+        "if consume and place.around and id(tensor) not in shared:",
+        "if place.around:",
         ("harness/test_model.py::test_a_hundred_merges_leave_the_base_bit_equal",),
     ),
     Mutant(

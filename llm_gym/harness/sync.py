@@ -106,6 +106,10 @@ MODES = {
     ),
 }
 """Name -> what it does."""
+UNTIED = (
+    "the servers must hold both, as with `llmgym serve MODEL --set load_format=dummy "
+    "--set 'hf_overrides={tie_word_embeddings: false}'`"
+)
 BURST, CONTEXT, TOKENS = 64, 32, 32
 """What is sampled to measure a mode: at most so many rows, their length, new tokens of each."""
 
@@ -223,7 +227,8 @@ class Sync:
         if config.policy.sync == "auto" and config.lora is not None and not apart(learner.model):
             modes = [mode for mode in modes if not MODES[mode].over_base]
         if untied(learner.model):
-            tell("lora: embedding and head, one matrix in the model, become two; engines and exports hold both.")
+            served = UNTIED if engine_of(config) == "server" else "engines and exports hold both"
+            tell(f"lora: embedding and head, one matrix in the model, become two; {served}.")
         best = modes[0]
         try:
             if len(modes) > 1:

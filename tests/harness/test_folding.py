@@ -148,6 +148,16 @@ def test_the_head_that_logits_are_made_of_is_the_one_that_is_sent(tmp_path: Path
         torch.testing.assert_close(weight, dict(plain_tensors(learner.model))["lm_head.weight"], rtol=0, atol=0)
 
 
+def test_a_merged_model_is_the_learners_no_more(tmp_path: Path) -> None:
+    _, learner = trained(tmp_path, "all linear layers")
+    plain = merged(learner.model)
+    want = logprobs(plain)
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(logprobs(plain), want)
+
+
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_a_small_adapter_is_kept_whole(base: str, tmp_path: Path) -> None:
     """An update below half precision's rounding arrives in `merged`, `export` and the tensors, to float32's."""

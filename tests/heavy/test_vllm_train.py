@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.parallel import World
 from llm_gym.harness.proof import Proof
@@ -142,3 +142,29 @@ def test_every_mode_is_proven_through_a_server(tmp_path: Path, server: str, mode
     agree(rows, mode)
     assert any(row["policy/grad_norm"] > 0 for row in rows[1:-1])
     assert not (tmp_path / "sync").exists()
+
+
+def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server: str) -> None:
+    """An adapter on a tied head: one that holds a single matrix is seen, one started as the run says works."""
+    from llm_gym.policies.serving import ServerProcess
+
+    told: list[str] = []
+
+    class Listens(Silent):
+        def on_note(self, text: str) -> None:
+            told.append(text)
+
+    def run(url: str, name: str) -> Trainer:
+        lora, policy = {"rank": 4, "target_modules": ["lm_head", "q_proj"]}, {"servers": [url]}
+        given = load(TrainConfig, sets=[*FEW, "steps=2", "optimizer.lr=1e-3"], lora=lora, policy=policy)
+        return Trainer(given, out=tmp_path / name, observer=Listens())
+
+    with pytest.raises(SyncError, match=r"lm_head\.weight|embed_tokens\.weight"):
+        run(server, "one").train()
+    assert "load_format=dummy --set 'hf_overrides={tie_word_embeddings: false}'" in told[0]
+    two = {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+    with ServerProcess(settings={"dtype": "float32", "max_model_len": 256, **two}) as process:
+        process.wait()
+        rows = run(process.url, "two").train()
+    agree(rows, "merged")
+    assert any(row["policy/grad_norm"] > 0 for row in rows[1:])
