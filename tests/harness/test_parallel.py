@@ -177,14 +177,17 @@ def test_two_ranks_take_the_steps_of_one(strategy: str, optimizer: str) -> None:
             assert step == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_weights_of_4_bits_are_split_too(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("lora", "all-linear"), ("dora", "all-linear"), ("lora", ("embed_tokens", "lm_head", "q_proj"))],
+)
+def test_weights_of_4_bits_are_split_too(kind: str, targets: Any) -> None:
     """Each rank holds half of them, takes the steps of one process, and sends the engine the same tensors."""
     pytest.importorskip("bitsandbytes")
 
     def work(world: World) -> tuple[list[dict[str, float]], dict[str, float], int]:
         torch.manual_seed(0)  # adapters are drawn
-        model = load_model(lora=LoraConfig(rank=4, kind=kind, base="nf4"))
+        model = load_model(lora=LoraConfig(rank=4, kind=kind, base="nf4", target_modules=targets))
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
