@@ -91,7 +91,8 @@ def _value(row: Mapping[str, Any], name: str) -> str:
 
 def _use(source: Source, adapter: bool) -> str:
     if adapter:
-        base = _named(source.base)
+        held = _get(source.config, "lora.base")
+        base = _named(source.base) + (f", held as {held} (base.json)" if held not in (None, "float32") else "")
         return (
             "```python\n"
             "from peft import PeftModel\n"

@@ -17,7 +17,7 @@ from llm_gym.chat import load_chat
 from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
 from llm_gym.harness.card import card
 from llm_gym.harness.lineage import Source, locate
-from llm_gym.policies.plain import fold, is_adapter
+from llm_gym.policies.plain import BASE, fold, is_adapter
 from llm_gym.tokenizer import declared_stops, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,3 +115,5 @@ def _write_adapter(source: Source, folder: Path, dtype: torch.dtype | None) -> N
     config: Mapping[str, Any] = json.loads((source.folder / "adapter_config.json").read_text("utf-8"))
     text = json.dumps({**config, "base_model_name_or_path": source.base}, indent=2)
     (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
+    if (source.folder / BASE).is_file():
+        shutil.copy(source.folder / BASE, folder)

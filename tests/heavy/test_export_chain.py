@@ -39,15 +39,18 @@ def said(*words: str) -> str:
     return done.output
 
 
-@pytest.fixture(scope="module", params=["whole", "lora"])
+@pytest.fixture(scope="module", params=["whole", "lora", "qlora"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The exported folder, and the last row of the run's metrics."""
     folder = tmp_path_factory.mktemp(request.param)
     chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0, call_rate=0.0))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     plan = json.loads(json.dumps(PLAN).replace("chats.jsonl", str(folder / "chats.jsonl")))
-    if request.param == "lora":
-        plan["stages"][1]["train"] |= {"lora": {"rank": 8}, "optimizer": {"lr": 2e-3}}
+    if request.param == "qlora":
+        pytest.importorskip("bitsandbytes")
+    if request.param != "whole":
+        lora = {"rank": 8, "base": "nf4" if request.param == "qlora" else "float32"}
+        plan["stages"][1]["train"] |= {"lora": lora, "optimizer": {"lr": 2e-3}}
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
     said("run", str(folder / "plan.yaml"), "--out", str(folder / "run"))
     said("export", str(folder / "run"), str(folder / "out"))
@@ -105,6 +108,7 @@ def test_eval_reproduces_the_training_evaluation(exported: tuple[Path, dict[str,
     folder, row = exported
     words = ("--episodes", str(EPISODES))
     assert measured(folder, *words, "--greedy") == row["eval/greedy_reward"]
+    assert measured(folder.parent / "run", *words, "--greedy") == row["eval/greedy_reward"], "of the run folder too"
     assert close(measured(folder, *words, "--sampled", "--seed", "5"), row["eval/sampled_reward"])
 
 
