@@ -313,7 +313,7 @@ MUTANTS = (
     Mutant(
         "weights are synced in part without notice",
         "policies/model.py",
-        "if missing := sorted(name for name, parameter in every.items() if id(parameter) not in covered):",
+        "if missing := sorted(name for name, parameter in parameters.items() if id(parameter) not in covered):",
         "if missing := []:",
         ("policies/test_transformers.py::TestWeights::test_load_is_all_or_nothing[missing]",),
     ),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.layers import decoder_layers, parse_layers
@@ -23,6 +24,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},  # https://arxiv.org/abs/2402.09353
 }
 """Name -> what peft is told."""
+
+
+MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBAS_OWN = ("conv1d", "out_proj")
+"""Layers of these models that peft refuses: CUDA kernels read their weights."""
+SAME_NUMBERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+"""Attributes of a weight whose reading is a use of its numbers (that of its type is none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +101,19 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
     import peft
 
     targets: Any = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    numbers = None
+    numbers, unfit = None, read_directly(model)
+    named = {name for name in unfit if isinstance(targets, list) and name.rpartition(".")[2] in targets}
+    if named:
+        raise ConfigError(
+            f"lora.target_modules: got {min(named).rpartition('.')[2]!r}, but the model does more with that layer than "
+            "call it for a product, so an adapter around it would not act as its weight does; leave it out."
+        )
     if lora.layers:
         layers = decoder_layers(model)
         numbers, _ = parse_layers(lora.layers, len(layers), "lora.layers")
         if targets == "all-linear":  # peft takes no numbers with it
             found = {name.rpartition(".")[2] for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
-            targets = sorted(found)
+            targets = sorted(found - {name.rpartition(".")[2] for name in unfit})
         elif isinstance(targets, str):
             targets = [targets]
     config = peft.LoraConfig(
@@ -107,6 +121,7 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         lora_alpha=lora.alpha,
         target_modules=targets,
         layers_to_transform=numbers,
+        exclude_modules=sorted(unfit) if targets == "all-linear" and unfit else None,
         modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
         **KINDS[lora.kind],
@@ -124,6 +139,46 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
     full_precision(made)
     return made
+
+
+@torch.no_grad()
+def read_directly(model: Any) -> set[str]:
+    """Linear layers that an adapter cannot be put around: their weight is read, or they give more than a product.
+
+    Found in a forward of two tokens: a router that gives a tuple, a projection whose weight goes into a kernel. peft
+    knows of some more, which other kernels read.
+    """
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    owners = {id(module.weight): name for name, module in linear.items()}
+    own, unfit = set[int](), set[str]()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") != "__get__" or func in SAME_NUMBERS:
+                read = {id(value) for value in (*args, *(kwargs or {}).values())} & owners.keys()
+                unfit.update(owners[weight] for weight in read - own)
+            return func(*args, **(kwargs or {}))
+
+    def enter(module: Any, args: Any) -> None:
+        own.add(id(module.weight))
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        own.discard(id(module.weight))
+        if not isinstance(output, Tensor) or output.shape[-1] != module.out_features:
+            unfit.add(owners[id(module.weight)])
+
+    hooks = [m.register_forward_pre_hook(enter) for m in linear.values()]
+    hooks += [m.register_forward_hook(leave) for m in linear.values()]
+    try:
+        with Watch():
+            model(input_ids=torch.tensor([[1, 2]], device=next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if model.config.get_text_config().model_type in MAMBAS:
+        unfit |= {name for name in linear if name.rpartition(".")[2] in MAMBAS_OWN}
+    return unfit
 
 
 @torch.no_grad()

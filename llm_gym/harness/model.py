@@ -90,10 +90,10 @@ def prepare(
     """Faster norms and MLPs, adapters if wanted, thrift with memory, eval mode, on the device."""
     fuse_norms(model)
     fuse_mlps(model)
+    model = model.eval() if hasattr(model, "quantization_method") else model.to(device).eval()  # 4 bits are there
     if lora is not None:
-        model = add_adapters(model, lora)
+        model = add_adapters(model, lora).eval()
     economise(model, memory or MemoryConfig())
-    model = model.to(device).eval()
     if lora is not None:
         check_folding(model)
     return model
@@ -251,7 +251,8 @@ def adapter_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     config = next(iter(model.peft_config.values())).to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return {name: whole(t.detach()) for name, t in peft.get_peft_model_state_dict(model).items()}, plain
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)  # frozen ones are the base's
+    return {name: whole(tensor.detach()) for name, tensor in state.items()}, plain
 
 
 def export(model: Any, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

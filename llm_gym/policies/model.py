@@ -78,17 +78,18 @@ def stop_ids_of(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 def copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copies named tensors into the model's parameters; everything is checked before anything is written.
+    """Copies named tensors into the model's parameters, and into buffers that are saved with them, all or nothing.
 
     Raises:
         PolicyError: a name is unknown or missing, or a shape differs.
     """
-    every = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    every = {**model.state_dict(keep_vars=True), **parameters}
     given = dict(tensors)
     if extra := sorted(given.keys() - every.keys()):
         raise PolicyError(f"load: {len(extra)} unknown names, the first is {extra[0]!r}.")
     covered = {id(every[name]) for name in given}
-    if missing := sorted(name for name, parameter in every.items() if id(parameter) not in covered):
+    if missing := sorted(name for name, parameter in parameters.items() if id(parameter) not in covered):
         raise PolicyError(f"load: {len(missing)} weights are missing, the first is {missing[0]!r}.")
     for name, tensor in given.items():
         if tensor.shape != every[name].shape:

@@ -21,7 +21,7 @@ from llm_gym.harness.exporting import export_run
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.lora import LoraConfig
-from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors
+from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.sync import Sync
 from llm_gym.policies import make_policy
 
@@ -224,6 +224,31 @@ def test_an_adapter_that_cannot_be_folded_is_refused_before_it_trains(
     monkeypatch.setattr(layers.Linear, "forward", lambda self, x, *a, **k: 1.5 * forward(self.base_layer, x))
     with pytest.raises(ConfigError, match=r"the adapter on '.*q_proj' cannot be folded into plain weights"):
         load_model(folder, lora=LoraConfig(target_modules=("q_proj",)))
+
+
+MAMBA = {"num_hidden_layers": 2, "state_size": 4, "conv_kernel": 4, "use_mambapy": False}
+JAMBA = {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_offset": 1, "attn_layer_period": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "left_out", "adapted"),
+    [
+        ("Phimoe", MOE, "router", "q_proj"),  # gives a tuple
+        ("Jamba", JAMBA | {"use_mamba_kernels": False}, "dt_proj", "q_proj"),  # its weight is read, not called
+        ("Mamba", MAMBA, "out_proj", "in_proj"),  # a kernel reads it on CUDA
+    ],
+)
+def test_all_linear_leaves_out_what_is_more_than_a_product(
+    family: str, fields: dict[str, Any], left_out: str, adapted: str
+) -> None:
+    """There an adapter would not act in training, or fail; and who names such a layer is told so."""
+    model = moved(prepare(tiny(family, **fields), lora=LoraConfig(rank=4)))
+    names = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert any(adapted in name for name in names)
+    assert not any(left_out in name for name in names)
+    assert apart(merged(model), logprobs(model)) <= 1e-4
+    with pytest.raises(ConfigError, match=rf"lora\.target_modules: got '{left_out}', but the model does more"):
+        prepare(tiny(family, **fields), lora=LoraConfig(rank=4, target_modules=(adapted, left_out)))
 
 
 def test_what_cannot_be_adapted_is_one_sentence(tmp_path: Path) -> None:
