@@ -97,7 +97,8 @@ def weight_of(layer: Any, *, adapters: bool = True) -> Tensor:
 
     Of frozen weights in half precision or 4 bits the result is float32, so that a small adapter is not rounded away.
     """
-    return _adapted(*_named(beneath(layer, adapters=adapters), "weight"))
+    leaf, around = beneath(layer, adapters=adapters)
+    return _adapted(leaf, "weight", around)
 
 
 def beneath(module: Any, *, adapters: bool = True) -> tuple[Any, list[Any]]:
@@ -107,7 +108,7 @@ def beneath(module: Any, *, adapters: bool = True) -> tuple[Any, list[Any]]:
 
     Args:
         module: any module.
-        adapters: leave out adapters, and trained copies; else those that are disabled.
+        adapters: False leaves out all adapters and trained copies, True those that are disabled.
     """
     around: list[Any] = []
     while True:
@@ -140,10 +141,6 @@ def whole(tensor: Any) -> Any:
 
 
 # Inside
-
-
-def _named(found: tuple[Any, list[Any]], name: str) -> tuple[Any, str, list[Any]]:
-    return found[0], name, found[1]
 
 
 def _ends(base: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llm_gym.embedded import PATH
-from llm_gym.errors import SettingError
+from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.folding import base_of, beneath, plain_tensors, untied
 from llm_gym.tokenizer import load_tokenizer
 
@@ -82,13 +82,19 @@ def merged(model: Any, *, consume: bool = False) -> Any:
     Args:
         model: a trained model.
         consume: nobody needs `model` any more: its memory is used, and it is of no use afterwards.
+
+    Raises:
+        PolicyError: weights are missing, or have no place: peft has wrapped a module in a way that is not known.
     """
     base, config = base_of(model), plain_config(model)
     kind = torch.promote_types(beneath(base.get_input_embeddings(), adapters=False)[0].weight.dtype, torch.float32)
     tensors = as_saved(model, plain_tensors(model, consume=consume))
     state = {name: tensor.to("cpu", kind, copy=not consume) for name, tensor in tensors}
+    how = {"config": config, "state_dict": state, "dtype": kind, "output_loading_info": True}
     with no_progress_bar():
-        plain = plain_class(base).from_pretrained(None, config=config, state_dict=state, dtype=kind)
+        plain, found = plain_class(base).from_pretrained(None, **how)
+    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        raise PolicyError(f"model: {wrong[0]!r} and {len(wrong) - 1} more do not fit the plain {type(plain).__name__}.")
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain.eval()
 
