@@ -265,7 +265,7 @@ def _adapter(version: int) -> Any:
     """The adapter as a request names it: one id for the engine, and a name of its own for the prefix cache."""
     from vllm.lora.request import LoRARequest
 
-    from llm_gym.policies.vllm_worker import ADAPTER
+    from llm_gym.policies.vllm_held import ADAPTER
 
     return LoRARequest(f"version-{version}", ADAPTER, "in memory")
 
