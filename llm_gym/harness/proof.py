@@ -52,6 +52,8 @@ ABSURD = 1.0
 """A mean gap (nats) that no rounding and no quantisation explains; a run does not start with it."""
 VISIBLE = 4.0
 """How many times its own rounding the learner must have moved before the engine must have moved along."""
+ENOUGH = 16
+"""Least number of tokens that say whether it has; a larger change leaves fewer as they were, and shows in the gap."""
 BLURRED = 3.0
 """How much wider the limit is where what the engine's type does to its weights is not known."""
 DRAWS = 2
@@ -236,10 +238,11 @@ class Proof:
             self._before = now
             return
         engine, learner = now.moved(before)
-        if len(learner) and np.abs(learner).mean() < visible:
+        few = len(learner) < ENOUGH
+        if not few and np.abs(learner).mean() < visible:
             return  # rounding hides it; it adds up until it is seen
         self._before = now
-        followed = float((engine * np.sign(learner)).sum() / np.abs(learner).sum()) if len(learner) else 1.0
+        followed = 1.0 if few else float((engine * np.sign(learner)).sum() / np.abs(learner).sum())
         if not followed >= 0.5:
             raise SyncError(
                 f"{how}: the learner's log-probabilities moved by {np.abs(learner).mean():.1e} nats on average, and "

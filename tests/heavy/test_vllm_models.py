@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny
 
 from llm_gym.harness import TrainConfig, Trainer, load
@@ -31,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {**EXPERTS, "mlp_only_layers": [], "norm_topk_prob": True},  # 48 is padded to 64 for vLLM's kernels
     "OPT": {"word_embed_proj_dim": 16, "ffn_dim": 64},
     "Olmo2": {},
+    "GPTNeoX": {},
 }
 SETS = [
     *("policy.engine=vllm", "policy.vllm.max_model_len=256", "sampling.max_tokens=12", "steps=2"),
@@ -50,6 +52,8 @@ class Listens(Silent):
 def trainer(family: str, tmp_path: Path, *, observer: Any = None, **changes: Any) -> Trainer:
     """Of a random model with the embedded model's tokenizer, with vLLM in this process."""
     tokenizer, sizes = load_tokenizer(None), SIZES | FAMILIES[family] | changes
+    if family == "GPTNeoX":  # it has neither, and vLLM would believe them
+        sizes |= {"num_key_value_heads": 2, "head_dim": None}
     model = tiny(family, tie_word_embeddings=False, vocab_size=len(tokenizer), **sizes)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
@@ -133,13 +137,12 @@ def test_layers_that_are_not_split_are_read_back(tmp_path: Path) -> None:
     proven(run.train())
 
 
-def test_a_model_without_a_class_of_vllms_own_trains_in_this_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["Olmo2", "GPTNeoX"])
+def test_a_model_without_a_class_of_vllms_own_trains_in_this_process(tmp_path: Path, family: str) -> None:
     """vLLM would decorate transformers' class in place, the learner's."""
-    import transformers
-
-    kind = transformers.Olmo2Model
+    kind = getattr(transformers, f"{family}Model")
     before = kind.__bases__, kind.__init__, kind.__call__
-    run = trainer("Olmo2", tmp_path)
+    run = trainer(family, tmp_path)
     worker = run.policy._thread.engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert type(worker.get_model()).__name__.startswith("Transformers")
     assert (kind.__bases__, kind.__init__, kind.__call__) == before
