@@ -144,12 +144,10 @@ def test_small_updates_that_are_never_sent(engine: Sync, monkeypatch: pytest.Mon
     engine(version)
     monkeypatch.setattr(engine.policy, "load", lambda tensors, *, version: setattr(engine.policy, "version", version))
     monkeypatch.setattr(engine.policy, "differing", lambda expected: [])
-    shares: list[float] = []
     with pytest.raises(SyncError, match=r"disagree by|engine's followed by"):  # noqa: PT012
         for step in range(60):
-            move(engine, step, 1e-3)
-            shares.append(engine(version + 1 + step)["sync/canary_share"])
-    assert len(shares) >= half(engine)
+            move(engine, step, 3e-4)
+            engine(version + 1 + step)
     monkeypatch.undo()
     engine(version + 100)
 
