@@ -60,7 +60,7 @@ class PolicyConfig:
     """How new weights reach the engine: a row of `sync.MODES`; `auto` measures where there is a choice."""
     canary_limit: float | None = None
     """Largest difference (nats) between engine and learner on a token before a run is stopped; None: 1e-3 in
-    float32, else by what is measured when the run starts."""
+    float32, else by the learner's own rounding (docs/sync.md)."""
     sleep: bool = False
     """Whether vLLM frees its memory while the learner trains (CUDA only)."""
     max_rows: int = 256

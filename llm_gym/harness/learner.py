@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from llm_gym.harness.losses import LossConfig, loss_function
 from llm_gym.harness.model import Body
 from llm_gym.harness.optimizers import DTYPES, OptimizerConfig, clip_gradients, lr_factor, make_optimizers
 from llm_gym.harness.parallel import World
+from llm_gym.harness.rounding import held_as
 from llm_gym.harness.sharding import gathered, is_sharded, shard
 from llm_gym.harness.streams import Streams
 
@@ -76,12 +78,21 @@ class Learner:
         return device
 
     def logprobs(
-        self, batch: MicroBatch, *, temperature: float = 1.0, grad: bool = False, entropy: bool = True
+        self,
+        batch: MicroBatch,
+        *,
+        temperature: float = 1.0,
+        grad: bool = False,
+        entropy: bool = True,
+        held: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy (nats) of each trained token at `temperature`, float32 [M] each."""
+        """Log-probability and entropy (nats) of each trained token at `temperature`, float32 [M] each.
+
+        `held`: compute in float32, with weights that are rounded to this type; None: compute as in training.
+        """
         with torch.set_grad_enabled(grad):
             head = partial(token_logprobs, entropy=entropy)
-            return self._through(self.body, batch.to(self.device), temperature, head)
+            return self._through(self.body, batch.to(self.device), temperature, head, held)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
@@ -145,14 +156,26 @@ class Learner:
 
     # Inside
 
-    def _through(self, body: Body, batch: MicroBatch, temperature: float, head: Callable[..., T]) -> T:
+    def _through(
+        self,
+        body: Body,
+        batch: MicroBatch,
+        temperature: float,
+        head: Callable[..., T],
+        held: torch.dtype | None = None,
+    ) -> T:
         """What `head` (a function of `logprobs`) makes of the body's hidden states."""
-        return gathered(body.causal, lambda: head(**self._hidden(body, batch, temperature)))
+        return gathered(body.causal, lambda: head(**self._hidden(body, batch, temperature, held)))
 
-    def _hidden(self, body: Body, batch: MicroBatch, temperature: float) -> dict[str, Any]:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+    def _hidden(
+        self, body: Body, batch: MicroBatch, temperature: float, held: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        half = held is None and self.dtype != torch.float32
+        rounded = nullcontext() if held is None or held == torch.float32 else held_as(body.causal, held)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=half), rounded:
             hidden = body.hidden(batch).index_select(0, batch.source)
             weight, bias = body.head()
+        weight = weight if held is None else weight.to(held)
         scaled = {"bias": bias, "temperature": temperature / body.scale}
         return {"hidden": hidden, "weight": weight, "targets": batch.target, **scaled}
 

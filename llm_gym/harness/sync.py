@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_gym.core import Sampling
-from llm_gym.errors import ConfigError, PolicyError, unknown
+from llm_gym.errors import ConfigError, PolicyError, SyncError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock
@@ -90,6 +90,12 @@ class Mode:
     sharded: bool = True
     """Whether it also works for a learner whose weights are split over several processes."""
 
+    def fits(self, config: TrainConfig, engine: str, sharded: bool) -> bool:
+        """Whether it works with a run's engine and learner; `sharded`: the weights are split over processes."""
+        apart = config.lora is None or config.lora.served_apart or not self.over_base
+        known = engine in self.engines and self.adapters in (None, config.lora is not None)
+        return known and apart and (self.sharded or not sharded)
+
 
 MODES = {
     "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False),
@@ -140,13 +146,7 @@ def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list
         ConfigError: the mode asked for is unknown, or does not work with this engine.
     """
     wanted, adapters = config.policy.sync, config.lora is not None
-    fitting = [
-        name
-        for name, mode in MODES.items()
-        if engine in mode.engines and mode.adapters in (None, adapters) and (mode.sharded or not sharded)
-    ]
-    if config.lora is not None and not config.lora.served_apart:
-        fitting = [name for name in fitting if not MODES[name].over_base]
+    fitting = [name for name, mode in MODES.items() if mode.fits(config, engine, sharded)]
     if wanted == "auto":
         return [name for name in fitting if MODES[name].automatic] or fitting
     if wanted not in MODES:
@@ -229,14 +229,15 @@ class Sync:
         if untied(learner.model):
             served = UNTIED if engine_of(config) == "server" else "engines and exports hold both"
             tell(f"lora: embedding and head, one matrix in the model, become two; {served}.")
-        best = modes[0]
         try:
-            if len(modes) > 1:
-                best, said = self._fastest(modes, version)
-                tell(said)
-            elif best == "merged" and config.policy.sync == "auto":
-                tell("policy.sync: 'merged', because vLLM cannot hold this adapter apart from the weights.")
-            self._start(best, version)
+            try:
+                self._begin(modes, version, tell)
+            except (SyncError, PolicyError) as error:
+                able = self.world.size == 1 and MODES["restart"].fits(config, engine_of(config), sharded=False)
+                if config.policy.sync != "auto" or not able:
+                    raise
+                tell(f"policy.sync: 'restart', because an engine that is sent weights goes wrong here: {error}")
+                self._start("restart", version)
         except BaseException:
             if hasattr(self, "policy"):
                 self.policy.close()
@@ -254,8 +255,9 @@ class Sync:
         with self.world.naming("sync"):
             self._push(version, sent)
             with clock(times, "time/proof"):
-                gap = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
-        return {"sync/mode": self.mode, "sync/canary_gap_max": gap, **times}
+                found = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
+        canaries = {"sync/canary_gap_max": found.worst, "sync/canary_share": found.share}
+        return {"sync/mode": self.mode, **canaries, **times}
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -275,6 +277,16 @@ class Sync:
     def close(self) -> None:
         """Ends the engine."""
         self.policy.close()
+
+    def _begin(self, modes: Sequence[str], version: int, tell: Callable[[str], None]) -> None:
+        """An engine for the best of the modes."""
+        best = modes[0]
+        if len(modes) > 1:
+            best, said = self._fastest(modes, version)
+            tell(said)
+        elif best == "merged" and self.config.policy.sync == "auto":
+            tell("policy.sync: 'merged', because vLLM cannot hold this adapter apart from the weights.")
+        self._start(best, version)
 
     @property
     def _sends(self) -> bool:
@@ -325,11 +337,24 @@ class Sync:
 
     def _proof(self) -> Proof:
         """What compares this engine with the learner."""
-        policy, vocabulary = self.config.policy, self.learner.body.config.vocab_size
-        canaries = Canaries.of(vocabulary, self.policy.max_context, self.config.sampling.temperature)
-        exact = self.learner.dtype == self.dtype == torch.float32 and not policy.vllm.get("quantization")
-        exact = exact and (self.config.lora is None or self.config.lora.base == "float32")
-        return Proof(self.learner, self.policy, canaries, exact=exact, limit=policy.canary_limit)
+        config, vocabulary = self.config, self.learner.body.config.vocab_size
+        lora, quantised = config.lora, bool(config.policy.vllm.get("quantization"))
+        base = torch.float32 if lora is None or lora.base == "float32" else torch.bfloat16
+        coarse = max(self.dtype, base, key=lambda dtype: torch.finfo(dtype).eps)
+        exact = coarse == torch.float32 and not quantised
+        own = engine_of(config) != "transformers" and self.dtype != torch.float32
+        alike = not self.world.sharded and (lora is None or MODES[self.mode].over_base)
+        canaries = Canaries.of(vocabulary, self.policy.max_context, config.sampling.temperature, exact=exact)
+        return Proof(
+            self.learner,
+            self.policy,
+            canaries,
+            coarse=None if exact else coarse,
+            held=self.dtype if own and alike else torch.float32,
+            blurred=own and not alike,
+            quantised=quantised,
+            limit=config.policy.canary_limit,
+        )
 
     def _fastest(self, modes: Sequence[str], version: int) -> tuple[str, str]:
         """The mode with the least estimated time for a step's synchronisation and sampling, and a line about it."""

@@ -29,6 +29,8 @@ class Report(TypedDict):
     tensor (a tied embedding has two), of this worker's shard."""
     meant: dict[str, int]
     """What `held` must add up to, where that is not the tensor itself (LoRA B is held scaled)."""
+    together: list[list[str]]
+    """Tensors that are held as one (two matrices of an expert): `held` of each is what all of them add up to."""
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -68,23 +70,30 @@ def differing(expected: Mapping[str, int], reports: Sequence[Report]) -> list[st
     """The tensors that an engine holds differently from the learner, in the learner's order.
 
     A tensor counts as equal if the workers' shards add up to it in every place that holds it. Where no place is
-    readable (quantised weights), or the engine holds another form of it, every worker must have received it so. A
-    tensor that is neither readable nor was received counts as different.
+    readable (quantised weights), or the engine holds another form of it, every worker must have received it so with
+    the last update. An engine that was never updated may hold what nobody can read, and is believed.
 
     Args:
         expected: the learner's checksums by name.
         reports: one of each worker.
     """
-    return [name for name, value in expected.items() if not _agrees(name, value, reports)]
+    groups = {name: group for report in reports for group in report["together"] for name in group}
+    return [
+        name
+        for name, value in expected.items()
+        if not _agrees(name, value, sum(expected.get(n, 0) for n in groups.get(name, [name])) % _MODULUS, reports)
+    ]
 
 
-def _agrees(name: str, expected: int, reports: Sequence[Report]) -> bool:
-    meant = {report["meant"].get(name, expected) for report in reports}
+def _agrees(name: str, expected: int, whole: int, reports: Sequence[Report]) -> bool:
+    """`expected`: the tensor's checksum; `whole`: that of all that are held together with it."""
+    meant = {report["meant"].get(name, whole) for report in reports}
     held = [report["held"][name] for report in reports if report["held"].get(name)]
     if held and not all(_adds_up(shards, want) for shards in zip(*held, strict=True) for want in meant):
         return False
     received = {report["received"].get(name) for report in reports}
-    return received == {expected} or (bool(held) and meant == {expected})
+    believed = not held and not any(report["received"] for report in reports)
+    return received == {expected} or (bool(held) and meant == {whole}) or believed
 
 
 def _adds_up(shards: Sequence[int], whole: int) -> bool:

@@ -1,8 +1,9 @@
 """The vLLM engine, in process: one thread owns it, requests join and leave between steps, weights change live.
 
-Everything that knows vLLM is in this file, in `vllm_start` (its settings) and in `vllm_worker` (what runs in its
-workers). `AsyncLLM` always spawns an engine process, through which tensors cannot pass; `LLMEngine` without
-multiprocessing runs in this process and can be driven from one thread, which also batches continuously.
+Everything that knows vLLM is in this file, in `vllm_start` (its settings), in `vllm_worker` (what runs in its workers)
+and in `vllm_held` (what these hold). `AsyncLLM` always spawns an engine process, through which tensors cannot pass;
+`LLMEngine` without multiprocessing runs in this process and can be driven from one thread, which also batches
+continuously.
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ def _adapter(version: int) -> Any:
     """The adapter as a request names it: one id for the engine, and a name of its own for the prefix cache."""
     from vllm.lora.request import LoRARequest
 
-    from llm_gym.policies.vllm_worker import ADAPTER
+    from llm_gym.policies.vllm_held import ADAPTER
 
     return LoRARequest(f"version-{version}", ADAPTER, "in memory")
 

@@ -7,7 +7,8 @@ import logging
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from llm_gym.errors import ConfigError, SettingError, unknown
@@ -90,7 +91,8 @@ def make_engine(settings: Mapping[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
-        return LLMEngine.from_engine_args(arguments(**settings, **_among_others()))
+        with own_classes():
+            return LLMEngine.from_engine_args(arguments(**settings, **_among_others()))
     except BaseException as error:
         cleanup_dist_env_and_memory()
         if not isinstance(error, Exception):
@@ -152,3 +154,34 @@ def defaults() -> dict[str, Any]:
         settings |= {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         settings |= {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": _CPU_CACHE}
     return settings
+
+
+@contextmanager
+def own_classes() -> Iterator[None]:
+    """While it lasts, vLLM makes models from subclasses of transformers' classes.
+
+    For a model that it has no class of its own for, it decorates the class of transformers in place; every instance,
+    the learner's too, would then look for attributes that only vLLM's have (`do_not_compile`).
+    """
+    from transformers import AutoModel
+    from vllm.model_executor.models import transformers as backend
+
+    base = getattr(getattr(backend, "base", None), "Base", None)
+    decorate = getattr(base, "_decorate_cls_for_torch_compile", None)
+    if base is None or decorate is None:
+        yield
+        return
+    known = AutoModel._model_mapping._extra_content
+    before = dict(known)
+
+    def decorate_own(model: Any, cls: Any, *args: Any, **options: Any) -> None:
+        known[cls.config_class] = own = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        decorate(model, own, *args, **options)
+
+    base._decorate_cls_for_torch_compile = decorate_own
+    try:
+        yield
+    finally:
+        base._decorate_cls_for_torch_compile = decorate
+        known.clear()
+        known.update(before)

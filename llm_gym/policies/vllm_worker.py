@@ -8,6 +8,7 @@ are called by name through `collective_rpc`. Names of tensors are Hugging Face's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ import torch
 from torch import nn
 
 from llm_gym.policies.checksums import Report, checksum, recorded
+from llm_gym.policies.vllm_held import ADAPTER, Held, adapter_module, renames
 
-ADAPTER = 1
-"""The one LoRA id in use; every version of the adapter takes its place."""
 Tensors = Iterable[tuple[str, torch.Tensor]]
-_PROBE_ROWS = 256
 
 
 class WorkerExtension:
@@ -32,6 +31,7 @@ class WorkerExtension:
     def llm_gym_load(self, tensors: Tensors) -> None:
         """Replaces the model's weights; an adapter, if any, is emptied: the policy is then just these tensors."""
         received: dict[str, int] = {}
+        _pack_experts_again(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_iterator=recorded(tensors, self.model_config.dtype, received))
         _refresh_tied_head(self.model_runner.get_model())
         self._llm_gym_received = received
@@ -54,8 +54,17 @@ class WorkerExtension:
         """Checksums of the named tensors as this worker received and holds them."""
         received, meant = getattr(self, "_llm_gym_adapter", ({}, {}))
         received = getattr(self, "_llm_gym_received", {}) | received
-        held = {name: [checksum(part.to(self.model_config.dtype)) for part in _held(self, name)] for name in names}
-        return Report(received={n: received[n] for n in names if n in received}, held=held, meant=meant)
+        held, dtype = Held(self), self.model_config.dtype
+        places: dict[str, list[str]] = {}
+        for name in names:
+            places.setdefault(held.place(name), []).append(name)
+        sums = {group[0]: [checksum(part.to(dtype)) for part in held.parts(group[0])] for group in places.values()}
+        return Report(
+            received={n: received[n] for n in names if n in received},
+            held={name: sums[group[0]] for group in places.values() for name in group},
+            meant=meant,
+            together=[group for group in places.values() if len(group) > 1],
+        )
 
 
 def _read(path: Path) -> Tensors:
@@ -78,6 +87,25 @@ def _refresh_tied_head(model: nn.Module) -> None:
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
+def _pack_experts_again(model: nn.Module) -> None:
+    """Sees to it that a reload packs experts as the first load did.
+
+    vLLM on a CPU packs the matrices of all experts for its kernels, but only when it makes these; weights that came
+    later were computed with as they came, in the wrong order (off by 3 to 6 nats).
+    """
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        experts: Any = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if hasattr(experts, "isa") and "process_weights_after_loading" not in vars(method):
+            method.process_weights_after_loading = partial(_process_all, method, experts)
+
+
+def _process_all(method: Any, experts: Any, layer: nn.Module) -> None:
+    """What vLLM does to a layer's weights after they were loaded for the first time."""
+    type(method).process_weights_after_loading(method, layer)
+    experts.process_weights_after_loading(layer)
+
+
 def _load_adapter(
     worker: Any, tensors: dict[str, torch.Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -94,12 +122,12 @@ def _load_adapter(
         helper.validate_legal(loras.lora_config)
         # Clones: vLLM scales B in place, and without a copy that would be the learner's.
         copies = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in tensors.items()}
-        mapper = _renames(manager.model)
+        mapper = renames(manager.model)
         lora = LoRAModel.from_lora_tensors(
             ADAPTER, copies, helper, device="cpu", dtype=dtype, model_vocab_size=loras.vocab_size, weights_mapper=mapper
         )
         for name, copy in copies.items():
-            module, first = _adapter_module(name, mapper)
+            module, first = adapter_module(name, mapper)
             if not first:
                 meant[name] = checksum(copy * lora.loras[module].scaling)
     else:
@@ -108,110 +136,3 @@ def _load_adapter(
     manager.add_adapter(lora)
     manager.activate_adapter(ADAPTER)
     return received, meant
-
-
-def _held(worker: Any, name: str) -> list[torch.Tensor]:
-    """This worker's shard of a tensor in every place that holds it; none where it cannot be read."""
-    if ".lora_" in name:
-        return _held_adapter(worker, name)
-    model = worker.model_runner.get_model()
-    # Duplicates too: in older vLLM a tied head is the embedding itself.
-    named = model.named_modules(remove_duplicate=False)
-    modules = {path.replace(".base_layer", ""): module for path, module in named}
-    module_name, _, attribute = _vllm_name(model, name).rpartition(".")
-    embedding = getattr(modules.get(module_name), "weight", None)
-    head = modules.get("lm_head")
-    if head is not None and _tied(head, modules):
-        if module_name == "lm_head":
-            return [_matrix(head)]
-        if embedding is not None and embedding is head.weight:
-            return [embedding, _matrix(head)]
-    return _part(modules, module_name, attribute, model)
-
-
-def _part(modules: dict[str, nn.Module], module_name: str, attribute: str, model: nn.Module) -> list[torch.Tensor]:
-    """A tensor of its own, or its rows of the matrix that it was packed into."""
-    index = 0
-    module = modules.get(module_name)
-    packed = module is None
-    if packed:
-        module, index = _packed(modules, module_name, getattr(model, "packed_modules_mapping", {}))
-    if module is None:
-        return []
-    whole = _matrix(module) if attribute == "weight" else getattr(module, attribute, None)
-    if whole is None or not whole.dtype.is_floating_point or whole.element_size() == 1:
-        return []  # quantised: what was received is all that can be compared
-    if not packed:
-        return [whole]
-    sizes = getattr(module, "output_partition_sizes", None)
-    if not sizes or sum(sizes) != len(whole):
-        return []
-    start = sum(sizes[:index])
-    return [whole[start : start + sizes[index]]]
-
-
-def _packed(
-    modules: dict[str, nn.Module], name: str, packing: Mapping[str, Sequence[str]]
-) -> tuple[nn.Module | None, int]:
-    """The module that a module of the learner was packed into, and its place there."""
-    path, _, last = name.rpartition(".")
-    for together, parts in packing.items():
-        if last in parts and f"{path}.{together}" in modules:
-            return modules[f"{path}.{together}"], list(parts).index(last)
-    return None, 0
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """A module's weight as it computes with it.
-
-    On a CPU vLLM packs linear weights and drops the plain ones. Products with the unit vectors give the packed ones
-    back, exactly: every sum has one term that is not zero.
-    """
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    product = getattr(module, "cpu_linear", None)
-    columns = getattr(module, "input_size_per_partition", getattr(module, "embedding_dim", 0))
-    if product is None or not columns:
-        return weight
-    unit = torch.eye(columns, dtype=weight.dtype)
-    starts = range(0, columns, _PROBE_ROWS)
-    return torch.cat([product(unit[start : start + _PROBE_ROWS], weight, None).T for start in starts], dim=1)
-
-
-def _tied(head: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    return any(head.weight is getattr(other, "weight", None) for path, other in modules.items() if path != "lm_head")
-
-
-def _held_adapter(worker: Any, name: str) -> list[torch.Tensor]:
-    """One matrix of the adapter, from the stack that the engine computes with (zeros pad its rank)."""
-    manager = worker.model_runner.lora_manager._adapter_manager
-    module_name, first = _adapter_module(name, _renames(manager.model))
-    index, module = 0, manager.modules.get(module_name)
-    if module is None:
-        module, index = _packed(manager.modules, module_name, manager.packed_modules_mapping)
-    stacks = getattr(module, "lora_a_stacked" if first else "lora_b_stacked", None)
-    if stacks is None or ADAPTER not in manager.lora_index_to_id:
-        return []
-    stacks = stacks if isinstance(stacks, tuple | list) else [stacks]
-    return [stacks[index][manager.lora_index_to_id.index(ADAPTER)]]
-
-
-def _adapter_module(name: str, mapper: Any) -> tuple[str, bool]:
-    """vLLM's name of the module that an adapter's tensor belongs to, and whether it is its A."""
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    module, first = parse_fine_tuned_lora_name(name, mapper)
-    return str(module), bool(first)
-
-
-def _renames(model: nn.Module) -> Any:
-    """What maps the learner's names to vLLM's, packing aside; None: they are the same."""
-    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # from vLLM 0.27 or so on, and before
-        if hasattr(mapper, name):
-            return getattr(mapper, name)()
-    return mapper
-
-
-def _vllm_name(model: nn.Module, name: str) -> str:
-    mapper = _renames(model)
-    return next(iter(mapper.apply_list([name])), name) if mapper is not None else name

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from mutations import MUTANTS, Mutant
+from mutations_of_engines import ENGINES
 from mutations_of_folding import FOLDING
 from mutations_of_loops import LOOPS
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-EVERY = (*MUTANTS, *LOOPS, *FOLDING)
+EVERY = (*MUTANTS, *LOOPS, *FOLDING, *ENGINES)
 CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in EVERY for test in mutant.tests})))
 """No bug at all: every test passes."""
 

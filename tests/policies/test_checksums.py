@@ -64,8 +64,10 @@ def test_learner_tensors_are_summed_in_the_dtype_of_the_engine() -> None:
     assert checksums([("w", weight)], torch.bfloat16) == {"w": checksum(weight.bfloat16())}
 
 
-def report(held: dict[str, list[int]], received: dict[str, int] | None = None, **meant: int) -> Report:
-    return Report(received=received or {}, held=held, meant=meant)
+def report(
+    held: dict[str, list[int]], received: dict[str, int] | None = None, *together: list[str], **meant: int
+) -> Report:
+    return Report(received=received or {}, held=held, meant=meant, together=list(together))
 
 
 def test_shards_sum_replicas_repeat_and_anything_else_differs() -> None:
@@ -89,9 +91,28 @@ def test_every_place_that_holds_a_tensor_counts() -> None:
 def test_what_is_not_readable_must_have_been_received_and_what_is_neither_differs() -> None:
     assert differing({"w": 5}, [report({"w": []}, {"w": 5})]) == []
     assert differing({"w": 5}, [report({"w": []}, {"w": 4})]) == ["w"]
-    assert differing({"w": 5}, [report({"w": []})]) == ["w"]
+    assert differing({"w": 5}, [report({"w": []}, {"other": 1})]) == ["w"]
     assert differing({"w": 5}, [report({"w": []}, {"w": 5}), report({"w": []})]) == ["w"]
     assert differing({"w": 5}, [report({"w": [5]}, {"w": 4})]) == []  # an older update's; what is held decides
+
+
+def test_what_was_never_updated_and_cannot_be_read_does_not_differ() -> None:
+    assert differing({"w": 5}, [report({"w": []})]) == []
+    assert differing({"w": 5, "v": 6}, [report({"w": [], "v": [7]})]) == ["v"]
+
+
+def test_tensors_that_are_held_as_one_must_add_up() -> None:
+    """An expert's two matrices in one: their order there does not matter, what they hold does."""
+    gate, up = values(4, 3, 4), values(5, 3, 4)
+    expected = checksums([("gate", gate), ("up", up)], torch.float32)
+    fused, names = checksum(torch.cat([up, gate])), ["gate", "up"]
+    sums = {"gate": [fused], "up": [fused]}
+    assert differing(expected, [report(sums, dict(expected), names)]) == []
+    assert differing(expected, [report(sums, {}, names)]) == []
+    assert differing(expected, [report(sums, {"gate": expected["gate"], "up": 1}, names)]) == []  # an older update's
+    assert differing(expected, [report({n: [fused + 1] for n in names}, dict(expected), names)]) == names
+    halves = [checksum(torch.cat([gate[:2], up[:2]])), checksum(torch.cat([gate[2:], up[2:]]))]
+    assert differing(expected, [report({n: [half] for n in names}, {}, names) for half in halves]) == []
 
 
 def test_a_tensor_held_in_another_form_must_be_received_and_held_right() -> None:
