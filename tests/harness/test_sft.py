@@ -232,10 +232,10 @@ def test_settings_are_checked() -> None:
         SFTConfig(init=INIT, model="x/y")
     with pytest.raises(ConfigError, match="steps: got 0"):
         SFTConfig(steps=0)
-    assert SFTConfig().resolved().lr == 1e-5
-    assert SFTConfig(lora=LoraConfig()).resolved().lr == 1e-4
-    assert SFTConfig(init=INIT).resolved().lr == 2e-3
-    assert SFTConfig(optimizer=OptimizerConfig(lr=1.0)).resolved().lr == 1.0
+    assert SFTConfig().resolved().optimizer.lr == 5e-4
+    assert SFTConfig(lora=LoraConfig()).resolved().optimizer.lr == 5e-3
+    assert SFTConfig(init=INIT).resolved().optimizer.lr == 2e-3
+    assert SFTConfig(optimizer=OptimizerConfig(lr=1.0)).resolved().optimizer.lr == 1.0
 
 
 def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path: Path, capsys) -> None:
