@@ -70,7 +70,7 @@ def test_a_run_from_a_file_learns_and_leaves_a_folder(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 81))
     assert rows[0]["loss"] == pytest.approx(np.log(INIT["vocab_size"]), rel=0.1)
     assert rows[-1]["loss"] < 0.3
-    assert load(SFTConfig, tmp_path / "run/config.yaml") == settings
+    assert load(SFTConfig, tmp_path / "run/config.yaml") == settings.resolved()
     loaded = load_model(tmp_path / "run/model")
     tokenizer = load_tokenizer(str(tmp_path / "run/model"))
     context = load_chat(tokenizer).open([{"role": "user", "content": "Say blue"}])
