@@ -45,11 +45,14 @@ class Case:
 
 
 def sft_output(folder: Path) -> str:
-    """The run folder of a short `sft` on what the embedded model says itself: it knows no more than before."""
+    """The run folder of a short `sft` on what the embedded model itself samples: it knows no more than before.
+
+    (On its greedy replies it would lose its entropy, and with it most of what reinforcement learning has to compare.)
+    """
     out = folder / "start-sft"
     if not (out / "model" / "config.json").is_file():
-        sampling = Sampling(temperature=0.0, max_tokens=64)
-        played = llm_gym.rollout("Arithmetic-v0", TransformersPolicy(), seeds=range(256), sampling=sampling)
+        sampling = Sampling(max_tokens=64)
+        played = llm_gym.rollout("Arithmetic-v0", TransformersPolicy(), seeds=range(640), sampling=sampling)
         examples = [{"messages": list(episode.messages)} for episode in played]
         sft(SFTConfig(out=str(out), steps=10), examples, resume=True, progress=False)
     return str(out)
