@@ -22,9 +22,8 @@ DEFAULTS = (
     Mutant(
         "a folder trains at the rate of a large model",
         "harness/rates.py",
-        "config = AutoConfig.from_pretrained(str(embedded.PATH if model is None else model))",
-        "config = AutoConfig.from_pretrained(str(embedded.PATH))\n            if model is not None:\n"
-        "                return UNKNOWN",
+        "str(embedded.PATH) if model is None else _under_adapter(model)",
+        'str(embedded.PATH) if model is None else "no model is looked at"',
         ("harness/test_rates.py::test_a_folder_trains_at_the_rate_of_its_size",),
     ),
     Mutant(

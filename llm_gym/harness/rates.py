@@ -12,6 +12,7 @@ nothing; adapters want a larger one than the weights they stand for; Muon's has 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -117,10 +118,18 @@ def hidden_size(model: str | Mapping[str, Any] | None) -> int:
         if isinstance(model, Mapping):
             config = AutoConfig.for_model(**model)
         else:
-            config = AutoConfig.from_pretrained(str(embedded.PATH if model is None else model))
+            config = AutoConfig.from_pretrained(str(embedded.PATH) if model is None else _under_adapter(model))
     except (OSError, ValueError, KeyError, TypeError):
         return UNKNOWN
     return int(getattr(config.get_text_config(), "hidden_size", UNKNOWN))
+
+
+def _under_adapter(model: str) -> str:
+    """Of a folder that holds an adapter alone the model that it belongs to; any other as it is."""
+    file = Path(model) / "adapter_config.json"
+    if (Path(model) / "config.json").is_file() or not file.is_file():
+        return model
+    return str(json.loads(file.read_text("utf-8")).get("base_model_name_or_path") or embedded.PATH)
 
 
 def _rounded(rate: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def test_a_folder_trains_at_the_rate_of_its_size(tmp_path: Path) -> None:
     assert 1e-6 < lr(model=folder(tmp_path / "between", hidden_size=384)) < 2e-4
     assert hidden_size(folder(tmp_path / "gpt2", "gpt2", n_embd=256)) == 256
     assert lr("optimizer.lr=0.5", model=str(tmp_path / "large")) == 0.5
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "small")}))
+    assert lr(model=str(tmp_path)) == 2e-4, "that of the model under the adapter"
+    (tmp_path / "adapter_config.json").unlink()
     assert lr(model=str(tmp_path)) == 1e-6, "what is no model is refused where it is loaded"
 
 
