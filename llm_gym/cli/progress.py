@@ -52,7 +52,7 @@ class TrainProgress:
         self.run, self.step, self.steps = run, step, config.steps
         self._model = config.model or "the embedded model"
         rate = config.rates.words(config.optimizer)
-        click.echo(f"{config.title}, {self._model}, {config.steps} steps, {rate} -> {run}")
+        click.echo(f"{config.title}, {self._model}, {config.steps} steps -> {run}, {rate}")
         self._problems = problems(to_dict(config))
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())

@@ -36,7 +36,7 @@ def test_lines_without_a_terminal() -> None:
 
 def test_the_first_line_says_the_learning_rate_and_why(capsys) -> None:
     TrainProgress(Console(file=io.StringIO())).on_start(TrainConfig(steps=3), Path("runs/x"), 0)
-    want = "Arithmetic-v0, the embedded model, 3 steps, learning rate 0.0002 (all weights, hidden size 128) -> runs/x"
+    want = "Arithmetic-v0, the embedded model, 3 steps -> runs/x, learning rate 0.0002 (all weights, hidden size 128)"
     assert capsys.readouterr().out.splitlines() == [want]
 
 
