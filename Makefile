@@ -1,4 +1,5 @@
-# Two commands: `make demo` (install and train) and `make test` (install and check everything).
+# Two commands: `make demo` (install and train) and `make test` (install and check everything); and `make soak`, hours
+# of what is too long for CI, whose dated results stand in docs/benchmarks.md.
 # Each makes .venv if there is none; uv is used where it is installed, pip otherwise.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # Images often set it. The tests start hundreds of processes: without it torch is compiled once, not in each of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) llmgym train
@@ -19,6 +20,13 @@ test: $(VENV)/.test lint
 	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(RUN) python -m pytest --doctest-modules llm_gym
 	$(RUN) for story in examples/0*.py; do echo "== $$story" && python $$story || exit 1; done
+
+SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py))
+
+soak: $(VENV)/.test
+	$(RUN) failed=; for script in $(SOAK); do \
+	  echo "== $$script" && OMP_NUM_THREADS=1 python $$script || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(VENV)/.test
 	$(RUN) ruff check . && ruff format --check . && mypy && lint-imports

@@ -285,8 +285,8 @@ MUTANTS = (
     Mutant(
         "k1 or k3 put in the loss as they stand",
         "harness/kl.py",
-        'term: Tensor = (ratio.detach() if kind == "k2" else ratio) * estimate',
-        "term: Tensor = estimate",
+        "return slope + (ratio * estimate - slope).detach()",
+        "return estimate",
         ("harness/test_kl.py::test_every_kl_term_has_the_gradient_of_the_reverse_kl",),
     ),
     Mutant(

@@ -51,7 +51,8 @@ class TrainProgress:
         """The run begins, or goes on, at `step`."""
         self.run, self.step, self.steps = run, step, config.steps
         self._model = config.model or "the embedded model"
-        click.echo(f"{config.title}, {self._model}, {config.steps} steps -> {run}")
+        rate = config.rates.words(config.optimizer)
+        click.echo(f"{config.title}, {self._model}, {config.steps} steps -> {run}, {rate}")
         self._problems = problems(to_dict(config))
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<15}"), BarColumn(30), MofNCompleteColumn())

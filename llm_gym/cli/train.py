@@ -132,10 +132,12 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
     """What is said at the end: the curve, before and after, where the report is, and what to try next."""
     from llm_gym import report
     from llm_gym.cli.runs import decoder
+    from llm_gym.harness.verdict import warnings
 
     page = report.write(run, decode=decoder(run))
     rewards = [float("nan") if (r := row.get("reward/mean")) is None else float(r) for row in rows if row["step"] > 0]
     parts = [report.terminal_curve(rewards, "Mean training reward by step"), *_before_after(config, rows)]
+    parts += [f"Warning: {text}" for text in warnings(rows)]
     parts += _example(run)
     parts.append("\n".join([f"Report: {page}", "Next:", *(f"  {line}" for line in _next(run, config))]))
     return "\n" + "\n\n".join(parts)

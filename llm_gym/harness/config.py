@@ -30,6 +30,7 @@ from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.presets import PRESETS
+from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.selection import OversampleConfig
 from llm_gym.harness.teacher import DistillConfig
 
@@ -173,18 +174,19 @@ class TrainConfig:
         """Optimizer steps of the whole run."""
         return self.steps * self.minibatches * self.epochs
 
+    @property
+    def rates(self) -> Rates:
+        """The learning rates of the run, and why; only the model's config is read."""
+        loop, model = "train" if self.distill is None else "distill", model_path(self.model)
+        return rates(loop, self.optimizer, self.lora, model=model, width=hidden_size(model))
+
     def resolved(self) -> TrainConfig:
         """With every None filled in that depends on other settings, and a run folder as model by what it trained.
 
         Raises:
             CheckpointError: that run has saved nothing yet.
         """
-        lr = self.optimizer.lr
-        if lr is None:
-            lr = 2e-4 if self.model is None else 1e-5 if self.lora else 1e-6
-        return dataclasses.replace(
-            self, model=model_path(self.model), optimizer=dataclasses.replace(self.optimizer, lr=lr)
-        )
+        return dataclasses.replace(self, model=model_path(self.model), optimizer=self.rates.fill(self.optimizer))
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:

@@ -34,28 +34,29 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k
 
 
 def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kind: str) -> Tensor:
-    """A per-token term [M] whose value is the estimator `kind`, and whose gradient is the reverse KL's.
+    """A per-token term [M] whose value is ratio * the estimator `kind`, and whose gradient is the reverse KL's.
 
     Differentiating an estimator as it stands (as many trainers do) gives, for tokens sampled from the
     policy itself: k1, zero in expectation; k3, the gradient of the FORWARD KL(reference || policy);
     k2, the gradient of the reverse KL, which is the wanted one (https://arxiv.org/abs/2506.09477).
 
-    The reverse KL is E_policy[k1], so its gradient is E[(k1 + c) * grad log policy] for any constant c.
-    With off-policy tokens the expectation is reweighted by ratio = policy / sampler:
+    The reverse KL is E_policy[k1], so its gradient is E[(k1 + c) * grad log policy] for any constant c, and with
+    off-policy tokens E[ratio * (k1 + c) * grad log policy], ratio = policy / sampler. Every kind has c = 0 here.
+    Differentiating ratio * k1 would give c = 1: noise of mean zero that a large weight makes larger than all else, and
+    that does not die out where the policy is the reference. (Nor has it mean zero under the weights of `corrections`,
+    which cut ratios.) ratio * k3 has c = 0 too, but as a difference of terms of size reference / policy, which float32
+    loses where that is large; so all kinds take the gradient from k1, and differ in what is reported.
 
-    - `k1`: ratio * k1, differentiated. Gradient ratio * (k1 + 1) * grad log p, unbiased.
-    - `k2`: ratio.detach() * k2, differentiated. Gradient ratio * k1 * grad log p: k1's, less its zero-mean part.
-    - `k3`: ratio * k3, differentiated. The ratio is what is missing in GRPO's formula; with it the gradient is
-      (ratio * k1 + zero-mean terms) * grad log p, unbiased too.
-
-    All three have the same expected gradient, exactly that of KL(policy || reference) at each state visited.
+    An estimator of your own ("package.module:function") is differentiated as it stands, times the ratio.
     What a token does to the KL of LATER states is left out; `kl_to_go` has it.
     """
     same_shape(logprobs, old_logprobs, ref_logprobs)
-    estimate = by_name("loss.kl", kind, KL)(logprobs, ref_logprobs)
+    estimate: Tensor = by_name("loss.kl", kind, KL)(logprobs, ref_logprobs)
     ratio = torch.exp(logprobs - old_logprobs)
-    term: Tensor = (ratio.detach() if kind == "k2" else ratio) * estimate
-    return term
+    if kind not in KL:
+        return ratio * estimate
+    slope = ratio * k1(logprobs, ref_logprobs).detach()
+    return slope + (ratio * estimate - slope).detach()
 
 
 def kl_to_go(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor) -> Tensor:

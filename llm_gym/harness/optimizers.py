@@ -22,9 +22,9 @@ class OptimizerConfig:
     name: str = "adamw"
     """A row of `OPTIMIZERS`: `adamw`, `adamw8bit`, `adafactor` or `muon` (docs/memory.md)."""
     lr: float | None = None
-    """Peak learning rate; None: the caller's choice for the model (1e-6 where there is none)."""
-    muon_lr: float = 0.02
-    """Peak learning rate of Muon's matrices."""
+    """Peak learning rate; None: chosen by what is trained (`rates`; docs/memory.md), and said when a run starts."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; None: that with which they move as far as AdamW's would at `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates, in 8 bits as well."""
     eps: float = 1e-8
@@ -55,6 +55,11 @@ class OptimizerConfig:
     def peak(self) -> float:
         """`lr`, or the careful value where nobody decided."""
         return 1e-6 if self.lr is None else self.lr
+
+    @property
+    def muon_peak(self) -> float:
+        """`muon_lr`, or the careful value where nobody decided."""
+        return self.peak if self.muon_lr is None else self.muon_lr
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -133,7 +138,7 @@ def make_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.o
     ]
     optimizers = [row.make(rest, settings)] if rest else []
     if groups["hidden"] and row.hidden is not None:
-        hidden = {"params": groups["hidden"], "weight_decay": settings.weight_decay, "peak": settings.muon_lr}
+        hidden = {"params": groups["hidden"], "weight_decay": settings.weight_decay, "peak": settings.muon_peak}
         optimizers.append(row.hidden([hidden], settings))
     if not optimizers:
         raise ConfigError("optimizer: the model has no trainable parameter.")
@@ -186,7 +191,7 @@ def _adafactor(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimiz
 
 def _muon(groups: Groups, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """https://kellerjordan.github.io/posts/muon/."""
-    return whole_steps(torch.optim.Muon)(groups, lr=settings.muon_lr)
+    return whole_steps(torch.optim.Muon)(groups, lr=settings.muon_peak)
 
 
 OPTIMIZERS = {

@@ -40,6 +40,7 @@ from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.model import LoraConfig, load_model, merged, new_model
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig, World, connect
+from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.sharding import is_sharded
 
 MODEL = "model"
@@ -93,7 +94,7 @@ class SFTConfig:
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Its lr: None means 1e-5 (1e-4 with LoRA, 2e-3 from random weights)."""
+    """How the weights move."""
     lora: LoraConfig | None = None
     """Low-rank adapters; None trains every weight."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -122,10 +123,15 @@ class SFTConfig:
         if self.init and self.model:
             raise ConfigError(f"init: starts from random weights, but model={self.model!r} was given; set one of them.")
 
-    def resolved(self) -> OptimizerConfig:
-        """The optimizer's settings with the learning rate settled."""
-        chosen = 2e-3 if self.init else 1e-4 if self.lora else 1e-5
-        return replace(self.optimizer, lr=chosen if self.optimizer.lr is None else self.optimizer.lr)
+    def rates(self, model: Any = None) -> Rates:
+        """The learning rates of the run, and why; `model` if it is given in Python."""
+        loop, path = ("scratch" if self.init else "sft"), model_path(self.model)
+        width = hidden_size(self.init or path) if model is None else model.config.get_text_config().hidden_size
+        return rates(loop, self.optimizer, self.lora, model=path, width=width)
+
+    def resolved(self, model: Any = None) -> SFTConfig:
+        """With the learning rates settled, and a run folder as model by what it trained."""
+        return replace(self, model=model_path(self.model), optimizer=self.rates(model).fill(self.optimizer))
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def sft(
         CheckpointError: the folder already holds a run, and `resume` is not set.
         RankError: another process is gone or stuck.
     """
-    config = replace(config, model=model_path(config.model))
+    said, config = config.rates(model).words(config.optimizer), config.resolved(model)
     world = connect(config.parallel, _device(config))
     try:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
@@ -175,9 +181,10 @@ def sft(
         run, saved = _open(config, resume, world)
         start = 0 if saved is None else step_of(saved)
         with _bar(data, start, progress and world.rank == 0) as (tell, advance), world.naming("fine-tuning"):
+            tell(f"sft: {said}.")
             learner = Learner(
                 _model(config, world, model),
-                config.resolved(),
+                config.optimizer,
                 LossConfig(name="sft"),
                 total_steps=data.steps,
                 world=world,

@@ -144,7 +144,7 @@ def run_plan(
     for stage in plan.stages:
         folder = out / stage.name
         if not _alone(partial(complete, stage, folder), f"before {stage.name}"):
-            _play(stage, plan.model, model, folder, observer)
+            _play(stage, model, folder, observer)
             if here()[0] == 0:
                 done(stage, folder)
         model = _alone(partial(handed_on, folder), f"after {stage.name}")
@@ -191,16 +191,13 @@ def _begin(plan: Plan, out: Path) -> None:
     write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _play(
-    stage: Stage, first: str | None, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]
-) -> None:
+def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]) -> None:
     """Runs a stage, or the rest of it."""
     if stage.kind == "sft":
         begins = {} if stage.config.init else {"model": model}
         sft(replace(stage.config, out=str(folder), **begins), resume=True)
         return
-    # Defaults that depend on the model are those for the model that the first stage began with.
-    config = replace(replace(stage.config, model=first).resolved(), model=model)
+    config = replace(stage.config, model=model)
     trainer_of(config)(config, out=folder, resume=True, observer=observer(stage)).train()
 
 

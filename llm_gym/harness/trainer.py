@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
+from llm_gym.errors import CheckpointError
 from llm_gym.harness import loggers, mixture, provenance
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, samples
 from llm_gym.harness.budget import Budget
 from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
 from llm_gym.harness.config import TrainConfig, dump, to_dict
+from llm_gym.harness.distance import kl_from_start
 from llm_gym.harness.evaluation import Evaluation
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
@@ -33,6 +36,7 @@ from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
 from llm_gym.harness.sync import Sync, check
 from llm_gym.harness.tasks import Task
+from llm_gym.harness.verdict import MOVED
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
 from llm_gym.rollout import Driver, OnEpisode
@@ -190,7 +194,7 @@ class Trainer:
             with clock(times, "time/rollout"):
                 harvest = self.collect()
             with clock(times, "time/train"), self.sync.resting(), self.world.naming("training"):
-                learned = self.learn(harvest.episodes)
+                learned = self.learn(harvest.episodes) | self.moved()
             with clock(times, "time/sync"):
                 self.observer.on_phase("sync", 1)
                 synced = self.world.worst(self.sync(self.step + 1), "sync")
@@ -274,6 +278,20 @@ class Trainer:
             self.run.write_episodes("_".join(filter(None, (f"eval_{self.step:06d}", name))), episodes)
         return {**row, **mixture.eval_reward(self.arenas, row), **times} if row else {}
 
+    def moved(self) -> dict[str, float]:
+        """Where an evaluation follows: how far the policy is from its start, on what the first step sampled."""
+        if self.step == 0 or not self._due(self.config.eval.every, self.step + 1):
+            return {}
+
+        def start() -> list[Episode]:
+            with suppress(CheckpointError):  # nobody has to keep them
+                return self.run.read_episodes("step_000001")
+            return []
+
+        episodes = self.world.first(start, "reading the first step's episodes")
+        temperature = self.config.sampling.temperature
+        return {MOVED: kl_from_start(self.learner, episodes, temperature=temperature, max_tokens=self.budget.tokens)}
+
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         self.observer.on_phase("save", 1)
@@ -315,8 +333,9 @@ class Trainer:
         done = itertools.count(1)
         return lambda episode: self.observer.on_progress(next(done))
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _is_best(self) -> bool:
         """Whether the run keeps its best step, and that is the one just written."""

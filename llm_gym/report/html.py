@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from llm_gym.harness.checkpoint import write_atomically
+from llm_gym.harness.verdict import warnings
 from llm_gym.report import charts
 from llm_gym.report.run import Run, Series, problems, read, title
 from llm_gym.report.scale import duration, short
@@ -54,6 +55,7 @@ def render(run: Run, decode: Decode | None = None) -> str:
         env=_text(title(run.config)),
         model=_text(run.config.get("model")) or "the embedded model",
         facts=facts(run),
+        warnings=warnings(run.rows),
         main=charts.main_charts(run),
         more=charts.more_charts(run),
         constants=charts.constants(run),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Run:
     """The same as written."""
     metrics: Mapping[str, Series]
     """Metric name -> its finite values, in the order in which names first appear."""
+    rows: Sequence[Mapping[str, Any]]
+    """Its rows, one a step, in order."""
     last_step: int
     """The last step with a row; 0 if there is none."""
     train_files: Mapping[int, Path]
@@ -96,6 +98,7 @@ def read(folder: str | Path) -> Run:
         config=_mapping(text),
         config_text=text,
         metrics=_series(rows),
+        rows=list({_step(row): row for row in rows}.values()),
         last_step=max((_step(row) for row in rows), default=0),
         train_files=_numbered(path, "step"),
         eval_files=_numbered(path, "eval"),

@@ -34,6 +34,12 @@ def test_lines_without_a_terminal() -> None:
     assert len(lines) == LINES + 3
 
 
+def test_the_first_line_says_the_learning_rate_and_why(capsys) -> None:
+    TrainProgress(Console(file=io.StringIO())).on_start(TrainConfig(steps=3), Path("runs/x"), 0)
+    want = "Arithmetic-v0, the embedded model, 3 steps -> runs/x, learning rate 0.0002 (all weights, hidden size 128)"
+    assert capsys.readouterr().out.splitlines() == [want]
+
+
 def test_short_runs_say_every_step() -> None:
     assert len(watched(False, 3).splitlines()) == 6
 

@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from llm_gym.harness.kl import k1, k2, k3, kl_loss, kl_to_go
+from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig, importance_weights
+from llm_gym.harness.kl import KL, k1, k2, k3, kl_loss, kl_to_go
 from llm_gym.harness.losses import reinforce
 
 DOUBLE = torch.float64
@@ -25,12 +26,27 @@ def exact_kl_gradient(theta: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad((logp.exp() * (logp - REFERENCE)).sum(), theta)[0]
 
 
-def expected_gradient(estimator, sampler: torch.Tensor | None) -> torch.Tensor:
+def expected_gradient(estimator, sampler: torch.Tensor | None, at: torch.Tensor = THETA) -> torch.Tensor:
     """E over tokens of the sampler (None: the policy itself) of the gradient of a per-token term."""
-    theta = THETA.clone().requires_grad_()
+    theta = at.clone().requires_grad_()
     logp = theta.log_softmax(0)
     drawn_from = logp.detach() if sampler is None else sampler
     return torch.autograd.grad((drawn_from.exp() * estimator(logp, drawn_from)).sum(), theta)[0]
+
+
+def spread(estimator, at: torch.Tensor, sampler: torch.Tensor | None) -> float:
+    """The variance of that gradient from token to token, summed over its elements."""
+    theta = at.clone().requires_grad_()
+    logp = theta.log_softmax(0)
+    drawn_from = logp.detach() if sampler is None else sampler
+    terms = estimator(logp, drawn_from)
+    each = torch.stack([torch.autograd.grad(term, theta, retain_graph=True)[0] for term in terms])
+    chance = drawn_from.exp()[:, None]
+    return float((chance * (each - (chance * each).sum(0)) ** 2).sum())
+
+
+def differentiated_k1(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    return torch.exp(new - old) * k1(new, REFERENCE)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -38,6 +54,50 @@ def expected_gradient(estimator, sampler: torch.Tensor | None) -> torch.Tensor:
 def test_every_kl_term_has_the_gradient_of_the_reverse_kl(kind: str, sampler: torch.Tensor | None) -> None:
     got = expected_gradient(lambda new, old: kl_loss(new, old, REFERENCE, kind=kind), sampler)
     torch.testing.assert_close(got, exact_kl_gradient(THETA), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KL)
+@pytest.mark.parametrize("sampler", [None, SAMPLER], ids=["on-policy", "off-policy"])
+def test_no_kl_term_carries_noise_of_mean_zero(kind: str, sampler: torch.Tensor | None) -> None:
+    """Differentiating ratio * k1 adds ratio * grad log p: the same mean, a larger spread, and not 0 at the reference."""
+    ours = spread(lambda new, old: kl_loss(new, old, REFERENCE, kind=kind), THETA, sampler)
+    assert ours < 0.6 * spread(differentiated_k1, THETA, sampler)
+    at_home = spread(lambda new, old: kl_loss(new, old, REFERENCE, kind=kind), REFERENCE, sampler)
+    assert at_home == pytest.approx(0, abs=1e-24)
+    assert spread(differentiated_k1, REFERENCE, sampler) > 0.5
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_cut_ratios_pull_nobody_away_from_the_reference(name: str) -> None:
+    """The noise has mean zero under the whole ratio only; where `corrections` cut it, it would be a bias."""
+    config = CorrectionConfig(name, low=0.5, high=1.3)
+    one = torch.arange(3)
+    weight, streams = importance_weights(REFERENCE, SAMPLER, one, config)
+    assert streams["sampler/weight_cut_fraction"].sum() > 0
+    pulls = [
+        expected_gradient(lambda new, old, f=f: weight * f(new, REFERENCE), SAMPLER, REFERENCE)
+        for f in (lambda new, old: kl_loss(new, old, REFERENCE, kind="k1"), differentiated_k1)
+    ]
+    torch.testing.assert_close(pulls[0], torch.zeros(3, dtype=DOUBLE), atol=1e-15, rtol=0)
+    assert pulls[1].abs().max() > 0.01
+
+
+def test_a_token_that_the_reference_finds_far_likelier_has_a_gradient_in_float32() -> None:
+    """Its slope is log(p / reference); formed as a difference of terms of size reference / p it is lost."""
+    logprob, reference = torch.tensor([-25.0, -95.0], requires_grad=True), torch.tensor([-0.5, -0.5])
+    for kind in KL:
+        (slope,) = torch.autograd.grad(kl_loss(logprob, logprob.detach(), reference, kind=kind).sum(), logprob)
+        assert slope.tolist() == [-24.5, -94.5], kind
+
+
+def test_an_estimator_of_one_s_own_is_differentiated_as_it_stands() -> None:
+    got = expected_gradient(lambda new, old: kl_loss(new, old, REFERENCE, kind=f"{__name__}:squared"), None)
+    want = expected_gradient(lambda new, old: torch.exp(new - old) * squared(new, REFERENCE), None)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def squared(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    return (logprobs - ref_logprobs) ** 2
 
 
 def test_k1_and_k3_differentiated_as_they_stand_have_another_gradient() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import gradients, llama, qwen3, row, samples
+from small_models import VOCABULARY, gradients, llama, qwen3, row, samples
 from torch import Tensor
 
 from llm_gym.core import Row
@@ -369,6 +369,32 @@ def test_the_kl_is_zero_at_the_start_and_pulls_back_later(lora: LoraConfig | Non
     for _ in range(5):
         back = learner.step(pack(quiet, max_tokens=60))
     assert back["policy/kl"] < away["policy/kl"]
+
+
+def test_a_large_weight_holds_the_policy_at_the_reference() -> None:
+    """Whatever the rewards ask for; without the pull the same steps lead far away."""
+    held, free = (distance(loss) for loss in (LossConfig(kl="k1", kl_weight=100.0), LossConfig()))
+    assert held < 0.02 < 0.1 < free, (held, free)
+
+
+def distance(loss: LossConfig, steps: int = 24) -> float:
+    """KL from the start (nats), after steps whose tokens the policy itself has drawn; even ones are rewarded."""
+    model = qwen3()
+    learner = Learner(model, OptimizerConfig(lr=1e-3, schedule="linear"), loss, total_steps=steps)
+    contexts = torch.randint(0, VOCABULARY, (64, 4), generator=torch.Generator().manual_seed(0))
+    start = model(contexts).logits[:, -1].detach().log_softmax(-1)
+    for step in range(steps):
+        logits = model(contexts).logits[:, -1].detach().log_softmax(-1)
+        drawn = torch.multinomial(logits.exp(), 1, generator=torch.Generator().manual_seed(step))
+        old = torch.nn.functional.pad(logits.gather(1, drawn), (4, 0))
+        tokens = torch.cat([contexts, drawn], 1).int()
+        rows = [
+            Sample(replace(row(5, 0, prompt=4), tokens=ids, logprobs=said), 1.0 - 2.0 * (int(ids[-1]) % 2), i)
+            for i, (ids, said) in enumerate(zip(tokens.numpy(), old.numpy(), strict=True))
+        ]
+        learner.step(pack(rows, max_tokens=1000))
+    end = model(contexts).logits[:, -1].detach().log_softmax(-1)
+    return float((end.exp() * (end - start)).sum(-1).mean())
 
 
 def test_the_reference_is_frozen() -> None:

@@ -70,7 +70,7 @@ def test_a_run_from_a_file_learns_and_leaves_a_folder(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 81))
     assert rows[0]["loss"] == pytest.approx(np.log(INIT["vocab_size"]), rel=0.1)
     assert rows[-1]["loss"] < 0.3
-    assert load(SFTConfig, tmp_path / "run/config.yaml") == settings
+    assert load(SFTConfig, tmp_path / "run/config.yaml") == settings.resolved()
     loaded = load_model(tmp_path / "run/model")
     tokenizer = load_tokenizer(str(tmp_path / "run/model"))
     context = load_chat(tokenizer).open([{"role": "user", "content": "Say blue"}])
@@ -232,10 +232,10 @@ def test_settings_are_checked() -> None:
         SFTConfig(init=INIT, model="x/y")
     with pytest.raises(ConfigError, match="steps: got 0"):
         SFTConfig(steps=0)
-    assert SFTConfig().resolved().lr == 1e-5
-    assert SFTConfig(lora=LoraConfig()).resolved().lr == 1e-4
-    assert SFTConfig(init=INIT).resolved().lr == 2e-3
-    assert SFTConfig(optimizer=OptimizerConfig(lr=1.0)).resolved().lr == 1.0
+    assert SFTConfig().resolved().optimizer.lr == 5e-4
+    assert SFTConfig(lora=LoraConfig()).resolved().optimizer.lr == 5e-3
+    assert SFTConfig(init=INIT).resolved().optimizer.lr == 2e-3
+    assert SFTConfig(optimizer=OptimizerConfig(lr=1.0)).resolved().optimizer.lr == 1.0
 
 
 def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path: Path, capsys) -> None:

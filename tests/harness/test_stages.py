@@ -122,11 +122,11 @@ def test_a_stopped_run_goes_on_at_its_stage(tmp_path: Path, tune: dict[str, Any]
     assert played == []
 
 
-def test_default_rates_are_those_of_the_first_model(tmp_path: Path, tune: dict[str, Any]) -> None:
+def test_default_rates_are_those_of_the_model_s_size(tmp_path: Path, tune: dict[str, Any]) -> None:
     settings = {k: v for k, v in TRAIN.items() if k != "optimizer"}
     run_plan(plan(tmp_path, {"sft": tune}, {"train": settings}, sets=("2.steps=1",)), tmp_path / "out")
     found = yaml.safe_load((tmp_path / "out/2-train/config.yaml").read_text())
-    assert (found["steps"], found["optimizer"]["lr"]) == (1, 2e-4), "of the embedded model, though a folder is loaded"
+    assert (found["steps"], found["optimizer"]["lr"]) == (1, 2e-4), "though a folder is loaded"
 
 
 @pytest.mark.parametrize(
