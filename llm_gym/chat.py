@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,16 @@ import numpy.typing as npt
 
 from llm_gym.core import Ids, Message, Messages
 from llm_gym.errors import TemplateError
+from llm_gym.templates import no_template
 from llm_gym.tokenizer import Coder, declared_stops, load_tokenizer, well_formed
 
 __all__ = ["Chat", "load_chat", "load_tokenizer"]
 
 Tool = dict[str, Any]
 """A tool schema in the function-calling form: `{"type": "function", "function": {...}}`."""
+Wording = Callable[[Messages, "Sequence[Tool] | None"], Messages]
+"""Says tools, their calls and their results in ordinary messages, for a template that has no words for them: (messages,
+tools to be shown) -> messages. Hashable, and picklable."""
 SENTINEL = "SENTINELqzREPLY"
 """Stands for a reply in a dummy render; user and tool text that contains it is split like a control token."""
 DATE = datetime(2025, 1, 1)
@@ -47,14 +52,20 @@ CACHED_CHARACTERS = 8192
 """Longer openings are not kept, which bounds the cache to some 100 MB at worst."""
 
 
-def load_chat(tokenizer: Any = None, tools: Sequence[Tool] | None = None) -> Chat:
-    """The `Chat` for a tokenizer (anything `load_tokenizer` takes) and tools, shared by a process's environments."""
-    return _shared_chat(load_tokenizer(tokenizer), json.dumps(tools or None))
+def load_chat(
+    tokenizer: Any = None,
+    tools: Sequence[Tool] | None = None,
+    wording: Wording | None = None,
+    *,
+    chat_template: str | Path | None = None,
+) -> Chat:
+    """The `Chat` for a tokenizer, a template (what `load_tokenizer` takes) and tools, shared by a process's users."""
+    return _shared_chat(load_tokenizer(tokenizer, chat_template), json.dumps(tools or None), wording)
 
 
 @lru_cache(maxsize=64)
-def _shared_chat(tokenizer: Any, tools: str) -> Chat:
-    return Chat(tokenizer, json.loads(tools))
+def _shared_chat(tokenizer: Any, tools: str, wording: Wording | None) -> Chat:
+    return Chat(tokenizer, json.loads(tools), wording)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +93,21 @@ class Chat:
     Thread-safe, and picklable where the tokenizer is.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None = None) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None = None, wording: Wording | None = None) -> None:
         """Finds out how the template ends a reply.
 
         Args:
             tokenizer: a Hugging Face tokenizer with a chat template.
             tools: schemas shown to the model; an empty sequence is the same as None.
+            wording: says tools in ordinary messages, so that the template sees none; None: the template shows them.
 
         Raises:
             TemplateError: there is no template, or it cannot be extended exactly.
         """
         self.tokenizer = tokenizer
         self.tools = list(tools) if tools else None
-        self._template = _renderer(tokenizer, self.tools)
+        self.wording = wording
+        self._template = _renderer(tokenizer, None if wording else self.tools)
         self._stops = declared_stops(tokenizer)
         self._coder = Coder(tokenizer, [SENTINEL, *self._stops.values()])
         self.reads_parts = False
@@ -112,7 +125,11 @@ class Chat:
         """Ids that end a completion; the first is the one that the template itself puts behind a reply."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Chat, (self.tokenizer, self.tools)
+        return Chat, (self.tokenizer, self.tools, self.wording)
+
+    def as_shown(self, messages: Messages, tools: Sequence[Tool] | None) -> tuple[Messages, Sequence[Tool] | None]:
+        """Messages and tools as the template is given them: all of it ordinary messages where there is a wording."""
+        return (messages, tools) if self.wording is None else (self.wording(messages, tools), None)
 
     def open(self, messages: Messages) -> Ids:
         """A whole new context, ending in the generation prompt, int32 [n].
@@ -194,6 +211,7 @@ class Chat:
         Raises:
             TemplateError: the template refuses such a reply, or does not go on from its own generation prompt.
         """
+        (message,), _ = self.as_shown([message], None)
         if not message.get("tool_calls") and "reasoning_content" not in message:
             return self.encode_reply(message.get("content") or "")
         prompt, reply = self._writing({"content": "", **message}, self.tools)
@@ -222,6 +240,7 @@ class Chat:
         return [{**tidy(m, trusted=m["role"] in TRUSTED), "role": m["role"]} for m in messages]
 
     def _render(self, messages: Messages, tools: Sequence[Tool] | None, prompt: bool = True) -> str:
+        messages, tools = self.as_shown(messages, tools)
         if self.reads_parts:
             messages = [_in_parts(m) for m in messages]
         try:
@@ -323,7 +342,7 @@ def _renderer(tokenizer: Any, tools: Sequence[Tool] | None) -> Callable[[Message
     try:
         source = tokenizer.get_chat_template(None, tools)
     except Exception as error:
-        raise TemplateError(f"tokenizer: {getattr(tokenizer, 'name_or_path', '')!r} has no chat template.") from error
+        raise TemplateError(no_template(getattr(tokenizer, "name_or_path", ""))) from error
     render = _compile_jinja_template(source).render
     fixed = {**tokenizer.special_tokens_map, "documents": None, "strftime_now": DATE.strftime}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_gym import embedded
 from llm_gym.errors import SettingError
+from llm_gym.templates import read_template, with_template
 
 SPLIT = "\udfff"
 """Text is encoded piecewise around it. A lone surrogate: no well-formed text contains it."""
@@ -19,18 +20,21 @@ PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Tokenizer classes that are a tokenizer.json and nothing else."""
 
 
-def load_tokenizer(source: Any = None) -> Any:
+def load_tokenizer(source: Any = None, chat_template: str | Path | None = None) -> Any:
     """A Hugging Face tokenizer, loaded once per process.
 
     Args:
         source: None for the embedded model's, a folder, a hub id, or a tokenizer object (returned as it is).
+        chat_template: a template in place of its own: `plain`, `chatml`, the path of a file, or the text of one.
 
     Raises:
-        SettingError: there is no tokenizer at that path or hub id.
+        SettingError: there is no tokenizer at that path or hub id, or no such template.
+        ConfigError: the template needs tokens that the tokenizer lacks.
     """
     if source is None:
         source = embedded.PATH
-    return _load(str(source)) if isinstance(source, str | Path) else source
+    tokenizer = _load(str(source)) if isinstance(source, str | Path) else source
+    return with_template(tokenizer, read_template(chat_template))
 
 
 @lru_cache(maxsize=32)

@@ -159,7 +159,7 @@ def encode(example: Example, tokenizer: Any) -> Row:
         TemplateError: the template refuses the chat.
     """
     messages, tools = list(example["messages"]), example.get("tools")
-    chat = load_chat(tokenizer, tools)
+    chat = formats.tool_chat(tokenizer, tools)[0] if tools else load_chat(tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise DataError(f"messages: want a prompt and then an assistant message, got roles {_roles(messages)}.")
