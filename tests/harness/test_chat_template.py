@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.mixture import arenas
 from llm_gym.harness.stages import check_plan, read_plan, run_plan
+from llm_gym.harness.trainer import Trainer
 from llm_gym.templates import NAMED
 from llm_gym.tokenizer import load_tokenizer
 
@@ -177,10 +179,10 @@ def test_a_real_tokenizer_without_its_template(tmp_path: Path) -> None:
     """Llama 3.1's, which puts a BOS before every text."""
     real = pytest.importorskip("real_tokenizers", reason="the real tokenizers are not part of this branch")
     model = without_template(real.folder("llama3_1"), tmp_path / "base")
-    words = ("--set", "eval.episodes=0", "--chat-template", "plain", "--out", tmp_path / "run")
-    run(*TRAIN, "--model", model, "--steps", 1, *words)
+    config = load(TrainConfig, None, [*SMALL, "eval.episodes=0"], model=str(model), chat_template="plain", steps=1)
+    Trainer(replace(config, env="GSM8K-v0", env_args={"dataset": "sample"}), out=tmp_path / "run").train()
     shown = load_tokenizer(model).decode(first_context(tmp_path / "run"))
     assert shown.startswith("<|begin_of_text|>")
     assert shown.endswith("\n\nAssistant:\n")
-    chat = load_chat(tmp_path / "run" / "checkpoints" / "step_000001")
-    assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|eot_id|>"]
+    saved = (tmp_path / "run" / "checkpoints" / "step_000001" / "chat_template.jinja").read_text("utf-8")
+    assert saved == load_tokenizer(model, "plain").chat_template
