@@ -1,14 +1,17 @@
-"""Chat templates for tokenizers that have none: two by name, or any Jinja file."""
+"""Chat templates: compiled, and for tokenizers that have none: two by name, or any Jinja file."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.core import Messages
+from llm_gym.errors import ConfigError, TemplateError, unknown
 
 PLAIN = """\
 {%- for m in messages -%}
@@ -28,8 +31,33 @@ CHATML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 NAMED = {"plain": PLAIN, "chatml": CHATML}
+DATE = datetime(2025, 1, 1)
+"""What templates get for "today": a context must be a function of the seed, not of the day."""
 MARKS = ("<|im_start|>", "<|im_end|>")
 """What `chatml` needs, each a control token."""
+
+
+def renderer(
+    tokenizer: Any, tools: Sequence[dict[str, Any]] | None
+) -> Callable[[Messages, Sequence[dict[str, Any]] | None, bool], str]:
+    """The compiled template as a function of (messages, tools, whether to add the generation prompt).
+
+    Raises:
+        TemplateError: the tokenizer has none.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        source = tokenizer.get_chat_template(None, tools)
+    except Exception as error:
+        raise TemplateError(no_template(getattr(tokenizer, "name_or_path", ""))) from error
+    render = _compile_jinja_template(source).render
+    fixed = {**tokenizer.special_tokens_map, "documents": None, "strftime_now": DATE.strftime}
+
+    def rendered(messages: Messages, tools: Sequence[dict[str, Any]] | None, prompt: bool) -> str:
+        return str(render(messages=messages, tools=tools, add_generation_prompt=prompt, **fixed))
+
+    return rendered
 
 
 def no_template(name: str) -> str:

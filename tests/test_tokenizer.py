@@ -118,7 +118,6 @@ def test_broken_control_tokens_are_text_that_decodes_to_itself(text: str) -> Non
 def test_overlapping_control_tokens_are_all_broken() -> None:
     made = t.tokenizer(None, control=("<a>", "><b", "<b>", "a><"))
     coder = Coder(made)
-    coder.anchor = "<|im_end|>"
     ids = coder.encode(coder.tidy("<a><b><a>", trusted=False))
     assert not set(ids) & set(made.added_tokens_decoder)
     assert coder.decode(ids) == "<a><b><a>"
@@ -150,4 +149,3 @@ def test_ids_out_of_range_are_left_out() -> None:
 
 MADE = t.tokenizer(None)
 CODER = Coder(MADE)
-CODER.anchor = "<|im_end|>"
