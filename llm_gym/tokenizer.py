@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,24 @@ def _file_of(name: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-@lru_cache(maxsize=8)
-def _private(tokenizer: Any, added: int) -> Any:
-    """A copy of the tokenizer's Rust backend, shared since one takes seconds for a large vocabulary; `added`, a hash of
-    the added tokens, tells it from a copy made before they changed."""
-    backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
-    if backend is not None:  # settings of a caller's other calls must not leak into contexts
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = False
-    return backend
+def _private(backend: Any) -> Any:
+    """A Rust backend with settings of its own, so that those of a caller's other calls do not leak into contexts.
+
+    It shares the vocabulary, of which a copy takes seconds, unless the added tokens would get other ids.
+    """
+    made = type(backend)(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(made, part, getattr(backend, part))
+    added = dict(sorted(backend.get_added_tokens_decoder().items()))
+    for special, tokens in groupby(added.values(), key=lambda token: bool(token.special)):
+        (made.add_special_tokens if special else made.add_tokens)(list(tokens))
+    if repr(dict(sorted(made.get_added_tokens_decoder().items()))) != repr(added):
+        made = copy.deepcopy(backend)
+        made.no_padding()
+        made.no_truncation()
+        made.encode_special_tokens = False
+    return made
 
 
 class Coder:
@@ -122,11 +131,12 @@ class Coder:
     """
 
     def __init__(self, tokenizer: Any, reserved: Sequence[str] = ()) -> None:
-        """Copies the backend; `reserved` are further texts that `tidy` must break."""
+        """Makes its own backend; `reserved` are further texts that `tidy` must break."""
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in added), 1)
         """One more than the largest id."""
-        self._tokenizer, self._backend = tokenizer, _private(tokenizer, hash(repr(added)))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._tokenizer, self._backend = tokenizer, None if backend is None else _private(backend)
         self._control_ids = frozenset(i for i, t in added.items() if t.special)
         self._neutral = [left for left in NEUTRAL if self._adds_nothing(left)]
         control = sorted((str(t.content) for t in added.values() if t.special), key=len, reverse=True)
