@@ -17,6 +17,7 @@ import templates as t
 from llm_gym.chat import Chat, load_chat
 from llm_gym.envs.tools import formats
 from llm_gym.harness.chats import encode
+from llm_gym.harness.replies import reply_ids
 
 ASK = t.user("2+2?")
 THOUGHTS, ANSWER = "Two and two.", "Four, surely."
@@ -117,16 +118,23 @@ def test_thinking_that_was_cut_stays_open(name: str) -> None:
     assert trained(name, {"content": f"<think>\n{THOUGHTS}"}).startswith(THOUGHTS if opened else f"<think>\n{THOUGHTS}")
 
 
+def ids_without(chat: Chat, context: Any, end: str) -> Any:
+    size = len(chat.tokenizer.encode(end, add_special_tokens=False))
+    assert chat.text(context[-size:]) == end
+    return context[:-size]
+
+
 def test_where_no_prompt_follows_a_tools_result_nothing_is_closed() -> None:
     """DeepSeek opens thinking behind a question, and adds no generation prompt behind the results of tools."""
     chat = Chat(tokenizer("deepseekv3"), None)
     row = encode({"messages": [ASK, t.assistant("Wait."), t.user("Go."), t.assistant(ANSWER)]}, tokenizer("deepseekv3"))
     assert chat.text(row.tokens[row.turns == 1]) == f"\n</think>\n\n{ANSWER}"
-    from llm_gym.harness.replies import reply_ids
-
     context = chat.extend(chat.encode_reply("Wait."), t.results(["4"]))
     assert not chat.text(context).endswith("<think>\n")
     assert chat.text(reply_ids(chat, t.assistant(ANSWER), context)) == ANSWER
+    qwen = Chat(tokenizer("qwen3_6"), None)
+    bare = ids_without(qwen, qwen.open([ASK]), "<think>\n")
+    assert qwen.text(reply_ids(qwen, t.assistant(ANSWER), bare)) == ANSWER
 
 
 @pytest.mark.parametrize("said", [{"content": BOTH.removesuffix(ANSWER)}, {"reasoning_content": THOUGHTS}])
