@@ -60,13 +60,12 @@ def reply_ids(
     context = first if context is None else context
     prompt, usual = (chat.text(ids[-TAIL:]) for ids in (context, first))
     if message.get("tool_calls"):
-        text = _calling(chat, message, prompt, opening)
-    else:
-        said = _parts(message, prompt)
-        # A template may add no generation prompt behind the results of tools: then its writing does not fit.
-        fits = said.closed and open_thinking(prompt) == open_thinking(usual)
-        writings = _writings(chat, message, said, prompt, opening) if fits else iter(())
-        text = next(writings, "") or _spelled(said, prompt) + chat.ending
+        return _calling(chat, message, prompt, context, opening)
+    said = _parts(message, prompt)
+    # A template may add no generation prompt behind the results of tools: then its writing does not fit.
+    fits = said.closed and open_thinking(prompt) == open_thinking(usual)
+    writings = _writings(chat, message, said, prompt, opening) if fits else iter(())
+    text = next(writings, "") or _spelled(said, prompt) + chat.ending
     return chat.encode_behind(text, context)
 
 
@@ -152,7 +151,7 @@ def _squeezed(text: str) -> str:
 # Tool calls
 
 
-def _calling(chat: Chat, message: Message, prompt: str, opening: Sequence[Message]) -> str:
+def _calling(chat: Chat, message: Message, prompt: str, context: Ids, opening: Sequence[Message]) -> Ids:
     """A reply with tool calls, as the template writes it and the environments read it.
 
     Raises:
@@ -165,9 +164,10 @@ def _calling(chat: Chat, message: Message, prompt: str, opening: Sequence[Messag
     schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in chat.tools}
     why = "it does not go on from its own generation prompt"
     for text in _with_calls(chat, message, wanted, prompt, opening):
-        found = formats.read(used, text, closing, schemas)
+        ids = chat.encode_behind(text, context)
+        found = formats.read(used, chat.text(ids), closing, schemas)
         if [(call.name, call.arguments, call.error) for call in found] == [(*call, "") for call in wanted]:
-            return text
+            return ids
         why = f"they read back as {[(call.name, call.arguments) for call in found]!r:.120}"
     raise DataError(f"messages: the chat template cannot write the calls {wanted!r:.120}: {why}.")
 
