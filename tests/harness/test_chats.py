@@ -133,9 +133,11 @@ def test_chats_that_train_nothing_are_refused(messages: list[dict], match: str) 
 def test_calls_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     """In a block of Python, which is how code is called where a template has no tools: code with a line of ```."""
     tokenizer = t.made_for(next(name for name in sorted(t.NO_TOOL_TURN)), tmp_path)
-    assert encode({"messages": [ASK, t.calling(["1"])], "tools": [TOOL]}, tokenizer).trained.any()
+    function = TOOL["function"]
+    tool = {**TOOL, "function": {**function, "parameters": {**function["parameters"], "required": ["code"]}}}
+    assert encode({"messages": [ASK, t.calling(["1"])], "tools": [tool]}, tokenizer).trained.any()
     with pytest.raises(DataError, match="chat template"):
-        encode({"messages": [ASK, t.calling(["1\n```\n2"])], "tools": [TOOL]}, tokenizer)
+        encode({"messages": [ASK, t.calling(["1\n```\n2"])], "tools": [tool]}, tokenizer)
 
 
 PAIR = (("user", "a"), ("assistant", "b"))
