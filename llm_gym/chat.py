@@ -16,10 +16,11 @@ A template for which this is not exact is refused at construction.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,18 @@ import numpy.typing as npt
 
 from llm_gym.core import Ids, Message, Messages
 from llm_gym.errors import TemplateError
-from llm_gym.tokenizer import Coder, declared_stops, load_tokenizer, well_formed
+from llm_gym.templates import DATE, renderer
+from llm_gym.tokenizer import NEAR, Coder, declared_stops, load_tokenizer, well_formed
 
-__all__ = ["Chat", "load_chat", "load_tokenizer"]
+__all__ = ["DATE", "Chat", "load_chat", "load_tokenizer"]
 
 Tool = dict[str, Any]
 """A tool schema in the function-calling form: `{"type": "function", "function": {...}}`."""
+Wording = Callable[[Messages, "Sequence[Tool] | None"], Messages]
+"""Says tools, their calls and their results in ordinary messages, for a template that has no words for them: (messages,
+tools to be shown) -> messages. Hashable, and picklable."""
 SENTINEL = "SENTINELqzREPLY"
 """Stands for a reply in a dummy render; user and tool text that contains it is split like a control token."""
-DATE = datetime(2025, 1, 1)
-"""What templates get for "today": a context must be a function of the seed, not of the day."""
 TRUSTED = frozenset({"system", "developer", "assistant"})
 """Roles whose text may contain control tokens: the environment's author wrote it."""
 QUESTION: Message = {"role": "user", "content": "q"}
@@ -47,14 +50,20 @@ CACHED_CHARACTERS = 8192
 """Longer openings are not kept, which bounds the cache to some 100 MB at worst."""
 
 
-def load_chat(tokenizer: Any = None, tools: Sequence[Tool] | None = None) -> Chat:
-    """The `Chat` for a tokenizer (anything `load_tokenizer` takes) and tools, shared by a process's environments."""
-    return _shared_chat(load_tokenizer(tokenizer), json.dumps(tools or None))
+def load_chat(
+    tokenizer: Any = None,
+    tools: Sequence[Tool] | None = None,
+    wording: Wording | None = None,
+    *,
+    chat_template: str | Path | None = None,
+) -> Chat:
+    """The `Chat` for a tokenizer, a template (what `load_tokenizer` takes) and tools, shared by a process's users."""
+    return _shared_chat(load_tokenizer(tokenizer, chat_template), json.dumps(tools or None), wording)
 
 
 @lru_cache(maxsize=64)
-def _shared_chat(tokenizer: Any, tools: str) -> Chat:
-    return Chat(tokenizer, json.loads(tools))
+def _shared_chat(tokenizer: Any, tools: str, wording: Wording | None) -> Chat:
+    return Chat(tokenizer, json.loads(tools), wording)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +91,21 @@ class Chat:
     Thread-safe, and picklable where the tokenizer is.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None = None) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None = None, wording: Wording | None = None) -> None:
         """Finds out how the template ends a reply.
 
         Args:
             tokenizer: a Hugging Face tokenizer with a chat template.
             tools: schemas shown to the model; an empty sequence is the same as None.
+            wording: says tools in ordinary messages, so that the template sees none; None: the template shows them.
 
         Raises:
             TemplateError: there is no template, or it cannot be extended exactly.
         """
         self.tokenizer = tokenizer
         self.tools = list(tools) if tools else None
-        self._template = _renderer(tokenizer, self.tools)
+        self.wording = wording
+        self._template = renderer(tokenizer, None if wording else self.tools)
         self._stops = declared_stops(tokenizer)
         self._coder = Coder(tokenizer, [SENTINEL, *self._stops.values()])
         self.reads_parts = False
@@ -103,7 +114,6 @@ class Chat:
         primary = self._learn_stop(user)
         if self.tools:
             self._learn_stop(self._find_plan(("tool",), None))
-        self._coder.anchor = user.terminator
         self._plan = lru_cache(maxsize=256)(self._find_plan)
         self._open = lru_cache(maxsize=CACHED_OPENINGS)(self._encode_opening)
         self.vocab_size = self._coder.vocab_size
@@ -112,7 +122,11 @@ class Chat:
         """Ids that end a completion; the first is the one that the template itself puts behind a reply."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Chat, (self.tokenizer, self.tools)
+        return Chat, (self.tokenizer, self.tools, self.wording)
+
+    def as_shown(self, messages: Messages, tools: Sequence[Tool] | None) -> tuple[Messages, Sequence[Tool] | None]:
+        """Messages and tools as the template is given them: all of it ordinary messages where there is a wording."""
+        return (messages, tools) if self.wording is None else (self.wording(messages, tools), None)
 
     def open(self, messages: Messages) -> Ids:
         """A whole new context, ending in the generation prompt, int32 [n].
@@ -155,9 +169,23 @@ class Chat:
         ids = np.asarray(sampled).tolist()
         return self._coder.decode(ids[:-1] if ids and ids[-1] in self._stops else ids)
 
-    def encode_reply(self, text: str) -> Ids:
-        """What a policy that says `text` would have sampled: its ids and the stop token, int32 [n]."""
-        return np.array([*self._coder.encode(well_formed(text)), self.stop_ids[0]], np.int32)
+    def encode_reply(self, text: str, context: Sequence[int] | npt.NDArray[Any] | None = None) -> Ids:
+        """What a policy that says `text` would have sampled: its ids and the stop token, int32 [n].
+
+        Args:
+            text: all that it says, control tokens included.
+            context: what the reply stands behind, [m]; None: the generation prompt that answers a first question.
+        """
+        return np.array([*self.encode_behind(text, context), self.stop_ids[0]], np.int32)
+
+    def encode_behind(self, text: str, context: Sequence[int] | npt.NDArray[Any] | None = None) -> Ids:
+        """The ids of `text` as it stands behind a context, control tokens read as such, int32 [n]; see `encode_reply`.
+
+        Where the tokenisation of both together has a border at the context's end, these are the ids behind it. Else
+        they are the ids that the text has elsewhere: a context is never tokenised again.
+        """
+        before = self.open([QUESTION]) if context is None else context
+        return np.array(self._coder.encode_behind(np.asarray(before).tolist()[-NEAR:], well_formed(text)), np.int32)
 
     def calling(
         self, calls: Sequence[tuple[str, dict[str, Any]]], tools: Sequence[Tool] | None, arguments: str = "dict"
@@ -185,27 +213,34 @@ class Chat:
         ]
         return self._writing({"role": "assistant", "content": "", "tool_calls": made}, tools)
 
-    def encode_message(self, message: Message) -> Ids:
-        """What a policy whose reply is `message` would have sampled: its ids and the stop token, int32 [n].
+    def write(self, message: Message, opening: Sequence[Message] = (QUESTION,)) -> str:
+        """A reply as the template writes it behind its own generation prompt, up to its stop token.
 
-        Text alone is taken as it is. With `tool_calls` or `reasoning_content` (which may be empty) the reply is
-        written as the template writes it.
+        Args:
+            message: the assistant's message: `content`, `reasoning_content`, `tool_calls`.
+            opening: the messages that it answers.
 
         Raises:
             TemplateError: the template refuses such a reply, or does not go on from its own generation prompt.
         """
-        if not message.get("tool_calls") and "reasoning_content" not in message:
-            return self.encode_reply(message.get("content") or "")
-        prompt, reply = self._writing({"content": "", **message}, self.tools)
-        if prompt != self._render([QUESTION], self.tools):
+        prompt = self._render(list(opening), self.tools)
+        whole = self._render([*opening, {"content": "", **message}], self.tools, prompt=False)
+        if not whole.startswith(prompt):
             raise TemplateError("chat template: such a reply does not go on from the generation prompt.")
-        end = max(
-            ((reply.rfind(stop) + len(stop), stop) for stop in self._stops.values() if stop in reply), default=None
-        )
-        if end is not None:
-            return np.array(self._coder.encode(well_formed(reply[: end[0]])), np.int32)
-        stop = self._plan(("tool",), None).terminator if message.get("tool_calls") else self._stops[self.stop_ids[0]]
-        return np.array(self._coder.encode(well_formed(reply) + stop), np.int32)
+        return self._ended(whole[len(prompt) :], calls=bool(message.get("tool_calls")))
+
+    @property
+    def ending(self) -> str:
+        """What the template puts behind the text of a reply, up to the stop token."""
+        return self._ended(self._last_tail())
+
+    def _ended(self, reply: str, calls: bool = False) -> str:
+        """`reply` up to the first of the stop tokens at its end; one is added if there is none."""
+        stops = "|".join(map(re.escape, self._stops.values()))
+        found = re.fullmatch(rf"(.*?(?:{stops}))(?:\s|{stops})*", reply, re.DOTALL)
+        if found is not None:
+            return found[1]
+        return reply + (self._plan(("tool",), None).terminator if calls else self._stops[self.stop_ids[0]])
 
     def _writing(self, message: Message, tools: Sequence[Tool] | None) -> tuple[str, str]:
         """How the template writes an assistant message: (the prompt as far as it goes on from it, all that follows)."""
@@ -222,6 +257,7 @@ class Chat:
         return [{**tidy(m, trusted=m["role"] in TRUSTED), "role": m["role"]} for m in messages]
 
     def _render(self, messages: Messages, tools: Sequence[Tool] | None, prompt: bool = True) -> str:
+        messages, tools = self.as_shown(messages, tools)
         if self.reads_parts:
             messages = [_in_parts(m) for m in messages]
         try:
@@ -306,31 +342,18 @@ class Chat:
         One that only stands inside a chat is none that a policy samples at the end: gpt-oss ends a
         reply with `<|return|>` and writes `<|end|>` in its place afterwards.
         """
-        try:
-            tail = self._after_reply([], plan.arguments, plan.tools, prompt=False)
-        except TemplateError:  # it wants the last message to be a user's
-            tail = ""
+        tail = self._last_tail(plan.arguments, plan.tools)
         if plan.terminator in tail or not _first(self._stops.values(), tail):
             self._stops.setdefault(self._coder.encode(plan.terminator)[0], plan.terminator)
         last = _first(self._stops.values(), tail) or plan.terminator
         return next(i for i, text in self._stops.items() if text == last)
 
-
-def _renderer(tokenizer: Any, tools: Sequence[Tool] | None) -> Callable[[Messages, Sequence[Tool] | None, bool], str]:
-    """The compiled template as a function of (messages, tools, whether to add the generation prompt)."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        source = tokenizer.get_chat_template(None, tools)
-    except Exception as error:
-        raise TemplateError(f"tokenizer: {getattr(tokenizer, 'name_or_path', '')!r} has no chat template.") from error
-    render = _compile_jinja_template(source).render
-    fixed = {**tokenizer.special_tokens_map, "documents": None, "strftime_now": DATE.strftime}
-
-    def rendered(messages: Messages, tools: Sequence[Tool] | None, prompt: bool) -> str:
-        return str(render(messages=messages, tools=tools, add_generation_prompt=prompt, **fixed))
-
-    return rendered
+    def _last_tail(self, arguments: str | None = None, tools: Sequence[Tool] | None = None) -> str:
+        """What the template renders behind a last reply; nothing if it wants the last message to be a user's."""
+        try:
+            return self._after_reply([], arguments, tools, prompt=False)
+        except TemplateError:
+            return ""
 
 
 def _placeholder(role: str, index: int) -> Message:

@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from llm_gym.chat import Chat, load_chat
+from llm_gym.chat import Chat, load_chat, load_tokenizer
 from llm_gym.core import Ids, Message, Messages, StopReason
 from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
 from llm_gym.spaces import Tokens
@@ -57,6 +58,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
     Args:
         tokenizer: a path, a hub id or a tokenizer object; None: the embedded model's.
+        chat_template: for a tokenizer without one, or in place of its own: `plain`, `chatml`, or a .jinja file.
         max_turns: most completions in an episode; None: as many as the context holds.
         max_tokens: most tokens in one completion.
         max_context: tokens of context; an episode ends when the next context would reach it.
@@ -86,6 +88,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self,
         *,
         tokenizer: Any = None,
+        chat_template: str | Path | None = None,
         max_turns: int | None = None,
         max_tokens: int = 256,
         max_context: int = 4096,
@@ -99,7 +102,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
                 raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least 1.")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(unknown("render_mode", render_mode, self.metadata["render_modes"]))
-        self.chat = self._load_chat(tokenizer)
+        self.chat = self._load_chat(load_tokenizer(tokenizer, chat_template))
         self.max_turns, self.max_tokens, self.max_context = max_turns, max_tokens, max_context
         self.system_prompt, self.render_mode = system_prompt, render_mode
         self.reward_weights = _checked_weights(reward_weights, self.reward_names)

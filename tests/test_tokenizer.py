@@ -45,6 +45,26 @@ def test_a_saved_tokenizer_loads_equal(tmp_path: Path) -> None:
     assert loaded.chat_template == made.chat_template
 
 
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "GemmaTokenizer", "Qwen2Tokenizer"])
+def test_the_file_is_loaded_as_it_is_whatever_class_is_named(named: str, tmp_path: Path) -> None:
+    """A class may have rules of its own: under Llama's, a byte-level file such as DeepSeek's loses its spaces."""
+    made = t.tokenizer(t.source("qwen3"))
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
+    loaded, text = load_tokenizer(tmp_path), "The cat sat on 1234  mats.\n\n"
+    assert loaded.encode(text, add_special_tokens=False) == made.encode(text, add_special_tokens=False)
+    assert loaded.decode(loaded.encode(text, add_special_tokens=False)) == text
+    assert (loaded.eos_token, loaded.chat_template) == (made.eos_token, made.chat_template)
+
+
+def test_special_tokens_may_be_left_to_the_class(tmp_path: Path) -> None:
+    """GPT-2's folder names no EOS token; its class knows it."""
+    t.tokenizer(None).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert load_tokenizer(tmp_path).eos_token == "<|endoftext|>"
+
+
 def test_neither_import_nor_the_embedded_tokenizer_pulls_in_torch() -> None:
     code = """
 import sys
@@ -108,6 +128,15 @@ def test_a_callers_truncation_and_padding_do_not_leak() -> None:
     assert coder.encode("one two three four five six") == ids
 
 
+def test_tokens_that_a_caller_adds_later_do_not_leak() -> None:
+    made = t.tokenizer(None)
+    coder = Coder(made)
+    before = coder.encode("one <|late|> two")
+    made.add_special_tokens({"extra_special_tokens": ["<|late|>"]})
+    assert coder.encode("one <|late|> two") == before
+    assert len(Coder(made).encode("one <|late|> two")) < len(before)
+
+
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|>", "x", " "]), max_size=8).map("".join))
 def test_broken_control_tokens_are_text_that_decodes_to_itself(text: str) -> None:
     ids = CODER.encode(CODER.tidy(text, trusted=False))
@@ -118,7 +147,6 @@ def test_broken_control_tokens_are_text_that_decodes_to_itself(text: str) -> Non
 def test_overlapping_control_tokens_are_all_broken() -> None:
     made = t.tokenizer(None, control=("<a>", "><b", "<b>", "a><"))
     coder = Coder(made)
-    coder.anchor = "<|im_end|>"
     ids = coder.encode(coder.tidy("<a><b><a>", trusted=False))
     assert not set(ids) & set(made.added_tokens_decoder)
     assert coder.decode(ids) == "<a><b><a>"
@@ -150,4 +178,3 @@ def test_ids_out_of_range_are_left_out() -> None:
 
 MADE = t.tokenizer(None)
 CODER = Coder(MADE)
-CODER.anchor = "<|im_end|>"

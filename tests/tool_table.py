@@ -115,12 +115,14 @@ def row(name: str) -> Row:
     chat = chat_for(name, True)
     if isinstance(chat, TemplateError):
         whole = isinstance(chat_for(name, False), Chat)
-        return Row("no: results are refused or dropped" if whole else "no: refused altogether", "-", "-", "-")
+        if not whole:
+            return Row("no: refused altogether", "-", "-", "-")
+        return Row("no: results are refused or dropped", "in words", "-", "-")
     try:
         form = formats.detect(chat)
     except TemplateError as error:
-        shown = "shows no tools" if "does not show" in str(error) else "shows tools, writes no calls"
-        return Row("yes", f"{shown}; name one", "-", "-")
+        shown = "shows no tools" if "does not show" in str(error) else "writes no calls"
+        return Row("yes", f"in words ({shown})", "-", "-")
     two = [CASES["plain text"], CASES["numbers"]]
     several = calls_back(chat, form, two) == [("look_up", value) for value in two]
     lost = [case for case, value in CASES.items() if calls_back(chat, form, [value]) != [("look_up", value)]]

@@ -9,7 +9,7 @@ import click
 
 from llm_gym.cli import train
 from llm_gym.cli.nproc import nproc_option
-from llm_gym.cli.options import config_option, env_args_option, envs_option, sets_option
+from llm_gym.cli.options import chat_template_option, config_option, env_args_option, envs_option, sets_option
 
 
 @click.command("distill", short_help="Train a policy towards a teacher, on its own samples.")
@@ -23,6 +23,7 @@ from llm_gym.cli.options import config_option, env_args_option, envs_option, set
 )
 @click.option("--kl", metavar="KIND", help="full (local teachers), top_k or sampled.  [default: sampled]")
 @click.option("--policy", "engine", metavar="ENGINE", help="Engine that samples: transformers, vllm, server or auto.")
+@chat_template_option
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")

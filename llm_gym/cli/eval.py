@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import env_args_option, env_option, parse_args
+from llm_gym.cli.options import chat_template_option, env_args_option, env_option, parse_args
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Plan:
 @env_option
 @env_args_option
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
+@chat_template_option
 @click.option(
     "--policy",
     "--engine",
@@ -79,6 +80,7 @@ def command(
     env: str | None,
     env_args: tuple[str, ...],
     model: str | None,
+    chat_template: str | None,
     engine: str,
     options: tuple[str, ...],
     episodes: int | None,
@@ -101,6 +103,7 @@ def command(
         heat = 1.0 if temperature is None else temperature
         greedy = temperature is None and k in (None, 1) if greedy is None else greedy
         text = engine == "openai"
+        env_args += () if chat_template is None else (f"chat_template={chat_template}",)
         plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, k=k or 1, text=text)
         engine_options = parse_args(options, "--option")
         if out is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from llm_gym.cli.group import settings
+from llm_gym.cli.options import chat_template_option
 
 
 @click.command("export", short_help="Write a run's model as a folder for transformers, peft or vLLM.")
@@ -15,7 +16,8 @@ from llm_gym.cli.group import settings
 @click.option("--step", type=int, help="The checkpoint; default: the newest.")
 @click.option("--adapter/--merge", "adapter", default=False, help="A LoRA run's adapter alone, or folded in (default).")
 @click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as the checkpoint has them.")
-def command(run: str, out: Path, step: int | None, adapter: bool, dtype: str | None) -> None:
+@chat_template_option
+def command(run: str, out: Path, step: int | None, adapter: bool, dtype: str | None, chat_template: str | None) -> None:
     """Writes the model of RUN (a run folder or a checkpoint) to the new folder OUT.
 
     With it go the tokenizer and its chat template, the ids that end a reply, and a README.md that says how the model
@@ -27,7 +29,7 @@ def command(run: str, out: Path, step: int | None, adapter: bool, dtype: str | N
 
     logging.disable_progress_bar()
     with settings():
-        source = export_run(run, out, step=step, adapter=adapter, dtype=dtype)
+        source = export_run(run, out, step=step, adapter=adapter, dtype=dtype, chat_template=chat_template)
     size = sum(file.stat().st_size for file in out.iterdir())
     click.echo(f"Step {source.step} of {source.run} -> {out} ({size / 1e6:,.1f} MB)")
     env = source.config.get("env")

@@ -29,6 +29,11 @@ env_args_option: Callable[[F], F] = click.option(
     help="Keyword argument of the environment (a YAML scalar); may be repeated. `llmgym envs ID` lists them.",
 )
 config_option: Callable[[F], F] = click.option("--config", "file", metavar="FILE", help="YAML file of settings.")
+chat_template_option: Callable[[F], F] = click.option(
+    "--chat-template",
+    metavar="NAME|FILE",
+    help="For a model that has none (base models), or over its own: plain, chatml, or a .jinja file.",
+)
 sets_option: Callable[[F], F] = click.option(
     "--set",
     "sets",

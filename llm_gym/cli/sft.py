@@ -9,12 +9,13 @@ import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
-from llm_gym.cli.options import config_option, sets_option
+from llm_gym.cli.options import chat_template_option, config_option, sets_option
 
 
 @click.command("sft", short_help="Fine-tune a model on chats.")
 @click.option("--dataset", "--data", metavar="DATA", help="Chats: a .jsonl, .json, .parquet or .csv file, or a hub id.")
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
+@chat_template_option
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
@@ -24,6 +25,7 @@ from llm_gym.cli.options import config_option, sets_option
 def command(
     dataset: str | None,
     model: str | None,
+    chat_template: str | None,
     file: str | None,
     sets: tuple[str, ...],
     steps: int | None,
@@ -44,7 +46,8 @@ def command(
     with settings():
         if resume and file is None and (Path(out or "runs/sft") / "config.yaml").is_file():
             file = str(Path(out or "runs/sft") / "config.yaml")
-        config = load(SFTConfig, file, sets, dataset=dataset, model=model, steps=steps, out=out)
+        given = {"dataset": dataset, "model": model, "chat_template": chat_template, "steps": steps, "out": out}
+        config = load(SFTConfig, file, sets, **given)
         folder = config.out or "runs/sft"
     rank, size = here()
     if nproc > size:

@@ -10,7 +10,15 @@ import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
-from llm_gym.cli.options import chosen, config_option, env_args_option, envs_option, parse_args, sets_option
+from llm_gym.cli.options import (
+    chat_template_option,
+    chosen,
+    config_option,
+    env_args_option,
+    envs_option,
+    parse_args,
+    sets_option,
+)
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
@@ -31,6 +39,7 @@ LINE = 160
 @click.option(
     "--preset", metavar="NAME", help="Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo ... (docs/algorithms.md)."
 )
+@chat_template_option
 @config_option
 @sets_option
 @click.option("--steps", type=int, help="Optimizer steps.")
@@ -46,6 +55,7 @@ def command(
     model: str | None,
     engine: str | None,
     preset: str | None,
+    chat_template: str | None,
     file: str | None,
     sets: tuple[str, ...],
     steps: int | None,
@@ -75,7 +85,15 @@ def command(
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     with settings():
         config = configuration(
-            file, [*more, *sets], env_args, **chosen(envs), model=model, preset=preset, steps=steps, seed=seed
+            file,
+            [*more, *sets],
+            env_args,
+            **chosen(envs),
+            model=model,
+            chat_template=chat_template,
+            preset=preset,
+            steps=steps,
+            seed=seed,
         )
     rank, size = here()
     if nproc > size:

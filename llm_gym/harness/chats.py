@@ -7,19 +7,18 @@ on exactly the ids that it will read later.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from llm_gym.chat import QUESTION, Chat, load_chat
+from llm_gym.chat import load_chat
 from llm_gym.core import Ids, Message, Messages, Row
 from llm_gym.envs.rows import load_rows
 from llm_gym.envs.tools import formats
-from llm_gym.envs.tools.calls import open_thinking
 from llm_gym.errors import DataError, TemplateError, unknown
+from llm_gym.harness.replies import as_tree, reply_ids
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -141,7 +140,7 @@ def read_example(row: Mapping[str, Any], columns: Mapping[str, str], system_prom
         ]
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    tools = _json(row.get(columns.get("tools", ""))) or None
+    tools = as_tree(row.get(columns.get("tools", ""))) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise DataError(f"column {columns['tools']!r} holds {tools!r:.60}, want a list of tool schemas.")
     return {"messages": messages, "tools": tools}
@@ -159,7 +158,7 @@ def encode(example: Example, tokenizer: Any) -> Row:
         TemplateError: the template refuses the chat.
     """
     messages, tools = list(example["messages"]), example.get("tools")
-    chat = load_chat(tokenizer, tools)
+    chat = formats.tool_chat(tokenizer, tools)[0] if tools else load_chat(tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise DataError(f"messages: want a prompt and then an assistant message, got roles {_roles(messages)}.")
@@ -167,9 +166,10 @@ def encode(example: Example, tokenizer: Any) -> Row:
     if not any(flags):
         raise DataError("messages: none is trained; every assistant message says not to.")
     last = max(i for i, flag in enumerate(flags) if flag)
-    parts = [(chat.open(messages[: turns[0]]), False)]
+    opening = messages[: turns[0]]
+    parts = [(chat.open(opening), False)]
     for turn, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-        parts.append((reply_ids(chat, messages[turn]), flags[turn]))
+        parts.append((reply_ids(chat, messages[turn], parts[-1][0], opening), flags[turn]))
         if turn == last:
             break  # what is said after the last trained reply trains nothing
         parts.append((chat.extend(parts[-1][0], messages[turn + 1 : following]), False))
@@ -189,42 +189,6 @@ def trains(message: Message) -> bool:
     if not mine and any(said):
         raise DataError(f"messages: one of role {message['role']!r} is to be trained; only the assistant's can be.")
     return mine and all(said)
-
-
-def reply_ids(chat: Chat, message: Message) -> Ids:
-    """An assistant message as the ids that a policy would have sampled, the stop token included.
-
-    Structured calls are written by the chat template, and read back by the code that runs them.
-
-    Raises:
-        DataError: the message is no text, or its calls do not survive.
-    """
-    message = {name: value for name, value in message.items() if name not in ("train", "weight")}
-    calls = message.get("tool_calls") or []
-    if not isinstance(message.get("content") or "", str):
-        raise DataError(f"messages: an assistant's content is {message['content']!r:.60}, want text.")
-    closing = open_thinking(chat.text(chat.open([QUESTION])))
-    if closing and closing not in (message.get("content") or ""):
-        message = {"reasoning_content": "", **message}  # the template closes what its generation prompt opened
-    if not calls:
-        return chat.encode_message(message)
-    wanted = [_call(call) for call in calls]
-    if not chat.tools:
-        raise DataError(f"messages: the assistant calls {wanted[0][0]!r}, but the example has no tools.")
-    used = formats.detect(chat)
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in chat.tools}
-    why = ""
-    for form in (dict, json.dumps):
-        try:
-            ids = chat.encode_message({**message, "tool_calls": _written(calls, wanted, form)})
-        except TemplateError as error:
-            why = why or str(error)
-            continue
-        found = formats.read(used, chat.text(ids), closing, schemas)
-        if [(call.name, call.arguments, call.error) for call in found] == [(*call, "") for call in wanted]:
-            return ids
-        why = why or f"they read back as {[(call.name, call.arguments) for call in found]!r:.120}"
-    raise DataError(f"messages: the chat template cannot write the calls {wanted!r:.120}: {why}")
 
 
 # Inside
@@ -247,29 +211,12 @@ def _cut(row: Row, length: int) -> Row:
     return Row(row.tokens[first], row.trained[first], row.logprobs[first], row.versions[first], row.turns[first])
 
 
-def _written(calls: Sequence[Any], wanted: Sequence[tuple[str, Any]], form: Callable[[Any], Any]) -> list[Message]:
-    """The calls in the usual structure, with their arguments in the form that a template wants."""
-    return [
-        {"id": f"call{i:05d}", "type": "function", **call, "function": {"name": name, "arguments": form(arguments)}}
-        for i, (call, (name, arguments)) in enumerate(zip(calls, wanted, strict=True))
-    ]
-
-
-def _call(call: Any) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) of a structured call."""
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    name, given = function.get("name"), _json(function.get("arguments", {}))
-    if not isinstance(name, str) or not isinstance(given, Mapping):
-        raise DataError(f"messages: got the tool call {call!r:.80}, want a name and arguments.")
-    return name, dict(given)
-
-
 def _messages(row: Mapping[str, Any], column: str, role: str | None = None) -> Messages:
     """The messages of a cell: a list, or with `role` a text; contents in parts become texts."""
     value = row.get(column)
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
-    value = _json(value)
+    value = as_tree(value)
     if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) and m.get("role") for m in value):
         want = "a list of messages with roles" if role is None else "text, or a list of messages with roles"
         raise DataError(f"column {column!r} holds {row.get(column)!r:.60}, want {want}.")
@@ -300,16 +247,6 @@ def _row(parts: Sequence[tuple[Ids, bool]]) -> Row:
     nothing = np.zeros(len(tokens), np.float32)
     versions, of_turn = (np.where(trained, value, -1).astype(np.int32) for value in (0, turns))
     return Row(tokens, trained, nothing, versions, of_turn)
-
-
-def _json(value: Any) -> Any:
-    """A cell that is JSON text, as tables hold trees, as the tree."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -33,6 +33,7 @@ from llm_gym.harness.presets import PRESETS
 from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.selection import OversampleConfig
 from llm_gym.harness.teacher import DistillConfig
+from llm_gym.templates import read_template
 
 T = TypeVar("T")
 
@@ -95,6 +96,9 @@ class TrainConfig:
     """How groups that do not pass the filters are replaced."""
     model: str | None = None
     """Folder, hub id or run folder of the model; None: the embedded one."""
+    chat_template: str | None = None
+    """For a model without chat template (most base models), or over its own: `plain`, `chatml` or a .jinja file, whose
+    text then stands here. It is saved with the model."""
     seed: int = 0
     """Decides the tasks, the sampling and everything random."""
     steps: int = 120
@@ -181,12 +185,19 @@ class TrainConfig:
         return rates(loop, self.optimizer, self.lora, model=model, width=hidden_size(model))
 
     def resolved(self) -> TrainConfig:
-        """With every None filled in that depends on other settings, and a run folder as model by what it trained.
+        """With every None filled in that depends on other settings, a run folder as model by what it trained, and a
+        template's file by its text.
 
         Raises:
             CheckpointError: that run has saved nothing yet.
+            ConfigError: no such template.
         """
-        return dataclasses.replace(self, model=model_path(self.model), optimizer=self.rates.fill(self.optimizer))
+        return dataclasses.replace(
+            self,
+            model=model_path(self.model),
+            chat_template=read_template(self.chat_template),
+            optimizer=self.rates.fill(self.optimizer),
+        )
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:

@@ -125,7 +125,7 @@ def exams(config: EvalConfig, env: str, env_args: Mapping[str, Any]) -> list[Exa
     Args:
         config: what to evaluate on.
         env: the run's environment.
-        env_args: its arguments for evaluation; `tokenizer` is everybody's.
+        env_args: its arguments for evaluation; `tokenizer` and `chat_template` are everybody's.
 
     Raises:
         SettingError: an environment that cannot be made.
@@ -136,8 +136,8 @@ def exams(config: EvalConfig, env: str, env_args: Mapping[str, Any]) -> list[Exa
     for other in config.envs:
         args = dict(env_args)
         if other.env is not None:
-            tokenizer = {"tokenizer": env_args["tokenizer"]} if "tokenizer" in env_args else {}
-            args = tokenizer | dict(getattr(environment_class(resolve(other.env)), "eval_args", {}))
+            common = {name: env_args[name] for name in ("tokenizer", "chat_template") if name in env_args}
+            args = common | dict(getattr(environment_class(resolve(other.env)), "eval_args", {}))
         found.append(exam(other.env or env, args | dict(other.env_args), other.title))
     return found
 

@@ -25,7 +25,13 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def export_run(
-    run: str | Path, out: str | Path, *, step: int | None = None, adapter: bool = False, dtype: str | None = None
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    adapter: bool = False,
+    dtype: str | None = None,
+    chat_template: str | Path | None = None,
 ) -> Source:
     """Writes the model of a run as a folder of its own.
 
@@ -35,13 +41,14 @@ def export_run(
         step: the checkpoint of a run folder; None: the newest.
         adapter: write the low-rank adapter alone, for peft; else it is folded into the weights.
         dtype: `float32`, `bfloat16` or `float16`; None: as the checkpoint has them.
+        chat_template: as `load_tokenizer` takes it; None: the run's.
 
     Returns:
         What was written.
 
     Raises:
         CheckpointError: no such run or checkpoint, or `out` holds something already.
-        ConfigError: an unknown dtype, or no adapter where one was asked for.
+        ConfigError: an unknown dtype or template, or no adapter where one was asked for.
     """
     source, out = locate(run, step), Path(out)
     if dtype is not None and dtype not in DTYPES:
@@ -52,12 +59,17 @@ def export_run(
         raise ConfigError(f"adapter: that of {str(run)!r} lies on another run's adapter; leave --adapter out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"out: {str(out)!r} holds something already; name a new folder.")
+    if chat_template is not None:
+        load_tokenizer(source.folder, chat_template)  # before anything is written
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        (_write_adapter if adapter else _write_model)(source, partial, DTYPES.get(dtype or ""))
-        load_tokenizer(source.folder).save_pretrained(partial)
+        if adapter:
+            _write_adapter(source, partial, DTYPES.get(dtype or ""))
+        else:
+            _write_model(source, partial, DTYPES.get(dtype or ""), chat_template)
+        load_tokenizer(source.folder, chat_template).save_pretrained(partial)
         (partial / "README.md").write_text(card(source, out.name, adapter=adapter), "utf-8")
         if out.exists():
             out.rmdir()
@@ -84,9 +96,8 @@ def checkpoint_model(source: Source) -> Any:
         raise CheckpointError(f"checkpoint: {str(source.folder)!r} cannot be read ({reason}).") from error
 
 
-def stop_ids(folder: Path) -> list[int]:
+def stop_ids(tokenizer: Any) -> list[int]:
     """Every id that ends a completion, the one that the chat template puts behind a reply first."""
-    tokenizer = load_tokenizer(folder)
     try:
         return list(load_chat(tokenizer).stop_ids)
     except TemplateError:
@@ -96,14 +107,15 @@ def stop_ids(folder: Path) -> list[int]:
 # Inside
 
 
-def _write_model(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_model(source: Source, folder: Path, dtype: torch.dtype | None, chat_template: str | Path | None) -> None:
     """Weights, config.json, and generation_config.json with every stop id."""
     model = checkpoint_model(source)
-    stops, generation = stop_ids(source.folder), model.generation_config
+    tokenizer, generation = load_tokenizer(source.folder, chat_template), model.generation_config
+    stops = stop_ids(tokenizer)
     if stops:
         generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     if generation.pad_token_id is None:
-        generation.pad_token_id = load_tokenizer(source.folder).pad_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
     (model if dtype is None else model.to(dtype)).save_pretrained(folder)
 
 

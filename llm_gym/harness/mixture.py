@@ -217,7 +217,12 @@ class Drivers:
 def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
     """One environment, made for training and for evaluation."""
     env_id = resolve(entry.env)
-    args = {"tokenizer": config.model, **entry.env_args}
+    if "chat_template" in entry.env_args:
+        raise ConfigError(
+            "env_args.chat_template: a run has one template, which is saved with its model; set chat_template itself."
+        )
+    template = {} if config.chat_template is None else {"chat_template": config.chat_template}
+    args = {"tokenizer": config.model, **template, **entry.env_args}
     made = make(env_id, **args)
     inner, most = made.unwrapped, config.sampling.max_tokens
     eval_args = args | dict(getattr(inner, "eval_args", {})) | dict(config.eval.env_args)

@@ -27,6 +27,7 @@ from llm_gym.harness.loggers import LogConfig
 from llm_gym.harness.sharding import read_parts
 from llm_gym.harness.trainer import Observer, Trainer
 from llm_gym.harness.weights import PARTS, STATE, read_tensors, restore, save
+from llm_gym.tokenizer import load_tokenizer
 
 COMPARED = ("policy/", "sampler/", "tokens/trained")
 """How the names of metrics begin that depend on nothing but episodes and weights."""
@@ -137,7 +138,7 @@ def replay(
                 yield Replayed(at, learned, compared, tensors, found + more)
             if out is not None:
                 Path(out).mkdir(parents=True, exist_ok=True)
-                save(trainer.learner, config.model, Path(out))
+                save(trainer.learner, load_tokenizer(config.model, config.chat_template), Path(out))
         finally:
             trainer.world.close()
 
@@ -147,7 +148,7 @@ def _compare_checkpoint(trainer: Trainer, saved: Path) -> tuple[int, tuple[Diffe
     world, again = trainer.world, trainer.run.path / saved.name
     if not saved.is_dir():
         return 0, ()
-    save(trainer.learner, trainer.config.model, again)
+    save(trainer.learner, load_tokenizer(trainer.config.model), again)
 
     def compare() -> tuple[int, tuple[Difference, ...]]:
         alike = [name for name in (STATE, PARTS) if all((folder / name).exists() for folder in (saved, again))]

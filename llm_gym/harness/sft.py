@@ -42,6 +42,7 @@ from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig, World, connect
 from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.sharding import is_sharded
+from llm_gym.templates import read_template
 
 MODEL = "model"
 """Folder of the finished model, in the run folder."""
@@ -79,6 +80,9 @@ class SFTConfig:
     """A Hugging Face config (`model_type` and its fields) to start from random weights; empty: load the weights."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; None: the model's."""
+    chat_template: str | None = None
+    """For a model without chat template (most base models), or over its own: `plain`, `chatml` or a .jinja file, whose
+    text then stands here. It is saved with the model."""
     out: str | None = None
     """Run folder: config.yaml, metrics.jsonl, checkpoints and, at the end, the model in model/; None: write nothing."""
     steps: int = 200
@@ -131,7 +135,12 @@ class SFTConfig:
 
     def resolved(self, model: Any = None) -> SFTConfig:
         """With the learning rates settled, and a run folder as model by what it trained."""
-        return replace(self, model=model_path(self.model), optimizer=self.rates(model).fill(self.optimizer))
+        return replace(
+            self,
+            model=model_path(self.model),
+            chat_template=read_template(self.chat_template),
+            optimizer=self.rates(model).fill(self.optimizer),
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def sft(
     said, config = config.rates(model).words(config.optimizer), config.resolved(model)
     world = connect(config.parallel, _device(config))
     try:
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(config.tokenizer or config.model, config.chat_template)
         data = prepare(config, examples, tokenizer, world)
         run, saved = _open(config, resume, world)
         start = 0 if saved is None else step_of(saved)
@@ -210,7 +219,7 @@ def _fine_tune(
         run.write_config(dump(replace(config, token_budget=budget.tokens)))  # resumed, it packs its rows alike
         if learner.step_count == 0 and held_out is not None:
             run.log({"step": 0, **held_out_loss(learner, held_out)})
-    write = partial(weights.save, learner, config.tokenizer or config.model)
+    write = partial(weights.save, learner, load_tokenizer(config.tokenizer or config.model, config.chat_template))
     for step in range(learner.step_count, data.steps):
         row = _train_step(budget, data, step)
         if held_out is not None and _due(config.eval.every, step + 1, data):

@@ -31,6 +31,7 @@ from llm_gym.harness.parallel import ParallelConfig, World, connect, here
 from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
 from llm_gym.harness.sync import check
 from llm_gym.harness.trainer import Observer
+from llm_gym.templates import read_template
 from llm_gym.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -98,11 +99,14 @@ def check_plan(plan: Plan) -> None:
     Raises:
         SettingError: a setting, environment, data set or teacher that cannot work; the sentence names the stage.
     """
+    template = None
     for stage in plan.stages:
-        config = replace(stage.config, model=plan.model) if not getattr(stage.config, "init", None) else stage.config
+        template = stage.config.chat_template or template  # what a stage is given is saved with its model
+        config = replace(stage.config, chat_template=template)
+        config = config if getattr(config, "init", None) else replace(config, model=plan.model)
         try:
             if stage.kind == "sft":
-                prepare(config, None, load_tokenizer(config.tokenizer or plan.model))
+                prepare(config, None, load_tokenizer(config.tokenizer or plan.model, template))
                 continue
             check(config, World(*here(), config.parallel))
             arenas(config)
@@ -214,6 +218,7 @@ def _stage(number: int, item: Any, sets: list[str]) -> Stage:
             raise ConfigError(f"{where}.{name}: got {settings[name]!r}, but {FIXED[name]}.")
     try:
         config = load(KINDS[kind], None, sets, **(settings or {}))
+        config = replace(config, chat_template=read_template(config.chat_template))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     if (kind == "distill") != (getattr(config, "distill", None) is not None):

@@ -40,6 +40,7 @@ from llm_gym.harness.verdict import MOVED
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
 from llm_gym.rollout import Driver, OnEpisode
+from llm_gym.tokenizer import load_tokenizer
 
 
 class Observer(Protocol):
@@ -313,7 +314,7 @@ class Trainer:
         return saved[-1] if saved else None
 
     def _save_to(self, folder: Path) -> None:
-        save(self.learner, self.config.model, folder)
+        save(self.learner, load_tokenizer(self.config.model, self.config.chat_template), folder)
         if self.world.rank == 0:
             self.selection.save(folder)
 

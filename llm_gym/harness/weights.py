@@ -21,7 +21,7 @@ STATE, PARTS = "trainer.pt", "trainer"
 """The optimizer's file; for a learner that is split over processes, the folder with each one's part."""
 
 
-def export(model: Any, tokenizer: str | Path | None, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def export(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Writes weights (or the adapter), config and tokenizer: `llmgym eval --model <folder>` takes it.
 
     `state`: the model's state dict, if its own tensors are not whole.
@@ -34,8 +34,11 @@ def export(model: Any, tokenizer: str | Path | None, folder: Path, state: Mappin
     load_tokenizer(tokenizer).save_pretrained(folder)
 
 
-def save(learner: Learner, tokenizer: str | Path | None, folder: Path) -> None:
-    """Everything that training needs to go on bit for bit; every process of the run calls it with the same folder."""
+def save(learner: Learner, tokenizer: Any, folder: Path) -> None:
+    """Everything that training needs to go on bit for bit; every process of the run calls it with the same folder.
+
+    `tokenizer`: what `load_tokenizer` takes; its chat template is saved with it.
+    """
     world = learner.world
     world.meet("checkpoint")  # the folder exists
     with world.naming("checkpoint"):

@@ -70,7 +70,7 @@ class OpenAIPolicy:
             SettingError: the endpoint refuses the key or does not know the model.
             PolicyError: it refuses this request, or fails for `retry_seconds`.
         """
-        body = self._body(messages, chat.tools, sampling, seed)
+        body = self._body(*chat.as_shown(list(messages), chat.tools), sampling, seed)
         text, finish = await self._loop.ask(self._ask(body))
         tokens = chat.encode_reply(text)
         if finish == "length" or len(tokens) > sampling.max_tokens:

@@ -46,7 +46,7 @@ class ScriptedPolicy:
         reply = self._say(context)
         if isinstance(reply, str) and self.chat is None:
             raise PolicyError("ScriptedPolicy: a reply is text; pass chat= to encode it.")
-        tokens = np.asarray(self.chat.encode_reply(reply) if isinstance(reply, str) else reply, np.int32)
+        tokens = np.asarray(self.chat.encode_reply(reply, context) if isinstance(reply, str) else reply, np.int32)
         if not len(tokens):
             raise PolicyError("ScriptedPolicy: a reply is empty; it needs at least one token.")
         cut = len(tokens) > sampling.max_tokens

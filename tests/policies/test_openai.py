@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from llm_gym.chat import load_chat
+from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.core import Completion, Sampling, StopReason
+from llm_gym.envs.tools.formats import tool_chat
 from llm_gym.errors import ConfigError, PolicyError, SettingError
 from llm_gym.policies import make_policy
 from llm_gym.policies.openai import OpenAIPolicy
@@ -104,6 +105,26 @@ def test_only_what_is_asked_for_is_sent(policy: OpenAIPolicy, endpoint: Endpoint
         "top_p": 0.9,
         "min_p": 0.1,
     }
+
+
+def test_tools_in_words_are_said_to_it_too(policy: OpenAIPolicy, endpoint: Endpoint) -> None:
+    """It knows nothing of the format asked for, and would call tools in its own way."""
+    schema = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
+    tool = {"type": "function", "function": {"name": "run", "description": "Runs it.", "parameters": schema}}
+    chat, _ = tool_chat(load_tokenizer(), [tool], "python_block")
+    call = {"id": "c", "type": "function", "function": {"name": "run", "arguments": {"code": "2+2"}}}
+    said = {"role": "assistant", "content": "So:", "tool_calls": [call]}
+    messages = [*MESSAGES, said, {"role": "tool", "name": "run", "tool_call_id": "c", "content": "4"}]
+    asyncio.run(policy.reply(messages, chat, Sampling(), seed=0))
+    (body,) = endpoint.bodies
+    assert "tools" not in body
+    told, *rest = body["messages"]
+    assert told["role"] == "system"
+    assert "Runs it." in told["content"]
+    assert rest[len(MESSAGES) :] == [
+        {"role": "assistant", "content": "So:\n```python\n2+2\n```"},
+        {"role": "user", "content": "```output\n4\n```"},
+    ]
 
 
 def test_tool_calls_go_both_ways(policy: OpenAIPolicy, endpoint: Endpoint) -> None:

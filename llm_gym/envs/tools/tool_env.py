@@ -14,8 +14,8 @@
         def final(self, text):           # a reply that calls no tool
             return Reply(reward={"correct": ...}, done=True)
 
-The tools' schemas are shown by the model's own chat template. A reply that calls tools is answered with their
-results, encoded by exact extension; one that does not goes to `final`.
+The tools' schemas are shown by the model's own chat template, or in words if it has none for them. A reply that
+calls tools is answered with their results, encoded by exact extension; one that does not goes to `final`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
-from llm_gym.chat import Chat, load_chat
+from llm_gym.chat import Chat
 from llm_gym.core import Message, StopReason
 from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.tools import formats
@@ -46,7 +46,8 @@ class ToolEnv(TextEnv):
 
     Args:
         tools: functions with type hints, or `Tool`s.
-        tool_format: how the model writes calls, by name (see `formats.FORMATS`); None: as its template writes them.
+        tool_format: how the model writes calls, by name (see `formats.FORMATS`); None: as its template writes them, or
+            if that has no tools, as JSON in <tool_call> (a tool that runs code: as a fenced block of Python).
         max_calls: calls in an episode; those beyond it are refused.
         call_timeout: seconds a call may take. The thread of a function that takes longer is abandoned: it runs on
             by itself, its result is dropped, and the episode goes on.
@@ -58,8 +59,9 @@ class ToolEnv(TextEnv):
     a cost, or a curve to plot), and `format`, -1 for each reply with a call that was refused (weight 0.1).
 
     Raises:
-        ConfigError: no tools, two of the same name, an unknown format, or a limit out of range.
-        TemplateError: the chat template cannot be extended exactly by tool results, or shows no tools.
+        ConfigError: no tools, two of the same name, an unknown format or one in which a tool cannot be called, or a
+            limit out of range.
+        TemplateError: the chat template cannot be extended exactly.
     """
 
     metadata: dict[str, Any] = {**TextEnv.metadata, "blocking": True}  # noqa: RUF012
@@ -124,7 +126,7 @@ class ToolEnv(TextEnv):
                 break
         parts = self._parts(self._calls - before, sum(bool(call.error) for call in calls))
         stop = StopReason.TOOL_FAILURE if failure else None
-        return Reply(self._as_messages(results), parts, stop_reason=stop)
+        return Reply(results, parts, stop_reason=stop)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """As `TextEnv.reset`; the info also has `tools`, the schemas shown to the model."""
@@ -154,17 +156,12 @@ class ToolEnv(TextEnv):
     @property
     def example_replies(self) -> list[str]:
         """A call of each tool with arguments of the right types, which `llm_gym.testing` plays too."""
-        if not self.format.native:
-            return [self.call_text("python", code="6*7")]
         return [self.call_text(name, **example_arguments(schema)) for name, schema in self._schemas.items()]
 
     # Reading calls
 
     def _load_chat(self, tokenizer: Any) -> Chat:
-        named = formats.named(self._format_name) if self._format_name is not None else None
-        native = named is None or named.native
-        chat = load_chat(tokenizer, [tool.schema for tool in self.tools.values()] if native else None)
-        self.format = named or formats.detect(chat)
+        chat, self.format = formats.tool_chat(tokenizer, [t.schema for t in self.tools.values()], self._format_name)
         return chat
 
     def _read(self, text: str) -> list[ToolCall]:
@@ -223,18 +220,12 @@ class ToolEnv(TextEnv):
             for call in calls
             if call.name in self.tools
         ]
-        message = {"role": "assistant", "content": without_calls(text, calls) if self.format.native else text}
+        message = {"role": "assistant", "content": without_calls(text, calls)}
         return {**message, "tool_calls": made} if made else message
 
     def _result(self, call: ToolCall, output: str) -> Message:
         name = call.name if call.name in self.tools else next(iter(self.tools))
         return {"role": "tool", "name": name, "tool_call_id": call.id, "content": output}
-
-    def _as_messages(self, results: list[Message]) -> list[Message]:
-        """The results as the template wants them: tool messages, or one user message."""
-        if self.format.native:
-            return results
-        return [{"role": "user", "content": "\n".join(f"```output\n{r['content']}\n```" for r in results)}]
 
     def _parts(self, calls: int, refused: int) -> dict[str, float]:
         """The reward components of one step, those of `final` as zeros."""

@@ -1,0 +1,53 @@
+"""Bugs that chats could have: replies encoded out of place, thinking doubled or lost, a tokenizer read wrong.
+
+Planted with those of `mutations`, in the same way.
+"""
+
+from __future__ import annotations
+
+from mutations import Mutant
+
+CHATS = (
+    Mutant(
+        "a reply is encoded by itself, with a space in front",
+        "tokenizer.py",
+        "return self._behind([left, *self._neutral] if fixed else self._neutral, text)",
+        "return self._encode(text)",
+        ("test_chat_in_place.py::test_no_space_is_put_in_front_of_a_reply",),
+    ),
+    Mutant(
+        "thinking in tags is written again behind a prompt that opened it",
+        "harness/replies.py",
+        "if not (begins or (opened and closed)):",
+        "if not opened or True:",
+        ("harness/test_replies.py::test_thinking_that_the_prompt_opened_is_gone_on_from",),
+    ),
+    Mutant(
+        "thinking that the template drops is lost without a word",
+        "harness/replies.py",
+        "        if at < len(part):\n            return False\n",
+        "",
+        ("harness/test_replies.py::test_thinking_is_written_as_the_template_writes_it",),
+    ),
+    Mutant(
+        "a plain reply lacks the template's frame",
+        "harness/replies.py",
+        'text = next(writings, "") or _spelled(said, prompt) + chat.ending',
+        "text = _spelled(said, prompt) + chat._stops[chat.stop_ids[0]]",
+        ("harness/test_replies.py::test_a_plain_reply_has_the_templates_frame",),
+    ),
+    Mutant(
+        "thinking is closed that no prompt opened",
+        "harness/replies.py",
+        "said.closed and open_thinking(prompt) == open_thinking(usual)",
+        "said.closed",
+        ("harness/test_replies.py::test_where_no_prompt_follows_a_tools_result_nothing_is_closed",),
+    ),
+    Mutant(
+        "the class named beside a tokenizer puts its own rules in place of the file's",
+        "tokenizer.py",
+        'if whole or config.get("tokenizer_class") in PLAIN_CLASSES:',
+        'if config.get("tokenizer_class") in PLAIN_CLASSES:',
+        ("test_tokenizer.py::test_the_file_is_loaded_as_it_is_whatever_class_is_named",),
+    ),
+)
