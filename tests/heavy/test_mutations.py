@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from mutations import MUTANTS, Mutant
 from mutations_of_loops import LOOPS
+from mutations_of_models import MODELS
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-EVERY = (*MUTANTS, *LOOPS)
+EVERY = (*MUTANTS, *LOOPS, *MODELS)
 CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in EVERY for test in mutant.tests})))
 """No bug at all: every test passes."""
 
