@@ -27,11 +27,19 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny(family: str = "Qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+def tiny(
+    family: str = "Qwen3",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    **changes: Any,
+) -> Any:
     """A random `<family>ForCausalLM`."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{"tie_word_embeddings": True, **SIZES, **changes})
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    sizes = {name: size for name, size in SIZES.items() if not (name.startswith("num_") and family == "GPTNeo")}
+    config = getattr(transformers, f"{family}Config")(**{"tie_word_embeddings": True, **sizes, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    return model.to(dtype).eval()
 
 
 def contexts(count: int, seed: int = 0, longest: int = 40) -> list[Ids]:

@@ -168,7 +168,7 @@ def pack(
         skip_zero: leave out sequences whose advantages are all 0. Exact if no other loss term is on.
         share: lay out once what several rows of a micro-batch begin with (a group's prompt, the turns before a
             history was rewritten, a system prompt) where that saves enough. The gradient is the same; the model
-            must read `parents` (`Body.packed`).
+            must read `parents` (`Body.shares`).
 
     Raises:
         ValueError: a row whose first token is trained (nothing predicts it).

@@ -96,7 +96,7 @@ class DistillLearner(Learner):
             return {**sums, "distill/kl": -float(better.sum())}
 
         def divergence(**hidden: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-            student = Head(*(hidden[name] for name in ("hidden", "weight", "bias", "temperature")))
+            student = Head(*(hidden[name] for name in Head._fields))
             kl = self._divergence(student, batch)
             return (batch.weight * kl).sum(), kl.detach().sum(), _seen(student, batch)
 
@@ -166,9 +166,7 @@ def check_distill(config: TrainConfig) -> DistillConfig:
 @torch.no_grad()
 def _seen(student: Head, batch: MicroBatch) -> dict[str, float]:
     """The metrics that every learner reports, as sums over tokens."""
-    logprobs, entropy = token_logprobs(
-        student.hidden, student.weight, batch.target, bias=student.bias, temperature=student.temperature
-    )
+    logprobs, entropy = token_logprobs(targets=batch.target, **student._asdict())
     apart = logprobs - batch.old_logprobs
     return {
         "policy/entropy": float(entropy.sum()),

@@ -11,6 +11,7 @@ and where the tail is lumped into one outcome, its log ratio stands for that of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Head(NamedTuple):
     """[V] or None."""
     temperature: float
     """Divides the logits."""
+    softcap: float | None = None
+    """Bound of the logits before the temperature, approached as by tanh; see `logprobs`."""
 
 
 def reverse_kl(student: Head, teacher: Head) -> Tensor:
@@ -80,18 +83,18 @@ def top_logprobs(head: Head, k: int) -> tuple[Tensor, Tensor]:
 class _Full(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: Any) -> Tensor:
-        student, teacher = Head(*parts[:4]), Head(*parts[4:])
+        student, teacher = Head(*parts[:5]), Head(*parts[5:])
         log_p, log_q, mean = _statistics(student, teacher, None)
         kl: Tensor = mean - log_p + log_q
         _keep(ctx, student, (*teacher[:3], log_p, log_q, kl))
-        ctx.teacher_temperature = teacher.temperature
+        ctx.teacher = teacher[3:]
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, (hidden, weight, bias, log_p, log_q, kl) = _kept(ctx)
-        teacher = Head(hidden, weight, bias, ctx.teacher_temperature)
+        teacher = Head(hidden, weight, bias, *ctx.teacher)
         common = min(len(student.weight), len(teacher.weight))
 
         def pull(rows: slice, columns: slice, x: Tensor) -> Tensor:
@@ -100,13 +103,13 @@ class _Full(torch.autograd.Function):
             pulled: Tensor = own.exp() * (own - other - kl[rows, None]) * grad[rows, None]
             return pulled
 
-        return *_gradients(student, common, pull, ctx.needs_input_grad), None, None, None, None, None
+        return *_gradients(student, common, pull, ctx.needs_input_grad), *[None] * 7
 
 
 class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: Any) -> Tensor:
-        student, ids, other = Head(*parts[:4]), parts[4], parts[5]
+        student, ids, other = Head(*parts[:5]), parts[5], parts[6]
         log_z, chosen, _ = _statistics(student, None, ids)
         own = chosen - log_z[:, None]
         tail, other_tail = (_log_rest(logs) for logs in (own, other.to(own.dtype)))
@@ -126,7 +129,7 @@ class _TopK(torch.autograd.Function):
             at, here = _local(ids[rows], columns)
             return g.scatter_add_(1, at, extra[rows] * here)
 
-        return *_gradients(student, len(student.weight), pull, ctx.needs_input_grad), None, None, None
+        return *_gradients(student, len(student.weight), pull, ctx.needs_input_grad), *[None] * 4
 
 
 # Tiles
@@ -146,7 +149,13 @@ def _tile(head: Head, rows: slice, columns: slice) -> Tensor:
         out = hidden.to(_exact(head)) @ weight.to(_exact(head)).t()
     if head.bias is not None:
         out += head.bias[columns]
-    return out if head.temperature == 1.0 else out.div_(head.temperature)
+    out = out if head.temperature == 1.0 else out.div_(head.temperature)
+    return out if head.softcap is None else out.div_(_cap(head)).tanh_().mul_(_cap(head))
+
+
+def _cap(head: Head) -> float:
+    """The soft cap of the scaled logits."""
+    return math.inf if head.softcap is None else head.softcap / head.temperature
 
 
 def _tiles(head: Head, vocabulary: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -191,6 +200,7 @@ def _gradients(head: Head, vocabulary: int, pull: Any, needs: tuple[bool, ...]) 
     d_bias = torch.zeros(len(head.weight), dtype=exact, device=head.weight.device) if needs[2] else None
     for rows, columns, x in _tiles(head, vocabulary):
         g = pull(rows, columns, x)
+        g = g if head.softcap is None else g * (1 - (x / _cap(head)).square())
         g = g if head.temperature == 1.0 else g.div_(head.temperature)
         if d_hidden is not None:
             d_hidden[rows] += g @ head.weight[columns].to(exact)
@@ -224,9 +234,9 @@ def _frozen(part: Any) -> Any:
 
 def _keep(ctx: Any, student: Head, others: tuple[Tensor | None, ...]) -> None:
     ctx.save_for_backward(*student[:3], *others)
-    ctx.temperature = student.temperature
+    ctx.student = student[3:]
 
 
 def _kept(ctx: Any) -> tuple[Head, tuple[Any, ...]]:
     hidden, weight, bias, *others = ctx.saved_tensors
-    return Head(hidden, weight, bias, ctx.temperature), tuple(others)
+    return Head(hidden, weight, bias, *ctx.student), tuple(others)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.corrections import importance_weights
 from llm_gym.harness.headroom import all_or_nothing
@@ -176,7 +177,8 @@ class Learner:
             hidden = body.hidden(batch).index_select(0, batch.source)
             weight, bias = body.head()
         weight = weight if held is None else weight.to(held)
-        scaled = {"bias": bias, "temperature": temperature / body.scale}
+        cap = None if body.softcap is None else body.softcap / body.scale
+        scaled = {"bias": bias, "temperature": temperature / body.scale, "softcap": cap}
         return {"hidden": hidden, "weight": weight, "targets": batch.target, **scaled}
 
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
@@ -236,7 +238,16 @@ class Learner:
         return Body(copy.deepcopy(self.model).requires_grad_(False))
 
     def _shard(self) -> None:
-        """Splits the model, and a reference of its own, over the ranks."""
+        """Splits the model, and a reference of its own, over the ranks.
+
+        Raises:
+            ConfigError: ranks would run the model differently often, and wait for each other.
+        """
+        if self.body.together < math.inf or self.body.from_head:
+            raise ConfigError(
+                f"parallel.strategy: got 'fsdp', but rows of {type(self.body.causal).__name__} cannot all share a "
+                "forward, so ranks would run it differently often; pass 'ddp'."
+            )
         for body in (self.body, self.reference):
             if body is not None and not is_sharded(body.causal):
                 shard(body.causal, self.world.device, self.world.size)

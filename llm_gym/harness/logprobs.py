@@ -9,6 +9,7 @@ and then into their own gradient. Memory is that of a chunk, however many tokens
   is that of fused linear cross-entropy (Liger, https://arxiv.org/abs/2410.10989); here the loss may be any.
 
 With p = softmax, l = log p, H = entropy: d logprob / d x_j = [j = target] - p_j, and d H / d x_j = -p_j (l_j + H).
+Logits may be soft-capped, x = c tanh(z / c) (Gemma 2, https://arxiv.org/abs/2408.00118); d x / d z = 1 - (x / c)^2.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-softmax of `(hidden @ weight.T + bias) / temperature` at `targets`, and the entropy.
+
+    With a soft cap c, what is divided by the temperature is `c * tanh((hidden @ weight.T + bias) / c)`.
 
     Products and sums are float32 whatever the inputs (float64 for float64 inputs), also under autocast;
     bfloat16 products on CUDA run on bfloat16 inputs with float32 results.
@@ -62,6 +66,7 @@ def token_logprobs(
         targets: [M] int64, in [0, V).
         bias: [V] or None, differentiable or frozen.
         temperature: divides the logits; > 0.
+        softcap: bound of the logits before the temperature, approached smoothly; > 0, or None.
         entropy: whether to compute the entropy (differentiable); zeros otherwise, at a lower price.
 
     Returns:
@@ -70,9 +75,9 @@ def token_logprobs(
     Raises:
         ValueError: shapes that do not fit, an id outside the vocabulary, or a temperature that is not positive.
     """
-    _check("token_logprobs", hidden, weight, targets, temperature)
+    _check("token_logprobs", hidden, weight, targets, temperature, softcap)
     logprobs, entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, float(temperature), entropy
+        hidden, weight, bias, targets, float(temperature), softcap, entropy
     )
     return logprobs, entropies
 
@@ -85,6 +90,7 @@ def token_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     entropy_gradient: bool = False,
 ) -> Tensor:
     """The sum of `per_token` losses of what `token_logprobs` would return, at three quarters of its price.
@@ -99,6 +105,7 @@ def token_loss(
         per_token: (slice of the M tokens, logprobs [n], entropy [n]) -> losses [n], weighted as they shall be summed.
         bias: [V] or None, differentiable or frozen.
         temperature: divides the logits; > 0.
+        softcap: as for `token_logprobs`.
         entropy_gradient: whether the entropy is differentiable; a constant otherwise, at a lower price.
 
     Returns:
@@ -107,14 +114,22 @@ def token_loss(
     Raises:
         ValueError: as `token_logprobs`, or losses that are not one per token.
     """
-    _check("token_loss", hidden, weight, targets, temperature)
+    _check("token_loss", hidden, weight, targets, temperature, softcap)
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, float(temperature), entropy_gradient, per_token, torch.is_grad_enabled()
+        hidden,
+        weight,
+        bias,
+        targets,
+        float(temperature),
+        softcap,
+        entropy_gradient,
+        per_token,
+        torch.is_grad_enabled(),
     )
     return loss
 
 
-def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, cap: float | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"{name}: want hidden [M, H], weight [V, H], targets [M], got "
@@ -122,6 +137,8 @@ def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperatu
         )
     if not temperature > 0:
         raise ValueError(f"{name}: temperature: got {temperature!r}, want a value > 0.")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"{name}: softcap: got {cap!r}, want a value > 0, or None.")
     if len(targets) and not (targets.min() >= 0 and targets.max() < len(weight)):
         worst = int(targets.max() if targets.min() >= 0 else targets.min())
         raise ValueError(f"{name}: targets: got {worst}, want ids in [0, {len(weight)}).")
@@ -136,16 +153,17 @@ class _LogProbs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        softcap: float | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, targets, temperature)
+            head = _Head(hidden, weight, bias, targets, temperature, softcap)
             logprobs, entropies, log_z = (head.none.new_empty(len(targets)) for _ in range(3))
             for rows in head:
                 found = head.normalise(rows, head.logits(rows), entropy=entropy)
                 logprobs[rows], entropies[rows], log_z[rows] = found.logprobs, found.entropies, found.log_z
         ctx.save_for_backward(hidden, weight, bias, targets, entropies, log_z)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.softcap = temperature, softcap
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -157,12 +175,12 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, entropies, log_z = ctx.saved_tensors
         grad = torch.zeros_like(entropies) if grad is None else grad
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, targets, ctx.temperature)
+            head = _Head(hidden, weight, bias, targets, ctx.temperature, ctx.softcap)
             into = _Gradients(head, ctx.needs_input_grad)
             for rows in head:
                 pull = None if entropy_grad is None else entropy_grad[rows]
                 into.add(rows, *head.gradient(rows, head.logits(rows), log_z[rows], entropies[rows], grad[rows], pull))
-        return *into.found(), None, None, None
+        return *into.found(), None, None, None, None
 
 
 class _Loss(torch.autograd.Function):
@@ -174,21 +192,24 @@ class _Loss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        softcap: float | None,
         entropy_gradient: bool,
         per_token: PerToken,
         grad: bool,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, targets, temperature)
+            head = _Head(hidden, weight, bias, targets, temperature, softcap)
             into = _Gradients(head, ctx.needs_input_grad) if grad else None
             total = head.none.sum()
             for rows in head:
                 x = head.logits(rows)
-                found = head.normalise(rows, x, entropy=True, keep=entropy_gradient)
+                keep = entropy_gradient or softcap is not None  # whose slope is of the logits
+                found = head.normalise(rows, x, entropy=True, keep=keep)
                 loss, by_logprob, by_entropy = _differentiate(per_token, rows, found, entropy_gradient)
                 total = total + loss
-                if into is not None and entropy_gradient:
-                    into.add(rows, *head.gradient(rows, x, found.log_z, found.entropies, by_logprob, by_entropy))
+                if into is not None and keep:
+                    pull = by_entropy if entropy_gradient else None
+                    into.add(rows, *head.gradient(rows, x, found.log_z, found.entropies, by_logprob, pull))
                 elif into is not None:
                     into.add(rows, *head.from_exponentials(rows, x, found.total, by_logprob))
         # An attribute, not saved tensors: they are no activations, and are gone once they are handed over.
@@ -206,7 +227,7 @@ class _Loss(torch.autograd.Function):
         scale = float(grad)
         if scale != 1.0:
             found = tuple(None if each is None else each.mul_(scale) for each in found)
-        return *found, None, None, None, None, None
+        return *found, None, None, None, None, None, None
 
 
 class Normalised(NamedTuple):
@@ -247,9 +268,10 @@ class _Head:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, heat: float, cap: float | None
     ) -> None:
-        self.hidden, self.weight, self.bias, self.targets, self.scale = hidden, weight, bias, targets, 1 / temperature
+        self.hidden, self.weight, self.bias, self.targets, self.scale = hidden, weight, bias, targets, 1 / heat
+        self.cap = None if cap is None else cap / heat
         self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.half = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.work = hidden.dtype if self.half else self.exact
@@ -279,12 +301,14 @@ class _Head:
             torch.addmm(out, a, b, beta=float(add), alpha=self.scale, out=out)
 
     def logits(self, rows: slice) -> Tensor:
-        """(weight @ hidden.T + bias) / temperature, [V, n]; overwrites the buffer."""
+        """(weight @ hidden.T + bias) / temperature, soft-capped, [V, n]; overwrites the buffer."""
         hidden = self.hidden[rows].to(self.work).t()
         x = self.buffer[: self.width * hidden.shape[1]].view(self.width, -1)
         for block, weight in self.blocks():
             self.product(weight, hidden, x[block])
-        return x if self.bias is None else x.add_(self.bias[:, None], alpha=self.scale)
+        if self.bias is not None:
+            x.add_(self.bias[:, None], alpha=self.scale)
+        return x if self.cap is None else x.div_(self.cap).tanh_().mul_(self.cap)
 
     def normalise(self, rows: slice, x: Tensor, *, entropy: bool, keep: bool = False) -> Normalised:
         """What there is to know of a chunk; leaves exp(x - the largest) in `x`, or `x` as it is."""
@@ -312,15 +336,24 @@ class _Head:
     def gradient(
         self, rows: slice, x: Tensor, log_z: Tensor, entropies: Tensor, grad: Tensor, pull: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same from logits, which it overwrites; if `pull` is given, it is the gradient [n] by the entropies."""
-        for part, (logp, _) in self.pieces(x):
+        """The same from logits, which it overwrites; if `pull` is given, it is the gradient [n] by the entropies.
+
+        Logits that are soft-capped move by 1 - (logit / cap)^2 of what goes into the cap.
+        """
+        targets, one = self.targets[None, rows], torch.ones_like(grad)
+        slope = one if self.cap is None else 1 - (x.gather(0, targets)[0] / self.cap).square()
+        for part, (logp, slopes) in self.pieces(x):
             torch.sub(x[part], log_z, out=logp)
+            if self.cap is not None:
+                torch.div(x[part], self.cap, out=slopes).square_().neg_().add_(1)
             p = torch.exp(logp, out=x[part])
             if pull is not None:
                 p.mul_(logp.mul_(pull).add_(grad + pull * entropies))
+            if self.cap is not None:
+                p.mul_(slopes)
         if pull is None:
-            return self.from_exponentials(rows, x, torch.ones_like(grad), grad)
-        return -torch.ones_like(grad), x.scatter_add_(0, self.targets[None, rows], -grad[None])
+            return -grad, x.scatter_add_(0, targets, -slope[None])
+        return -one, x.scatter_add_(0, targets, -(grad * slope)[None])
 
 
 class _Gradients:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from llm_gym.harness.recorded import operations
+
+OPERATIONS = ["mm", "mm", "mm", "mul", "silu"]
+"""What such an MLP consists of."""
 CHUNK = 512
 """Tokens whose intermediate results are made, and used up, at a time: they stay in the CPU's cache."""
 
@@ -15,8 +19,9 @@ CHUNK = 512
 def fuse_mlps(model: nn.Module) -> int:
     """Gives gated MLPs (https://arxiv.org/abs/2002.05202, SwiGLU) their own backward; returns how many were changed.
 
-    A layer is changed only if it computes `down(silu(gate(x)) * up(x))` on a probe. Of the five intermediate
-    results that autograd would keep for the backward, three are kept; the others are made again.
+    A layer is changed only if its operations are those of `down(silu(gate(x)) * up(x))`, which a clamp of the
+    intermediate results is not, and its results too. Of the five intermediate results that autograd would keep for
+    the backward, three are kept; the others are made again.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
@@ -40,9 +45,11 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     gate, up, down = layers
     x = torch.linspace(-3, 3, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)[None]
+    x = torch.cat([x, 30 * x])
     try:
+        y, names = operations(module, x)
         with torch.no_grad():
-            return torch.equal(module(x), down(silu(gate(x)) * up(x)))
+            return sorted(names) == OPERATIONS and torch.equal(y, down(silu(gate(x)) * up(x)))
     except (TypeError, RuntimeError):  # a layer with the same names that wants, or gives, something else
         return False
 

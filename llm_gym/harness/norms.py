@@ -8,13 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from llm_gym.harness.recorded import operations
+
+OPERATIONS = {"_to_copy", "pow", "mul", "mean", "add", "rsqrt", "_fused_rms_norm"}
+"""What an RMSNorm is made of."""
+
 
 def fuse_norms(model: nn.Module) -> int:
     """Gives the usual RMSNorm layers one call instead of seven, and returns how many were changed.
 
-    A layer is changed only if the result is equal to 1e-6 on a probe, so norms of another form (1 + weight,
-    no weight, ...) are left alone. Unlike the original, the new one keeps float64 in float64, and half precision
-    in half precision.
+    A layer is changed only if it consists of the operations of an RMSNorm (no clamp, no branch on a value) and the
+    result is equal to 1e-6, so norms of another form (1 + weight, no weight, ...) are left alone. Unlike the
+    original, the new one keeps float64 in float64, and half precision in half precision.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
@@ -29,10 +34,12 @@ def _is_plain(module: nn.Module) -> bool:
     if not weight.is_floating_point() or weight.device.type == "meta":
         return False
     probe = torch.linspace(-3, 3, weight.numel(), device=weight.device, dtype=torch.float32)
+    probe = torch.stack([probe, 1e3 * probe, 1e-3 * probe])
     tolerance = 1e-6 if weight.dtype in (torch.float32, torch.float64) else 1e-2
+    y, names = operations(module, probe)
     with torch.no_grad():
         ours = rms_norm(probe, weight.shape, weight.float(), eps)
-        return torch.allclose(module(probe).float(), ours, rtol=tolerance, atol=tolerance)
+        return OPERATIONS.issuperset(names) and torch.allclose(y.float(), ours, rtol=tolerance, atol=tolerance)
 
 
 _FUSED: dict[type, type] = {}

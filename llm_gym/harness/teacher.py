@@ -97,9 +97,10 @@ class LocalTeacher:
     @torch.no_grad()
     def head(self, batch: MicroBatch) -> Head:
         """Its next-token distributions where the trained tokens stand, before they are computed."""
-        batch = batch if self.body.packed else apart(batch)
+        batch = batch if self.body.shares else apart(batch)
         hidden = self.body.hidden(batch).index_select(0, batch.source)
-        return Head(hidden, *self.body.head(), self.temperature / self.body.scale)
+        cap = None if self.body.softcap is None else self.body.softcap / self.body.scale
+        return Head(hidden, *self.body.head(), self.temperature / self.body.scale, cap)
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -107,9 +108,7 @@ class LocalTeacher:
         head = self.head(batch)
         known = batch.target < len(head.weight)
         targets = torch.where(known, batch.target, 0)
-        found, _ = token_logprobs(
-            head.hidden, head.weight, targets, bias=head.bias, temperature=head.temperature, entropy=False
-        )
+        found, _ = token_logprobs(targets=targets, entropy=False, **head._asdict())
         return torch.where(known, found, UNKNOWN)
 
     def top(self, batch: MicroBatch, k: int) -> tuple[Tensor, Tensor]:

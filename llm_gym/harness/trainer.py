@@ -251,7 +251,7 @@ class Trainer:
             normaliser=loss.normaliser,
             constant_length=loss.constant_length,
             skip_zero=not loss.needs_every_sequence,
-            share=self.learner.body.packed,
+            share=self.learner.body.shares,
         )
 
     def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:

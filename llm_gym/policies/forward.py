@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_gym.errors import SettingError
-from llm_gym.policies.kv_cache import ATTENTION, Layout, SlotCache, attention
+from llm_gym.policies.kv_cache import ATTENTION, Layout, SlotCache, attention, windowed
 from llm_gym.policies.lean import Lean
+from llm_gym.policies.selftest import SelfTest, forget_lengths
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +38,13 @@ class Served:
     """It computes in this dtype; None: in the parameters'."""
     lean: Lean | None = None
     """The quick forward; None: the model's own."""
+    window: int | None = None
+    """What every layer's attention sees, where the model tells its mask alone; None: all, or as each layer says."""
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
         """Logits [n, vocabulary] after the last column of ids [n, T]; `mask` [n, 1, T, L] is added to the scores."""
+        forget_lengths(self.model)
+        mask = mask if self.window is None else windowed(mask, self.window)
         with attention(self.model, ATTENTION), _autocast(ids.device, self.autocast_dtype):
             output = self.model(
                 input_ids=ids,
@@ -101,28 +109,116 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, autocast_dtype: torch.dtype | None) -> Served:
-    """Learns what the model caches, and proves on two short sequences that its cached logits are its plain ones.
+def probe(model: nn.Module, autocast_dtype: torch.dtype | None, length: int | None = None) -> tuple[Served, float]:
+    """Learns what the model caches, and up to which length its cached logits are its plain ones.
 
-    The quick forward is taken where it gives them too.
+    That is proven on a small copy (see `selftest`), on both sides of every length at which the model changes; then on
+    two short sequences of the model itself. The quick forward is taken where it gives the same up to `length`.
+
+    Args:
+        model: its mode and attention implementation are restored.
+        autocast_dtype: see `Served`.
+        length: the longest context that is wanted; None: any.
+
+    Returns:
+        How it is served, and the longest context that is served right (inf: any).
 
     Raises:
-        SettingError: they are not, or the model works in a way that the engine does not know.
+        SettingError: none is, or the model works in a way that the engine does not know.
     """
-    device = next(model.parameters()).device
     ids = np.random.default_rng(0).integers(0, vocabulary_of(model), (2, 6))
-    backend = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
-    with attention(model, backend), evaluating(model), _autocast(device, autocast_dtype):
-        plain = model(input_ids=torch.from_numpy(ids).to(device), use_cache=True)
-    want = torch.stack([plain.logits[0, 5], plain.logits[1, 2]])
-    served = Served(model, _layout(model, plain.past_key_values, autocast_dtype, device), autocast_dtype)
+    plain, layout = _plain(model, ids, autocast_dtype)
+    want = torch.stack([plain[0, 5], plain[1, 2]])
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    wanted = math.inf if length is None else length
+    served = Served(model, layout, autocast_dtype)
     lean = Lean.of(model) if autocast_dtype is None else None
     if lean is not None:
         try:
-            return _proven(replace(served, lean=lean), ids, want)
+            quick = _proven(replace(served, lean=lean), ids, want)
+            if _bound(base, "lean") >= wanted:
+                return quick, math.inf
         except SettingError as error:
             log.debug("the quick forward is left out: %s", error)
-    return _proven(served, ids, want)
+    window = getattr(base.config.get_text_config(), "sliding_window", None)
+    ways = [(None, "modules"), *([(window, "mask")] if isinstance(window, int) else [])]
+    bounds = [(_bound(base, way), replace(served, window=window)) for window, way in ways]
+    bound, served = max(bounds, key=lambda pair: pair[0])
+    served = _proven(served, ids, want)
+    if bound < 2:
+        raise SettingError(
+            f"model: the built-in engine cannot serve {type(base).__name__}: its cached logits are not those of a "
+            "plain forward; use a vLLM engine."
+        )
+    return served, bound
+
+
+def _plain(model: nn.Module, ids: npt.NDArray[np.int64], autocast_dtype: torch.dtype | None) -> tuple[Tensor, Layout]:
+    """Plain logits of two sequences, and what the model caches.
+
+    Raises:
+        SettingError: no cache of keys and values, the same for each layer.
+    """
+    device, name = next(model.parameters()).device, type(model).__name__
+    backend = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+    capped = getattr(model.config, "attn_logit_softcapping", None)  # which `sdpa` leaves out without a word
+    try:
+        with attention(model, "eager" if capped else backend), evaluating(model), _autocast(device, autocast_dtype):
+            forget_lengths(model)
+            plain = model(input_ids=torch.from_numpy(ids).to(device), use_cache=True)
+        past = plain.past_key_values
+    except Exception as error:
+        raise SettingError(
+            f"model: the built-in engine cannot serve {name}, which keeps no cache of keys and values "
+            f"({_first_line(error)}); use a vLLM engine."
+        ) from error
+    return plain.logits, _layout(model, past, autocast_dtype, device)
+
+
+_BOUNDS: dict[tuple[type, str, str], float] = {}
+
+
+def _bound(model: Any, way: str) -> float:
+    """The longest context that is served right in a way, on a small copy; once for each class and config."""
+    key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), way
+    if key not in _BOUNDS:
+        try:
+            test = SelfTest(model)
+            _BOUNDS[key] = test.bound(partial(_cached, way=way))
+        except Exception as error:
+            log.debug("self-test of the engine: %r", error)
+            _BOUNDS[key] = 0
+    return _BOUNDS[key]
+
+
+def _cached(model: Any, rows: Sequence[Tensor], way: str) -> list[Tensor]:
+    """Logits after each row's last token: its beginning fed in two forwards, then its last two tokens one by one."""
+    ids = [row.cpu().numpy() for row in rows]
+    layout = _plain(model, np.stack([ids[0][:4], ids[0][:4]]), None)[1]
+    served = Served(model, layout, window=model.config.get_text_config().sliding_window if way == "mask" else None)
+    lean = Lean.of(model) if way == "lean" else None
+    cache = SlotCache(layout)
+    cache.resize(len(rows), max(len(row) for row in ids) + 1)
+    logits = torch.empty(0)
+    starts = np.zeros(len(ids), np.int64)
+    for stops in ([(len(row) - 2) // 2 for row in ids], *([len(row) - left for row in ids] for left in (2, 1, 0))):
+        new, positions = _left_padded(ids, starts, np.array(stops))
+        if lean is not None:
+            logits = torch.from_numpy(lean(np.arange(len(ids)), new, positions, cache))
+        else:
+            logits = feed(served, cache, slice(0, len(ids)), new, positions)
+        starts = np.array(stops)
+    return list(logits[:, None])
+
+
+def _left_padded(
+    ids: Sequence[npt.NDArray[np.int64]], starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens [start, stop) of each row and their positions, as `feed` wants them."""
+    width = int((stops - starts).max())
+    positions = np.arange(width) - width + stops[:, None]
+    positions[positions < starts[:, None]] = -1
+    return np.stack([np.where(p >= 0, row[p], 0) for row, p in zip(ids, positions, strict=True)]), positions
 
 
 def _proven(served: Served, ids: npt.NDArray[np.int64], want: Tensor) -> Served:
@@ -138,14 +234,20 @@ def _proven(served: Served, ids: npt.NDArray[np.int64], want: Tensor) -> Served:
     except SettingError:
         raise
     except Exception as error:
-        raise SettingError(f"model: the built-in engine cannot serve {name}: {error}") from error
+        raise SettingError(
+            f"model: the built-in engine cannot serve {name} ({_first_line(error)}); use a vLLM engine."
+        ) from error
     off = (cached.double() - want.double()).abs().max() / want.double().std().clamp_min(1e-12)
     if not off <= TOLERANCE.get(served.layout.dtype, 0.2):
         raise SettingError(
             f"model: the built-in engine cannot serve {name}: its cached logits are off by "
-            f"{off:.2g} standard deviations."
+            f"{off:.2g} standard deviations; use a vLLM engine."
         )
     return served
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 _FIRST = np.array([[0, 1, 2, 3], [-1, -1, -1, 0]])
@@ -163,6 +265,9 @@ def _layout(model: nn.Module, past: Any, autocast_dtype: torch.dtype | None, dev
     ]
     shapes = {(tuple(k.shape), tuple(v.shape)) if k is not None and v is not None else None for k, v in pairs}
     if len(shapes) != 1 or None in shapes:
-        raise SettingError(f"model: the built-in engine cannot serve {type(model).__name__}: its cache is not uniform.")
+        raise SettingError(
+            f"model: the built-in engine cannot serve {type(model).__name__}, whose layers do not all cache keys and "
+            "values of one shape; use a vLLM engine."
+        )
     keys, values = pairs[0]
     return Layout(len(pairs), keys.shape[1], keys.shape[3], values.shape[3], autocast_dtype or keys.dtype, device)

@@ -117,6 +117,9 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Grouped-query attention without repeating keys and values: a group's query heads become query positions.
@@ -128,24 +131,66 @@ def attend(
         value: [n, key-value heads, L, value dim].
         attention_mask: additive [n, 1, T, L].
         scaling: multiplies the scores.
+        sliding_window: a token sees so many, itself included; None: all.
+        softcap: bound of the scores (Gemma 2, https://arxiv.org/abs/2408.00118).
+        s_aux: [heads], scores of a token that has no value (attention sinks, https://arxiv.org/abs/2309.17453).
         **kwargs: refused where they would change the result.
 
     Returns:
         [n, T, heads, value dim], and no attention weights.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise SettingError(f"policy: the built-in engine cannot serve a model whose attention uses {name!r}.")
+    if kwargs.get("position_bias") is not None:
+        raise SettingError("policy: the built-in engine cannot serve a model whose attention uses 'position_bias'.")
     rows, heads, new, _ = query.shape
     groups = heads // key.shape[1]
+    if sliding_window is not None and attention_mask is not None:
+        attention_mask = windowed(attention_mask, sliding_window)
+    plain = softcap is None and s_aux is None
     on_one_thread = key.device.type == "cpu" and torch.get_num_threads() == 1 and not torch.is_grad_enabled()
-    if on_one_thread and new == 1 and attention_mask is not None and key.dtype in _EXACT:
+    if plain and on_one_thread and new == 1 and attention_mask is not None and key.dtype in _EXACT:
         return _attend_once(query.to(key.dtype), key, value, attention_mask, scaling).to(query.dtype), None
     if attention_mask is not None and new > 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
     folded = query.to(key.dtype).reshape(rows, key.shape[1], groups * new, -1)
-    mixed = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return mixed.reshape(rows, heads, new, -1).transpose(1, 2).to(query.dtype), None
+    if plain:
+        mixed = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        sinks = None if s_aux is None else s_aux.view(1, -1, groups, 1, 1).expand(rows, -1, -1, new, 1)
+        mixed = _attend_plainly(folded, key, value, attention_mask, scaling, softcap, sinks)
+    return mixed.reshape(rows, heads, new, -1).transpose(1, 2).contiguous().to(query.dtype), None
+
+
+def windowed(mask: Tensor, window: int) -> Tensor:
+    """An additive mask [n, 1, T, L] that also hides what stands `window` tokens or more before the last one seen."""
+    if mask.shape[-1] <= window:
+        return mask
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    last = torch.where(mask == 0, columns, 0).amax(-1, keepdim=True)
+    return mask.masked_fill(columns <= last - window, -torch.inf)
+
+
+def _attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention step by step, for what kernels do not do; softmax in float32, as transformers computes it."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        weights = scores.to(exact).softmax(-1)
+    else:
+        sink = sinks.reshape(*scores.shape[:-1], 1).to(exact)
+        weights = torch.cat([scores.to(exact), sink], -1).softmax(-1)[..., :-1]
+    return weights.to(value.dtype) @ value
 
 
 _EXACT = (torch.float32, torch.float64)

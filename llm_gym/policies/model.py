@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 from llm_gym.embedded import PATH
 from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.plain import fold, is_adapter, no_progress_bar
+
+log = logging.getLogger(__name__)
 
 
 def load_model(source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -45,27 +48,38 @@ def _numbers(source: str | Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
 
 
-def max_context_of(model: nn.Module, wanted: int | None) -> int:
-    """The longest context to serve.
+def limit_of(model: nn.Module, wanted: int | None) -> int:
+    """The longest context that is wanted, as far as the model has positions for it.
 
     Raises:
-        SettingError: `wanted` exceeds what the model can do, or a layer would not see all of it.
+        SettingError: `wanted` exceeds what the model can do.
     """
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise SettingError(f"model: {type(model).__name__} is an encoder-decoder; the built-in engine wants a decoder.")
-    most = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    most = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
     length = wanted if wanted is not None else most
     if not 1 < length <= most:
         raise SettingError(f"max_context: got {length}, the model's limit is {most} (and the least is 2).")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds or (getattr(config, "layer_types", None) is None and window)
-    if slides and window and window < length:
-        raise SettingError(f"max_context: got {length}, but the model's sliding window is {window}; pass at most that.")
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        raise SettingError(f"model: the built-in engine cannot serve layers of type {sorted(other)[0]!r}.")
     return length
+
+
+def max_context_of(length: int, served: float, wanted: int | None) -> int:
+    """The longest context to serve: `length`, or what of it is `served` right if none was `wanted`.
+
+    Raises:
+        SettingError: more was wanted.
+    """
+    if length <= served:
+        return length
+    if wanted is not None:
+        raise SettingError(
+            f"max_context: got {wanted}, but beyond {int(served)} tokens this model does what the built-in engine does "
+            f"not (a sliding window, or a rotary embedding that is stretched); pass at most {int(served)}, or use a "
+            "vLLM engine."
+        )
+    log.warning("the built-in engine serves contexts of up to %d tokens of this model, not %d.", served, length)
+    return int(served)
 
 
 def stop_ids_of(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.checksums import checksum
 from llm_gym.policies.engine import Engine, Request
 from llm_gym.policies.forward import probe, vocabulary_of
-from llm_gym.policies.model import copy_weights, load_model, max_context_of, stop_ids_of
+from llm_gym.policies.model import copy_weights, limit_of, load_model, max_context_of, stop_ids_of
 from llm_gym.policies.running import run_here
 from llm_gym.policies.slots import MOST_STOPS
 
@@ -38,10 +38,11 @@ class TransformersPolicy:
     without gradients and in evaluation mode, and leaves its mode and attention implementation as they were.
 
     Args:
-        model: a causal language model of transformers with full attention in every layer (LoRA welcome); or a
+        model: a causal language model of transformers with attention in every layer (LoRA welcome); or a
             folder or hub id to load one from; None: the embedded model.
         tokenizer: only asked for its end-of-sequence id, one more default stop id.
-        max_context: most tokens of context and completion together; None: the model's own limit.
+        max_context: most tokens of context and completion together; None: the model's own limit, or less where
+            what it does further on cannot be done with a cache.
         max_rows: most requests in flight at once; more wait in line.
         cache_bytes: most memory of the key-value cache (a single request may exceed it).
         prefill_tokens: most tokens, padding included, in one prefill forward; None: 2048 on a CPU (more falls
@@ -52,7 +53,7 @@ class TransformersPolicy:
         version: version of the weights.
 
     Raises:
-        SettingError: the model cannot be served exactly (sliding window, linear attention, soft-capping, ...).
+        SettingError: the model cannot be served exactly (linear attention, ...), or not up to `max_context`.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class TransformersPolicy:
         self.model = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
         self.dtype = next(self.model.parameters()).dtype
         self.version, self.max_rows = version, max_rows
-        self.max_context = max_context_of(self.model, max_context)
         self.stop_ids = stop_ids_of(self.model, tokenizer)
         self._vocabulary = vocabulary_of(self.model)
-        served = probe(self.model, autocast_dtype)
+        length = limit_of(self.model, max_context)
+        served, longest = probe(self.model, autocast_dtype, length)
+        self.max_context = max_context_of(length, longest, max_context)
         self._engine = Engine(
             served,
             max_context=self.max_context,

@@ -59,6 +59,23 @@ def test_the_whole_divergence_and_its_gradient(bias: bool, temperature: float) -
     assert torch.autograd.gradcheck(lambda h, w: reverse_kl(Head(h, w, None, temperature), teacher), student[:2])
 
 
+def test_soft_caps_of_both_have_exact_gradients() -> None:
+    random = torch.Generator().manual_seed(0)
+    h, w, g, v = (torch.randn(n, 4, dtype=DOUBLE, generator=random) for n in (5, 9, 5, 9))
+    teacher = Head(g, v, None, 1.0, 1.2)
+
+    def logs(h, w, temperature, cap):
+        return (cap * torch.tanh(h @ w.t() / cap) / temperature).log_softmax(-1)
+
+    own, other = logs(h, w, 0.7, 0.8), logs(g, v, 1.0, 1.2)
+    student = Head(h.requires_grad_(), w.requires_grad_(), None, 0.7, 0.8)
+    torch.testing.assert_close(reverse_kl(student, teacher), (own.exp() * (own - other)).sum(-1))
+    assert torch.autograd.gradcheck(lambda h, w: reverse_kl(Head(h, w, None, 0.7, 0.8), teacher), (h, w))
+    ids, best = top_logprobs(teacher, 3)
+    torch.testing.assert_close(best, other.topk(3).values)
+    assert torch.autograd.gradcheck(lambda h, w: top_k_kl(Head(h, w, None, 0.7, 0.8), ids, best), (h, w))
+
+
 def test_closed_form() -> None:
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): KL = 1/2 log 2 + 1/4 log 1/2 = log(2) / 4."""
     p, q = (torch.tensor([x], dtype=DOUBLE).log() for x in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))

@@ -48,6 +48,41 @@ def test_gradcheck(with_bias: bool, temperature: float) -> None:
     assert torch.autograd.gradcheck(fn, (h, w, b))
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_soft_cap_has_exact_gradients(temperature: float) -> None:
+    """In both forms, where some logits are well beyond the cap and some well within it."""
+    h, w, b, t = inputs(7, 5, 11)
+    fields = {"bias": b, "temperature": temperature, "softcap": 1.5}
+    assert torch.autograd.gradcheck(lambda h, w, b: token_logprobs(h, w, t, **{**fields, "bias": b}), (h, w, b))
+    logits = 1.5 * torch.tanh(torch.nn.functional.linear(h, w, b) / 1.5) / temperature
+    logp = logits.log_softmax(-1)
+    want = logp.gather(1, t[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    for got, exact in zip(token_logprobs(h, w, t, **fields), want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    credit = torch.linspace(-1, 2, len(t), dtype=DOUBLE)
+    for entropy in (0.0, 0.3):
+        loss = token_loss(
+            h,
+            w,
+            t,
+            lambda rows, logprobs, ent, e=entropy: credit[rows] * logprobs.exp() - e * ent,
+            entropy_gradient=entropy != 0,
+            **fields,
+        )
+        exact = (credit * want[0].exp() - entropy * want[1]).sum()
+        torch.testing.assert_close(loss, exact)
+        wanted = torch.autograd.grad(exact, (h, w, b), retain_graph=True)
+        for got, grad in zip(torch.autograd.grad(loss, (h, w, b)), wanted, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-9, atol=1e-11)
+
+
+def test_a_soft_cap_must_be_positive() -> None:
+    h, w, _, t = inputs(2, 3, 4)
+    with pytest.raises(ValueError, match=r"softcap: got 0\.0"):
+        token_logprobs(h, w, t, softcap=0.0)
+
+
 SHAPES = (st.integers(1, 9), st.integers(1, 6), st.integers(1, 13), st.sampled_from([0.5, 1.0, 1.7]))
 CHUNKS = st.builds(Sizes, st.integers(1, 10), st.integers(1, 99), st.integers(1, 60), st.integers(1, 14))
 

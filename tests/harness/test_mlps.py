@@ -64,3 +64,29 @@ def test_autocast_keeps_its_own_way(pair):
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model.layers[0].mlp(torch.ones(1, 3, 32, requires_grad=True))
     assert hidden.dtype == torch.bfloat16
+
+
+class Clamped(nn.Module):
+    """An MLP as GLM, DeepSeek-V4 and Step have it: what it makes inside is cut off, far beyond the numbers of a probe."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(8, 16, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(16, 8, bias=False)
+        self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("limit", [7.0, 1e6])
+def test_a_clamped_mlp_is_left_alone_however_far_its_limit_is(limit):
+    layer = Clamped(limit)
+    x = torch.randn(3, 8) * 1e8
+    want = layer(x)
+    assert fuse_mlps(layer) == 0
+    assert torch.equal(layer(x.requires_grad_()), want)
+    assert fuse_mlps(Clamped(None)) == 1

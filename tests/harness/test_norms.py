@@ -47,3 +47,20 @@ def test_norms_of_another_form_are_left_alone() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = Gemma2Config(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, **heads)
     assert fuse_norms(Gemma2ForCausalLM(config)) == 0
+
+
+class ClampedRMSNorm(torch.nn.Module):
+    """An RMSNorm that cuts off what no probe reaches."""
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.limit = torch.nn.Parameter(torch.ones(8)), 1e-6, limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.limit is None else x.clamp(-self.limit, self.limit)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def test_a_clamped_norm_is_left_alone_however_far_its_limit_is() -> None:
+    assert fuse_norms(ClampedRMSNorm(1e6)) == 0
+    assert fuse_norms(ClampedRMSNorm(None)) == 1

@@ -78,7 +78,7 @@ def test_logits_are_the_models(family, changes):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter)
-    served = probe(model, None)
+    served, _ = probe(model, None)
     assert served.lean is not None
     want, got = decode(served, lean=False), decode(served, lean=True)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -87,7 +87,7 @@ def test_logits_are_the_models(family, changes):
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), queries=st.sampled_from([1, 3, 64]))
 def test_any_tokens_of_any_rows_are_fed_as_by_the_model(data, queries):
-    served = probe(tiny(dtype=torch.float64), None)
+    served, _ = probe(tiny(dtype=torch.float64), None)
     caches = SlotCache(served.layout), SlotCache(served.layout)
     for cache in caches:
         cache.resize(6, 40)
@@ -125,7 +125,7 @@ def test_what_it_does_not_know_is_left_to_the_model(family, changes):
 
 def test_a_step_that_is_wrong_is_not_used(monkeypatch):
     monkeypatch.setattr("llm_gym.policies.lean._rotate", lambda x, cosine, sine: x.copy())
-    assert probe(tiny(), None).lean is None
+    assert probe(tiny(), None)[0].lean is None
 
 
 def test_completions_are_those_of_the_models_forward(steps):

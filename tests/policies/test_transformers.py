@@ -19,6 +19,34 @@ STOPS = (1, 2, 3)
 SAMPLING = Sampling(max_tokens=20, stop_token_ids=STOPS)
 
 
+WINDOWED = {
+    "Mistral": ("Mistral", {"sliding_window": 16}),
+    "a window in the mask alone": ("Phimoe", {"sliding_window": 16, "num_local_experts": 4}),
+    "Gemma 2": (
+        "Gemma2",
+        {"sliding_window": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0, "num_hidden_layers": 2},
+    ),
+    "attention sinks": (
+        "GptOss",
+        {"sliding_window": 16, "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+}
+LONG = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 12.0], "factor": 8.0, "rope_theta": 1e4}
+BOUNDED = {
+    "LongRoPE": (
+        "Phi3",
+        {
+            "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32, **LONG},
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "GPT-Neo": (
+        "GPTNeo",
+        {"window_size": 32, "attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+    ),
+}
+
+
 def next_contexts(before, completions, seed=0):
     """Each context with its completion and something new behind it."""
     new = contexts(len(before), seed, longest=9)
@@ -255,16 +283,15 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("family", "changes", "said"),
         [
-            ("Gemma2", {"num_hidden_layers": 2, "sliding_window": 16}, "sliding window"),
-            ("Gemma2", {"sliding_window": 256, "attn_logit_softcapping": 0.5}, "softcap"),
-            ("Mistral", {"sliding_window": 16}, "sliding window"),
             ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "encoder-decoder"),
-            ("Mamba", {"state_size": 4}, "linear_attention"),
+            ("Mamba", {"state_size": 4}, "no cache of keys and values"),
+            ("Rwkv", {"attention_hidden_size": 32, "context_length": 64}, "no cache of keys and values"),
+            ("OpenAIGPT", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "no cache of keys and values"),
             ("Bloom", {"n_head": 4, "n_layer": 2}, "Bloom"),
             (
                 "Qwen3Next",
                 {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 4},
-                "linear_attention",
+                "no cache of keys and values",
             ),
         ],
     )
@@ -279,6 +306,29 @@ class TestLimits:
             served = tiny(family, **changes)
         with pytest.raises(SettingError, match=said):
             TransformersPolicy(served)
+
+    @pytest.mark.parametrize("name", WINDOWED)
+    def test_contexts_beyond_every_window_are_served_beside_short_ones(self, name):
+        family, changes = WINDOWED[name]
+        served = tiny(family, attn_implementation="eager", **changes)
+        policy = TransformersPolicy(served)
+        assert policy.max_context == 256
+        start = [*contexts(6), np.arange(2, 92, dtype=np.int32)]
+        done = policy.generate(start, Sampling(max_tokens=30, stop_token_ids=()), seeds=range(7))
+        assert worst_gap(served, list(zip(start, done, strict=True))) < 5e-5
+
+    @pytest.mark.parametrize("name", BOUNDED)
+    def test_where_a_cache_cannot_follow_contexts_are_bounded(self, name, caplog):
+        family, changes = BOUNDED[name]
+        served = tiny(family, attn_implementation="eager", **changes)
+        policy = TransformersPolicy(served)
+        assert policy.max_context == 32
+        assert "up to 32 tokens" in caplog.text
+        start = contexts(8, longest=20)
+        done = policy.generate(start, Sampling(max_tokens=32, stop_token_ids=()), seeds=range(8))
+        assert worst_gap(served, list(zip(start, done, strict=True))) < 5e-5
+        with pytest.raises(SettingError, match="max_context: got 60, but beyond 32 tokens"):
+            TransformersPolicy(served, max_context=60)
 
     def test_a_window_as_long_as_the_context_is_served(self):
         served = tiny("Mistral", sliding_window=64)
