@@ -46,7 +46,7 @@ POLICY = lines("grading_policy.jsonl")
 
 @pytest.mark.parametrize("policy", sorted({group["policy"] for group in POLICY}))
 def test_cases_written_from_the_page_alone(policy):
-    """502 cases, written before the code was tried on them: 497 were right at first, with one false positive."""
+    """750 cases written before the code was tried on them; at first 497 of 502 were right, and 246 of the second 248."""
     for kind in ("math", "number"):
         groups = [group for group in POLICY if (group["policy"], group["kind"]) == (policy, kind)]
         cases = [(g["gold"], text, key == "right") for g in groups for key in ("right", "wrong") for text in g[key]]
@@ -82,7 +82,7 @@ def word_problems(rows: int) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["%s", "The answer is %s.", "#### %s", BOX, "<answer>%s</answer>"])
+@pytest.mark.parametrize("form", ["%s", "The answer is %s.", "#### %s", BOX, BOX % "x = %s", "<answer>%s</answer>"])
 def test_no_word_problem_is_solved_by_its_own_equation(form):
     cases = [(answer, form % equation, False) for equation, answer in word_problems(300)]
     assert misjudged(cases, "number") == []

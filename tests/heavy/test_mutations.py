@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from mutations import MUTANTS, Mutant
+from mutations_of_grading import GRADING
 from mutations_of_loops import LOOPS
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-EVERY = (*MUTANTS, *LOOPS)
+EVERY = (*MUTANTS, *LOOPS, *GRADING)
 CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in EVERY for test in mutant.tests})))
 """No bug at all: every test passes."""
 

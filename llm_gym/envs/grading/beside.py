@@ -57,7 +57,8 @@ _OPERATOR = r"(?:[-+*/^]|\\(?:times|cdot|div|ast|bullet|over)(?![a-zA-Z])|\bx\b)
 _CHANGED = re.compile(
     rf"\s*!?\s*(?:{_OPERATOR}|=)\s*[\d(\\$]|\(\s*[-\\\d]|\s+\\(?!Rightarrow|implies|to|therefore|item|hline|text|end)[a-z]"
     r"|\s*(?:hundred|thousand|million|billion|trillion)|\s*(?:or\s+(?:more|less|so|fewer|greater|above|below)\b|\+(?!\S))"
-    r"|\s*(?:at\s+(?:least|most)|and\s+(?:up|above|over))\b|\s+(?:squared|cubed|factorial)\b"
+    r"|\s*(?:at\s+(?:least|most)|and\s+(?:up|above|over))\b"
+    r"|\s+(?:(?:is|are|was|were)\s+(?:wrong|incorrect|not|too|impossible|ruled\s+out)|isn't|can(?:no|')t)\b|\s+(?:squared|cubed|factorial)\b"
     r"|\s+(?:plus|minus|times|over|mod|choose|divided\s+by|multiplied\s+by|to\s+the(?:\s+power)?)\s+[\d(\\$]"
     r"|\s*(?:<=|>=|!=|<\s|>\s*[\w\\]|\\(?:leq?|geq?|neq?|lt|gt|approx)(?![a-zA-Z]))|\s+:\s+\d",
     re.IGNORECASE,

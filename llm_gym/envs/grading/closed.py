@@ -35,7 +35,7 @@ def is_closed(text: str, *, undone: bool = False) -> bool:
 
     Args:
         text: the value, without its unit.
-        undone: a fraction need not be in lowest terms.
+        undone: a fraction with a slash need not be in lowest terms (one with a bar never does).
 
     >>> all(is_closed(t) for t in (r"\sqrt{144}", r"2^{10}", r"3\cdot 10^{8}", r"\frac{3}{4}", "-7.5", r"\log_{2} 8"))
     True
@@ -47,7 +47,7 @@ def is_closed(text: str, *, undone: bool = False) -> bool:
 
     def fraction(match: re.Match[str]) -> str:
         over, under = int(match[1] or match[3]), int(match[2] or match[4])
-        return "N" if undone or (under > 1 and gcd(over, under) == 1) else match[0].replace("/", "//")
+        return "N" if undone or match[1] or (under > 1 and gcd(over, under) == 1) else match[0].replace("/", "//")
 
     text = _FRACTION.sub(fraction, text)
     for pattern, form in _LITERALS:

@@ -136,7 +136,7 @@ _SCALE = (
 )
 """Words after a number that change it, and so are no unit."""
 _UNIT = re.compile(
-    rf"(?<=[\d)}}%°])(?:\s*\\text\s*\{{{_SCALE}(?P<tex>[^{{}}]*)\}}"
+    rf"(?:(?<=[\d)}}%°])|(?<=\\pi)|(?<=\\pi ))(?:\s*\\text\s*\{{{_SCALE}(?P<tex>[^{{}}]*)\}}"
     rf"|\s+{_SCALE}(?P<word>[a-zA-Z]{{2,}}(?:[ /][a-zA-Z]+)*)"
     r"|\s*(?P<glued>[cmk]m|kg|ft|mph|ml|degrees?))\s*(?:\^\s*\{?[23]\}?)?$"
 )

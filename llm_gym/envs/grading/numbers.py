@@ -164,7 +164,7 @@ def computed(shown: int | Fraction, exact: int | Fraction) -> bool:
     [True, False]
     """
     gap = abs(Fraction(shown) - exact)
-    if gap > min(abs(exact) * PRECISION, MAX_GAP):
+    if gap > min(abs(Fraction(exact)) * PRECISION, MAX_GAP):
         return False
     decimals = decimals_of(Fraction(shown)) or 0
     return bool(decimals > 0 and abs(Fraction(shown)) * 10**decimals < 10**17)

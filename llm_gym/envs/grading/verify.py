@@ -140,7 +140,7 @@ def read(
     got = number_in(span, whole=whole, alone=kind == "number")
     if isinstance(got, Refused):
         return Grade(0.0, "wrong", None, got.value)
-    if got is not None:
+    if got is not None and not (isinstance(got, Undone) and kind == "math" and got == want):
         return _number(want, got, gold)
     return _nothing(numeric) if kind == "number" else _general(written(gold), span, ordered, deadline, whole=whole)
 
@@ -182,7 +182,7 @@ def _judge(case: Case) -> Grade:
 _VERDICTS: dict[str, tuple[Status, str]] = {
     "equal": ("correct", "{0} equals {1}."),
     "different": ("wrong", "{0} is not {1}."),
-    "unparsed": ("unparsed", "{0} cannot be read as an answer like {1}."),
+    "unparsed": ("unparsed", "{0} cannot be read as an answer like {1}, or leaves a calculation to the reader."),
     "timeout": ("timeout", "Comparing {0} with {1} took more than {2:g} s."),
     "crashed": ("crashed", "Comparing {0} with {1} took more memory than a worker has."),
 }
