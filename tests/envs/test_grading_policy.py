@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_gym.envs.dataset import Dataset
-from llm_gym.envs.grading import Grade, verify_many
+from llm_gym.envs.grading import Grade, verify, verify_many
 from llm_gym.envs.tools.python_tool import PythonTool
 
 HERE = Path(__file__).parent
@@ -139,3 +139,39 @@ def test_what_python_prints_of_fractions_and_roots_is_their_value(scale):
     assert misjudged(cases, "number") == []
     roots = [(f"\\sqrt{{{n}}}", str(n**0.5 * scale / scale), True) for n in (2, 3, 5, 6, 7, 10, 11)]
     assert misjudged([*roots, ("\\sqrt{2}", "1.41421356237319", False)], "math") == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("-10", "The average was -10 degrees.", True),
+        ("-10", "It is - 10", True),
+        ("-10", "profit: -10", True),
+        ("10", "5 apples + 10", False),
+        ("10", "x - 10", False),
+        ("10", "<<2*5=10>>10 games", True),
+        ("10", "<b>10</b>", True),
+        ("10", "so => 10", True),
+        ("10", "It adds up to 10.", True),
+        ("10", "There are 10 more than before.", True),
+        ("10", "10 is ruled out", False),
+        ("10", "3 : 10", False),
+        ("10", "Step 3: 10", True),
+        ("10", "f(2) = 10", True),
+        ("10", "20 x .5 = 10", True),
+        ("10", "The answer is log 10", False),
+    ],
+)
+def test_what_stands_beside_a_number_decides(gold, text, right):
+    assert misjudged([(gold, text, right)], "number") == []
+
+
+def test_long_replies_of_signs_cost_little():
+    """Each of these has made, or could make, a pattern try all the ways to divide it."""
+    for text in (
+        "5" + "$" * 58 + "6",
+        "5" + " %" * 28 + "x6",
+        "\\boxed{5}" + " " * 59 + "!\\boxed{6}",
+        "1." + "(2" * 40_000,
+    ):
+        assert verify("9", text * 3, kind="number").score == 0.0

@@ -53,6 +53,7 @@ _TERMS = _endings(
     "percent of, twice, double, triple, log, ln, sqrt, times, plus, divided by, multiplied by, modulo, mod, over, under"
 )
 _TERM = re.compile(r"[a-z0-9)\]}!%°] ?[-+*/^]$|[0-9)] x$|[0-9] :$|[0-9] minus$|% ?of$")
+_SUMMAND = re.compile(r"[0-9)\]}%°]$|\\[a-z]+$|(?<![a-z])[b-hj-z]$")
 _OPERATOR = r"(?:[-+*/^]|\\(?:times|cdot|div|ast|bullet|over)(?![a-zA-Z])|\bx\b)"
 _CHANGED = re.compile(
     rf"\s*!?\s*(?:{_OPERATOR}|=)\s*[\d(\\$]|\(\s*[-\\\d]|\s+\\(?!Rightarrow|implies|to|therefore|item|hline|text|end)[a-z]"
@@ -120,7 +121,7 @@ def changed(text: str, match: re.Match[str], tail: str) -> bool:
         match: the number.
         tail: what stands `before` it.
     """
-    if _CHANGED.match(text, match.end()) or (match["sign"] and tail[-1:].isalnum()):
+    if _CHANGED.match(text, match.end()) or (match["sign"] and _added(text, match.start(), tail)):
         return True
     last = tail[-1]
     if last in "+-*/^x:sf" and _TERM.search(tail):
@@ -130,6 +131,12 @@ def changed(text: str, match: re.Match[str], tail: str) -> bool:
     if "\\" in tail and (command := _COMMAND.search(tail)) is not None:
         return command[1] not in _LAYOUT and command[1] not in _ABOUTS
     return last == "=" and unsolved(text, text.rindex("=", 0, match.start()))
+
+
+def _added(text: str, sign: int, tail: str) -> bool:
+    """Whether a sign adds or takes away: "28 + 32", "5 apples + 10", but not "it was -10"."""
+    apart = text[sign + 1 : sign + 2] == " " and tail[-1].isalnum() and not tail.endswith(_STATES)
+    return apart or _SUMMAND.search(tail) is not None
 
 
 def negated(tail: str) -> bool:
