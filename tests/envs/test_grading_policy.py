@@ -84,9 +84,9 @@ def word_problems(rows: int) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("form", ["%s", "The answer is %s.", "#### %s", BOX, BOX % "x = %s", "<answer>%s</answer>"])
 def test_no_word_problem_is_solved_by_its_own_equation(form):
-    cases = [(answer, form % equation, False) for equation, answer in word_problems(300)]
+    cases = [(answer, form % equation, False) for equation, answer in word_problems(100)]
     assert misjudged(cases, "number") == []
-    assert misjudged(cases[:30], "math") == []
+    assert misjudged(cases[:20], "math") == []
 
 
 REFERENCES = (
@@ -105,7 +105,7 @@ def test_a_reference_answers_itself():
 def test_a_column_of_numbers_is_graded_as_numbers(tmp_path):
     """A calculation, or a root in which one is hidden, earns nothing where tools are to be called."""
     path = tmp_path / "svamp.jsonl"
-    problems = word_problems(20)
+    problems = word_problems(5)
     path.write_text("".join(json.dumps({"question": e, "answer": a}) + "\n" for e, a in problems))
     with closing(Dataset(dataset=str(path), prompt="question")) as env:
         assert not env.metadata["blocking"]
