@@ -26,7 +26,7 @@ _BOUNDS = _endings(
     "exceeds, exceeding, exceeded, except, except for, no more, no less, anything but, nothing but, instead of,"
     "lower bound, lower bound is, upper bound, upper bound is, bounded by, limited to, rule out, rules out"
 )
-_DENIALS = (*_endings("not, never, cannot, nor, neither"), "n't", "n’t")
+_DENIALS = (*_endings("not, never, cannot, nor, neither"), "n't")
 _FILLERS = _endings(
     "be, is, equal, equals, equal to, to, exactly, just, the, number, the number, simply, really, actually, quite,"
     "necessarily, a, an"
@@ -38,6 +38,9 @@ _ABOUT = _endings(
     "about, approximately, approx, approx., around, roughly, nearly, almost, close to, circa, ca., estimated at,"
     "an estimated, some"
 )
+_LAST_WORDS = frozenset(words.split()[-1] for words in (*_BOUNDS, *_DENIALS, *_FILLERS, *_BEYOND, *_ABOUT))
+_SIGNS = frozenset("<>=~")
+"""What ends in none of these words or signs is no bound: most replies, told at once."""
 _COMMAND = re.compile(r"\\([a-z]+) ?=?(?:[_[{(].{0,3})?$")
 _DENYING = frozenset(
     "le leq leqq leqslant ge geq geqq geqslant ne neq lt gt nleq ngeq nless ngtr ll gg lesssim gtrsim not lnot neg"
@@ -86,6 +89,9 @@ def denied(tail: str, *, whole: bool) -> bool:
         tail: what `before` returned.
         whole: a whole number is wanted.
     """
+    word = tail[tail.rfind(" ") + 1 :]
+    if word not in _LAST_WORDS and word[-2:] != "'t" and word[-1:] not in _SIGNS and "\\" not in tail:
+        return False
     if tail.endswith(_RELATIONS):
         return _NO_RELATION.search(tail) is None
     if tail.endswith(_BOUNDS) or tail.endswith(_DENIALS) or (whole and tail.endswith(_ABOUT)):
