@@ -26,9 +26,9 @@ class Dataset(TextEnv):
     Args:
         dataset: a hub id, or the path of a .jsonl, .json, .parquet or .csv file.
         reward: `math` (the default): 1 if the reply's answer equals the column `answer`, by `envs.grading.verify`
-            (`number`: the answer must be written as a number). Or the reward function `score(text, row)`:
-            `package.module:function` or the function itself. Several: a mapping of component name -> function, or a
-            list (each named after its function).
+            (`number`, and wherever all of the column is numbers: the answer must be written as a number). Or the
+            reward function `score(text, row)`: `package.module:function` or the function itself. Several: a mapping of
+            component name -> function, or a list (each named after its function).
             A function may also return a mapping of component names to numbers.
         prompt: the column that holds the question, a string or a list of chat messages.
         answer: the column that holds the reference, for `reward=math` and `number`: an answer, or a solution that
@@ -63,8 +63,9 @@ class Dataset(TextEnv):
         self._rows = load_rows(dataset, split, name=config)
         self.num_tasks = len(self._rows)
         check_columns(self._rows, {"prompt": prompt, "answer": answer} if graded else {"prompt": prompt})
-        if graded:
-            check_references(dataset, split, config, answer, numeric=graded == "number")
+        if graded and check_references(dataset, split, config, answer, numeric=graded == "number"):
+            graded = "number"
+            self._functions = {"correct": answers(answer, where, graded)}
         self.metadata = {**self.metadata, "blocking": graded == "math"}  # grading may wait for a worker
 
     def open(self) -> Messages:
@@ -125,20 +126,24 @@ def answers(column: str, where: str, kind: Kind) -> RewardFunction:
 
 
 @lru_cache(maxsize=32)
-def check_references(dataset: str, split: str, config: str | None, answer: str, *, numeric: bool) -> None:
+def check_references(dataset: str, split: str, config: str | None, answer: str, *, numeric: bool) -> bool:
     """Reads every reference, once per process; warns of rows that have none, as no reply to them can score.
+
+    Returns:
+        Whether all of them are numbers.
 
     Raises:
         DataError: no row has one, or (`numeric`) one is no number.
     """
     rows = load_rows(dataset, split, name=config)
-    missing = []
+    missing, numbers = [], True
     for index, row in enumerate(rows):
         try:
             found = reference(_text(row[answer]))
         except DataError:
             found = None
             missing.append(index)
+        numbers = numbers and not isinstance(found, str)
         if numeric and not isinstance(found, int | Fraction):
             raise DataError(f"answer: row {index} of {dataset!r} has {_text(row[answer])[-40:]!r}, want a number.")
     if len(missing) == len(rows):
@@ -148,6 +153,7 @@ def check_references(dataset: str, split: str, config: str | None, answer: str, 
             f"answer: {len(missing)} of {len(rows)} rows of {dataset!r} state none (row {missing[0]} first).",
             stacklevel=2,
         )
+    return numbers
 
 
 def _text(value: Any) -> str:

@@ -19,6 +19,7 @@ from mutations_of_chats import CHATS
 from mutations_of_defaults import DEFAULTS
 from mutations_of_engines import ENGINES
 from mutations_of_folding import FOLDING
+from mutations_of_grading import GRADING
 from mutations_of_loops import LOOPS
 from mutations_of_models import MODELS
 from mutations_of_templates import TEMPLATES
@@ -26,7 +27,7 @@ from mutations_of_templates import TEMPLATES
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-EVERY = (*MUTANTS, *CHATS, *DEFAULTS, *ENGINES, *FOLDING, *LOOPS, *MODELS, *TEMPLATES)
+EVERY = (*MUTANTS, *CHATS, *DEFAULTS, *ENGINES, *FOLDING, *GRADING, *LOOPS, *MODELS, *TEMPLATES)
 CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in EVERY for test in mutant.tests})))
 """No bug at all: every test passes."""
 

@@ -11,8 +11,9 @@ from fractions import Fraction
 from typing import Literal
 
 from llm_gym.envs.grading import symbolic
+from llm_gym.envs.grading.closed import is_closed
 from llm_gym.envs.grading.latex import clean, split_unit
-from llm_gym.envs.grading.numbers import approximates
+from llm_gym.envs.grading.numbers import Undone, near
 from llm_gym.envs.grading.numbers import parse as parse_number
 from llm_gym.envs.grading.structure import Many, Matrix, Node, Relation, Value, parse
 
@@ -34,9 +35,9 @@ def compare(gold: str, answer: str, *, ordered: bool = True) -> Verdict:
         return "unparsed"
     if _spelling(left) == _spelling(right):
         return "equal"
-    numbers = _number(left, comma=True), _number(right, comma=True)
-    if None not in numbers and not (numbers[0] != numbers[1] and "," in left):
-        return "equal" if numbers[0] == numbers[1] else "different"
+    a, b = _number(left, comma=True), _number(right, comma=True)
+    if a is not None and b is not None and not isinstance(b, Undone) and (a == b or "," not in left):
+        return "equal" if a == b or near(a, b) else "different"
     try:
         return "equal" if _Comparison(ordered).nodes(parse(left), parse(right)) else "different"
     except (Unread, ValueError):
@@ -44,7 +45,7 @@ def compare(gold: str, answer: str, *, ordered: bool = True) -> Verdict:
 
 
 class Unread(Exception):
-    """A single value that cannot be read."""
+    """A single value that cannot be read, or that leaves a calculation to the reader."""
 
 
 def _spelling(text: str) -> str:
@@ -72,7 +73,7 @@ class _Comparison:
             return one is not None and other is not None and self.nodes(one, other)
         if isinstance(gold, Matrix) or isinstance(got, Matrix):
             return self.matrices(gold, got)
-        return self.values(gold.text, got.text)
+        return self.values(gold, got)
 
     def many(self, gold: Many, got: Many) -> bool:
         if max(len(gold.items), len(got.items)) > MAX_ITEMS:
@@ -89,8 +90,8 @@ class _Comparison:
         return self.covers(gold.items, got.items) and self.covers(got.items, gold.items, swapped=True)
 
     def keeps_order(self, gold: Many) -> bool:
-        """Whether the order of a bare list means something: that of points or equations never does."""
-        return self.ordered and all(isinstance(item, Value | Matrix) for item in gold.items)
+        """Whether the order of a bare list means something: that of points or equations, or in braces, never does."""
+        return self.ordered and gold.brackets != "{}" and all(isinstance(item, Value | Matrix) for item in gold.items)
 
     def covers(self, some: Sequence[Node], others: Sequence[Node], *, swapped: bool = False) -> bool:
         """Whether each of `some` equals one of `others`."""
@@ -105,24 +106,39 @@ class _Comparison:
             self.nodes(a, b) for x, y in zip(gold.rows, got.rows, strict=True) for a, b in zip(x, y, strict=True)
         )
 
-    def values(self, gold: str, got: str) -> bool:
-        """Whether two single values are equal."""
-        if ":" in gold + got:
-            return _spelling(gold).lower() == _spelling(got).lower()  # a time or a ratio: only as written
-        (left, unit), (right, other) = split_unit(gold), split_unit(got)
+    def values(self, gold: Value, got: Value, *, calculation: bool = False) -> bool:
+        """Whether two single values are equal.
+
+        Args:
+            gold: the reference.
+            got: the answer.
+            calculation: it may be a calculation, where a number is wanted.
+
+        Raises:
+            Unread: it is none that can be read, or a calculation that is equal.
+        """
+        if ":" in gold.text + got.text:
+            return _spelling(gold.text).lower() == _spelling(got.text).lower()  # a time or a ratio: only as written
+        (left, unit), (right, other) = split_unit(gold.text), split_unit(got.text)
         if unit and other and unit != other:
             return False
         if not left or not right:
             raise Unread
-        if _spelling(left) == _spelling(right):
-            return True
+        if got.about and _is_whole(left):
+            return False
+        equal = _spelling(left) == _spelling(right) or self.same(left, right)
+        if equal and not calculation and _leaves_work(left, right):
+            raise Unread
+        return equal
+
+    def same(self, left: str, right: str) -> bool:
         a, b = _number(left), _number(right)
         if a is not None and b is not None:
-            return a == b or approximates(b, a) or approximates(a, b)
+            return a == b or near(a, b)
+        if _based(left) or _based(right):
+            return _based(left) == _based(right)  # only as written
         if _word(left) or _word(right):
             return _word(left) is not None and _word(left) == _word(right)
-        if _based(left) or _based(right):
-            return False  # only as written
         verdict = symbolic.same(left, right)
         if verdict is None:
             raise Unread
@@ -142,14 +158,35 @@ class _Comparison:
         relation, other = (gold, got) if isinstance(gold, Relation) else (got, gold)
         assert isinstance(relation, Relation)
         if set(relation.signs) == {"="}:
-            if _name(relation) is None:
-                return relation is got and _is_result(relation) and all(self.nodes(gold, p) for p in relation.parts)
-            return self.nodes(relation.parts[-1], other) if relation is gold else self.nodes(other, relation.parts[-1])
+            if relation is gold:
+                return _name(gold) is not None and self.nodes(relation.parts[-1], got)
+            return self.result(gold, relation)
         return self.same_bounds(_bounds_of(relation), _bounds_of(other, relation))
+
+    def result(self, gold: Node, got: Relation) -> bool:
+        """Whether a chain `x = 2 + 3 = 5` ends in the reference, or all of a calculation `2 + 3 = 5` is equal to it."""
+        if _name(got) is not None:
+            last = got.parts[-1]
+            if not (len(got.parts) > 2 and isinstance(gold, Value) and isinstance(last, Value)) or _written(last):
+                return self.nodes(gold, last)
+            got = Relation(got.parts[1:], got.signs[1:])
+        elif not _is_result(got):
+            return False
+        if not isinstance(gold, Value):
+            return all(self.nodes(gold, part) for part in got.parts)
+        values = [part for part in got.parts if isinstance(part, Value)]
+        if len(values) < len(got.parts) or not all(self.values(gold, part, calculation=True) for part in values):
+            return False
+        if not any(map(_written, values)):
+            raise Unread
+        return True
 
     def equations(self, gold: Relation, got: Relation) -> bool:
         """Whether two equations or inequalities are multiples of each other."""
-        return self.same_bounds(_bounds_of(gold), _bounds_of(got))
+        equal = self.same_bounds(_bounds_of(gold), _bounds_of(got))
+        if equal and any(map(_calculates, got.parts)) and not any(map(_calculates, gold.parts)):
+            raise Unread
+        return equal
 
     def same_bounds(self, gold: list[Bound] | None, got: list[Bound] | None) -> bool:
         if gold is None or got is None:
@@ -203,6 +240,28 @@ def _is_result(relation: Relation) -> bool:
     """Whether `a = b` is a calculation: only numbers stand on the left."""
     first = relation.parts[0]
     return isinstance(first, Value) and re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", first.text) is None
+
+
+def _leaves_work(gold: str, got: str) -> bool:
+    """Whether the reference is one rational number, and the answer a calculation that gives it."""
+    undone = _number(gold) is not None and re.search(r"\d ?/ ?\d|\\frac", gold) is not None
+    return not is_closed(got, undone=undone) and is_closed(gold, undone=True) and symbolic.is_rational(gold)
+
+
+def _calculates(part: Node) -> bool:
+    """Whether a side of a relation is a calculation that gives a rational number."""
+    return isinstance(part, Value) and not _written(part) and symbolic.is_rational(split_unit(part.text)[0])
+
+
+def _written(part: Node) -> bool:
+    """Whether a single value is one number, written out."""
+    return isinstance(part, Value) and is_closed(split_unit(part.text)[0])
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it is an integer."""
+    value = _number(text)
+    return value is not None and value == int(value)
 
 
 _VARIABLE = re.compile(r"(?:[a-zA-Z]|\\(?!infty|pi)[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?")
@@ -274,6 +333,13 @@ def _word(text: str) -> str | None:
     return re.sub(r"^(?:the|a|an) (?=\w)", "", bare)
 
 
-def _based(text: str) -> bool:
-    """Whether it is a number with its base below it, as 204_5."""
-    return re.fullmatch(r"-?[0-9A-F.]+_\{?\w+\}?", text) is not None
+_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_BASE = re.compile(r"(-?[0-9A-Fa-f.]+)(?:_\s*\{?\(?\s*(?:base\s*)?|\s*\(?\s*base\s*)([0-9]+|[a-z]+)\s*\)?\}?\)?")
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """A numeral and its base, as of 204_5, 204_{\\text{five}} or 204 base 5; None for anything else."""
+    match = _BASE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text))
+    if match is None or not re.search(r"\d", match[1]):
+        return None
+    return match[1].upper(), str(_BASES.index(match[2])) if match[2] in _BASES else match[2]

@@ -6,36 +6,10 @@ These rewrites keep the meaning; what an answer consists of is `structure`'s bus
 from __future__ import annotations
 
 import re
-import unicodedata
 from fractions import Fraction
 
-_SYMBOLS = str.maketrans(
-    {
-        **dict.fromkeys("−–‐‑﹣－", "-"),
-        **dict.fromkeys("×·⋅∙", r"\cdot "),
-        **dict.fromkeys("‘’′", "'"),
-        **dict.fromkeys("“”", '"'),
-        **{"÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap "},
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "θ": r"\theta ", "°": r"^\circ "},
-        **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega "},
-    }
-)
-_SUPER, _SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
-_UP = re.compile(f"[{_SUPER}]+")
-_DOWN = re.compile(f"[{_SUB}]+")
-_VULGAR = re.compile(r"[¼-¾⅐-⅞]")
-
-
-def _ascii(text: str) -> str:
-    """Unicode mathematics as LaTeX; controls, surrogates and invisible characters dropped."""
-    if text.isascii() and text.isprintable():
-        return text
-    text = _UP.sub(lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = _DOWN.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = _VULGAR.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
-    text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS)).translate(_SYMBOLS)
-    return "".join(c if c.isprintable() else " " for c in text if unicodedata.category(c) not in ("Cf", "Cs"))
-
+from llm_gym.envs.grading.numbers import repeating
+from llm_gym.envs.grading.symbols import ascii_mathematics
 
 _WORDS = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|pi|theta|infty|alpha|beta"
 _REWRITES = [
@@ -56,7 +30,10 @@ _REWRITES = [
         (r"\\(?:neq|ne)(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "),
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\(?:approx|simeq)(?![a-zA-Z])|~=", r"\\approx "),
+        (r"\\(?:approx(?:eq)?|simeq|sim|thickapprox|thicksim)(?![a-zA-Z])|~=", r"\\approx "),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\(?:ast|bullet)(?![a-zA-Z])", r"\\cdot "),
+        (r"(?<=\d)_\s*(?:\{\(?\s*(?:\\text\s*\{)?\s*(?:10|ten)\s*\}?\)?\}|10(?!\d))", ""),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\*\*", "^"),
@@ -88,15 +65,32 @@ def clean(text: str) -> str:
     >>> clean(r"$\dfrac12\,\left(x+1\right)$"), clean("x² ≤ 3½"), clean(r"**\$10.**")
     ('\\frac{1}{2} (x+1)', 'x^{2} \\le (3+\\frac{1}{2})', '10')
     """
-    text = _ascii(text).strip()
+    text = repeating(ascii_mathematics(text).strip(), r"\frac{{{}}}{{{}}}")
     while (wrapped := _WRAPPED.fullmatch(text)) is not None:
         text = wrapped[2].strip()
     if "matrix" not in text and "array" not in text:
         text = _DOUBLE.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" .,;:") if not text.endswith("...") else text.strip(" ,;:")
-    return _braced(text)
+    text = text.rstrip(" .,;:" if not text.endswith("...") else " ,;:").lstrip(" ,;:")
+    if text.startswith(".") and not text[1:2].isdigit():
+        text = text.lstrip(" .,;:")
+    return _braced(_turned(text))
+
+
+_ENDS = re.compile(r"([\[\]])([^\[\]]*)([\[\]])")
+
+
+def _turned(text: str) -> str:
+    """Intervals with brackets turned outwards, `[0,1[`, with parentheses for those."""
+
+    def interval(match: re.Match[str]) -> str:
+        ends = re.split("[,;]", match[2])
+        if len(ends) != 2 or not all(e.strip() and e.count("(") == e.count(")") for e in ends) or "\\cup" in match[2]:
+            return match[0]
+        return ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")")
+
+    return _ENDS.sub(interval, text)
 
 
 def _braced(text: str) -> str:
@@ -122,26 +116,27 @@ def closing(text: str, start: int) -> int | None:
     return None
 
 
+_POWER = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,3})(?![\w.])")
 _DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
 
 
 def exact_decimals(text: str) -> str:
-    r"""Every decimal as the fraction it is, so that nothing is ever rounded: 0.25 is `\frac{1}{4}`."""
+    r"""Every decimal as the fraction it is, so that nothing is ever rounded: 0.25 is `\frac{1}{4}`, 3e8 has no e."""
 
     def fraction(match: re.Match[str]) -> str:
         value = Fraction(match[0])
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
-    return _DECIMAL.sub(fraction, text)
+    return _DECIMAL.sub(fraction, _POWER.sub(r"(\1\\cdot 10^{\2})", text))
 
 
 _SCALE = (
     r"(?!\s*(?:hundred|thousand|million|billion|trillion|dozen|square root|or|and|not|if|but|to|plus|minus|times|over"
-    r"|by|squared|cubed|factorial|when|where|for|mod|more|less|base|choose)s?\b)"
+    r"|by|squared|cubed|factorial|when|where|for|mod|more|less|base|choose|at|above|below|under|up|too|except)s?\b)"
 )
 """Words after a number that change it, and so are no unit."""
 _UNIT = re.compile(
-    rf"(?<=[\d)}}%°])(?:\s*\\text\s*\{{{_SCALE}(?P<tex>[^{{}}]*)\}}"
+    rf"(?:(?<=[\d)}}%°])|(?<=\\pi)|(?<=\\pi ))(?:\s*\\text\s*\{{{_SCALE}(?P<tex>[^{{}}]*)\}}"
     rf"|\s+{_SCALE}(?P<word>[a-zA-Z]{{2,}}(?:[ /][a-zA-Z]+)*)"
     r"|\s*(?P<glued>[cmk]m|kg|ft|mph|ml|degrees?))\s*(?:\^\s*\{?[23]\}?)?$"
 )

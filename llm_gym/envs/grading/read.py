@@ -3,72 +3,93 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from fractions import Fraction
 from itertools import pairwise
 
+from llm_gym.envs.grading.beside import before, changed, denied, denied_in, negated
 from llm_gym.envs.grading.numbers import NUMBER, number, parse, plain
-from llm_gym.envs.grading.where import Span, last_formula
+from llm_gym.envs.grading.where import SAYS, Span, last_formula
 
 Value = int | Fraction
 
 
-class Hedged:
-    """Several different answers where one is wanted."""
+class Refused(Enum):
+    """What is stated, but is not one answer."""
+
+    HEDGED = "The reply states several different answers."
+    BOUND = "The reply states a bound, an approximation or a denial, and no answer."
 
 
-def number_in(span: Span) -> Value | Hedged | None:
-    """The number a span states; None if it states none that stands alone."""
+def number_in(span: Span, *, whole: bool, alone: bool = False) -> Value | Refused | None:
+    """The number a span states; None if it states none that stands alone.
+
+    Args:
+        span: where it stands.
+        whole: a whole number is wanted, so an approximation is none.
+        alone: nothing but a number is wanted: names, units and work around it are read here and not left to a worker.
+    """
     if not span.loose:
-        return parse(span.text)
+        return value if (value := parse(span.text)) is not None or not alone else _of_box(span.text, whole)
     if span.marked:
-        return _of_phrase(span.text)
+        return _of_phrase(span.text, whole)
     if _BROKEN.search(span.text):
         return None
-    if len(span.text) < 100 and (whole := parse(span.text)) is not None:
-        return whole
+    if len(span.text) < 100 and (value := parse(span.text)) is not None:
+        return value
     formula = last_formula(span.text)
-    if formula is None or NUMBER.search(plain(formula[1])):
-        return _last(span.text)
-    return _of_phrase(formula[0])
+    if formula is None or NUMBER.search(plain(formula.after)):
+        return _last(span.text, whole)
+    if denied_in(formula.before, whole=whole):
+        return Refused.BOUND
+    return _of_phrase(formula.text, whole)
 
 
 _BROKEN = re.compile(r"(?:\$|\\\()[ \t]*\n[^$\\]*\n[ \t]*(?:\$|\\\))[ \t]*$")
 """An inline formula over several lines, at the end: broken markup, which states nothing."""
 _WORD = re.compile(r"\w")
-_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
-_OPERATOR = r"(?:[-+*/^×÷·]|\\times|\\cdot|\bx\b)"
-_TERM_FOLLOWS = re.compile(rf"\s*(?:{_OPERATOR}|=)\s*[\d(\\$]")
-_INEXACT = re.compile(r"\s*(?:or\s+(?:more|less|so)\b|\+(?!\S))")
-_TERM_PRECEDES = re.compile(rf"[\w)\]}}]\s*{_OPERATOR}\s*[$(]?$")
 _EITHER = re.compile(
-    r"[^\w\n]*(?:[a-z%$]+[^\w\n]+)?(?:or|either|maybe|perhaps|possibly)\b[^\w\n]*(?:[a-z]+[^\w\n]+){0,3}"
-    r"|\s*(?:[,;|/&]|,?\s*and\b|to\b|\s)\s*(?:[a-z]\s*=\s*)?",
+    r"[^\w\n]*(?:[a-z]+[^\w\n]+){0,3}(?:or|either|maybe|perhaps|possibly|otherwise|else|alternatively)\b[^\w\n]*"
+    r"(?:[a-z]+[^\w\n]+){0,3}|\s*(?:[,;|&]|,?\s*and\b|to\b|\s)\s*(?:[a-z]\s*=\s*)?|\s*/\s*[a-z]\s*=\s*",
     re.IGNORECASE,
 )
 """What stands between two numbers of which either may be the answer, or of several answers."""
 _COMMA_DECIMAL = re.compile(r"(?<![\w.,])(-?\d+),(\d{1,2})(?![\w,]|\.\d)")
+_CALCULATION = re.compile(r"[\d\s.,+*/()$%-]+")
 
 
-def _of_phrase(span: str) -> Value | Hedged | None:
+def _of_box(text: str, whole: bool) -> Value | Refused | None:
+    """The number in a box, whose outer braces LaTeX does not show."""
+    text = text.strip()
+    while text.startswith("{") and text.endswith("}") and "{" not in text[1:]:
+        text = text[1:-1].strip()
+    return _of_phrase(text, whole)
+
+
+def _of_phrase(span: str, whole: bool) -> Value | Refused | None:
     """The number stated by what follows a marker.
 
-    After a final `=` if there is one; the number that comes first, or else the only or last one. None
-    if a scale word or another term of an expression follows it.
+    After a final `=` if there is one (or before the first, if what follows is a calculation); the number that comes
+    first, or else the only or last one.
     """
     span = plain(span)
     span = span[: match.start()] if (match := _SENTENCE_END.search(span)) else span
-    if _hedged(span, list(NUMBER.finditer(span))):
-        return Hedged()
-    span = span.rpartition("=")[2].strip()
     matches = list(NUMBER.finditer(span))
-    if not matches:
-        return None
-    match = matches[0] if not _WORD.search(span, 0, matches[0].start()) else matches[-1]
-    return None if _changed(span, match) else number(match)
+    if _hedged(span, matches):
+        return Refused.HEDGED
+    start = span.rfind("=") + 1
+    inside = [match for match in matches if match.start() >= start]
+    value, inside = None, _affirmed(span, inside)
+    if inside:
+        value = _stated(span, inside[-1 if _WORD.search(span, start, inside[0].start()) else 0], whole)
+    if value is None and start and matches and _CALCULATION.fullmatch(span, start):
+        first = span[: span.index("=")].rstrip()
+        return _stated(first, matches[0], whole) if matches[0].end() == len(first) else None
+    return value
 
 
-def _last(text: str) -> Value | Hedged | None:
+def _last(text: str, whole: bool) -> Value | Refused | None:
     """The last number of a text, unless it is a term of a sum or one of several alternatives."""
     text = plain(text)
     matches = list(NUMBER.finditer(text))
@@ -76,21 +97,34 @@ def _last(text: str) -> Value | Hedged | None:
         commas = list(_COMMA_DECIMAL.finditer(text))
         return Fraction(f"{commas[-1][1]}.{commas[-1][2]}") if commas else None
     if _hedged(text, matches[-2:]):
-        return Hedged()
-    before = text[max(0, matches[-1].start() - 20) : matches[-1].start()]
-    return None if _TERM_PRECEDES.search(before) or _changed(text, matches[-1]) else number(matches[-1])
+        return Refused.HEDGED
+    return _stated(text, _affirmed(text, matches)[-1], whole)
 
 
-def _changed(text: str, match: re.Match[str]) -> bool:
-    """Whether what follows a number makes it another: a scale word, a term, "or more"."""
-    return any(follows.match(text, match.end()) for follows in (_TERM_FOLLOWS, _SCALE, _INEXACT))
+_NOT = re.compile(r"[^\w\n]*(?:(?:and|but)\s+)?(?:not|rather\s+than|instead\s+of)\s+[^\w\n]*")
+
+
+def _affirmed(text: str, matches: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The numbers of a text without a last one that is only ruled out: "5, not 6"."""
+    ruled_out = len(matches) > 1 and _NOT.fullmatch(text, matches[-2].end(), matches[-1].start())
+    return matches[:-1] if ruled_out else matches
+
+
+def _stated(text: str, match: re.Match[str], whole: bool) -> Value | Refused | None:
+    """The value of a number that stands alone in a text."""
+    tail = before(text, match.start())
+    if denied(tail, whole=whole):
+        return Refused.BOUND
+    value = None if changed(text, match, tail) else number(match)
+    return -value if value is not None and negated(tail) else value
 
 
 def _hedged(text: str, matches: list[re.Match[str]]) -> bool:
     """Whether two different numbers are joined by "or", or stand in one list."""
     for one, two in pairwise(matches):
         between = text[one.end() : two.start()]
-        if len(between) <= 60 and _EITHER.fullmatch(between) and number(one) != number(two):
+        term = two["sign"] and not between.strip()  # 28 + 32
+        if len(between) <= 60 and not term and _EITHER.fullmatch(between) and number(one) != number(two):
             return True
     return False
 
@@ -106,29 +140,38 @@ def choice(text: str) -> str | None:
     return match[1] if match else None
 
 
-def stated(span: Span, *, letter: bool) -> str | None:
+_ABOUT = re.compile(r"\s*(?:about|approximately|approx\.|around|roughly|nearly)\s+(?=[\d.$\\-])", re.IGNORECASE)
+
+
+def stated(span: Span, *, letter: bool, whole: bool = False) -> str | Refused | None:
     """The text of the answer, without the words around it; None if there is none.
 
     Args:
         span: where it stands.
         letter: a letter of a multiple choice is wanted.
+        whole: a whole number is wanted.
     """
     text = span.text
     if letter and not span.marked and (found := [m for m in _LAST_CHOICE.finditer(text) if (m[1] or m[2]).isupper()]):
+        if denied_in(text[: found[-1].start()], whole=False):
+            return Refused.BOUND
         return str(found[-1][1] or found[-1][2])
     if not span.marked and _BROKEN.search(text):
         return None
     if span.loose:
-        text = _from_words(text, span.marked)
+        words, text = _from_words(text, span.marked)
+        if denied_in(words, whole=whole):
+            return Refused.BOUND
+        text = text if whole else text[about.end() :] if (about := _ABOUT.match(text)) else text
     text = text.strip()
-    return text if re.search(r"[^\W_]|\\", text) else None
+    return text if SAYS.search(text) else None
 
 
-def _from_words(text: str, marked: bool) -> str:
-    """The last formula of running text, or else the sentence (after a marker) or the last line."""
+def _from_words(text: str, marked: bool) -> tuple[str, str]:
+    """What precedes it, and the last formula of running text; or the sentence (after a marker), or the last line."""
     if marked and (end := re.search(r"[.!?](?=\s+[^\W\d])", text)):
         text = text[: end.start()]
     if (formula := last_formula(text)) is not None:
-        return formula[0]
+        return formula.before, formula.text
     line = text.strip().rpartition("\n")[2]
-    return re.sub(r"^[\s:*_`]+|[\s*_`.!]+$", "", line)
+    return "", re.sub(r"^[\s:*_`]+|[\s*_`.!]+$", "", line)

@@ -20,6 +20,8 @@ class Value:
     """A single value: a number, an expression, a word."""
 
     text: str
+    about: bool = False
+    """It is said to be an approximation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Many:
     """`list`: as written, `1, 2`; `set`: order means nothing; `tuple`: in brackets; `union`: joined by cups."""
     items: tuple[Node, ...]
     brackets: str = ""
-    """The two brackets of a `tuple`: `()`, `[)`, ..."""
+    """The two brackets of a `tuple`: `()`, `[)`, ...; of a list, `{}` or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def _union(text: str, depth: int) -> Node | None:
 
 def _list(text: str, depth: int) -> Node | None:
     if text.startswith("{") and closing(text, 0) == len(text) - 1:
-        return parse(text[1:-1], depth)  # LaTeX shows no such braces
+        inner = parse(text[1:-1], depth)  # braces that LaTeX does not show, or those of a set
+        return Many("list", inner.items, "{}") if isinstance(inner, Many) and inner.kind == "list" else inner
     text = _GLUED_OR.sub(" or ", text)
     words = list(_AND.finditer(text))
     marked = _cuts(text, [m.start() for m in words], [m.end() - m.start() for m in words])
@@ -139,16 +142,18 @@ def _relation(text: str, depth: int) -> Node | None:
         return None
     parts = [text[a:b].strip() for a, b in spans]
     found = [text[spans[i][1] : spans[i + 1][0]] for i in range(len(spans) - 1)]
-    if not parts[0]:  # "= 5"
-        parts, found = parts[1:], found[1:]
-    if found and found[-1] == "\\approx" and (len(parts) > 2 or not re.fullmatch(r"[a-zA-Z]\w?", parts[0])):
+    if found[-1] == "\\approx" and parts[0] and (len(parts) > 2 or not re.fullmatch(r"[a-zA-Z]\w?", parts[0])):
         parts, found = parts[:-1], found[:-1]  # the exact value stands before it
-    found = ["=" if sign == "\\approx" else sign for sign in found]
     if "\\in" in found:
         return parse(parts[found.index("\\in") + 1], depth)
+    nodes = [parse(part, depth) if part or i else Value("") for i, part in enumerate(parts)]
+    if not parts[0] and found[0] in ("=", "\\approx"):  # "= 5"
+        first = nodes[1]
+        nodes[1] = Value(first.text, about=True) if found[0] != "=" and isinstance(first, Value) else first
+        nodes, found = nodes[1:], found[1:]
     if not found:
-        return parse(parts[0], depth)
-    return Relation(tuple(parse(p, depth) for p in parts), tuple(found))
+        return nodes[0]
+    return Relation(tuple(nodes), tuple("=" if sign == "\\approx" else sign for sign in found))
 
 
 _OPEN = re.compile(r"\\\{|\\langle(?![a-z])|[(\[]")

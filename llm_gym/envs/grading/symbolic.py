@@ -18,6 +18,7 @@ from math_verify import LatexExtractionConfig  # type: ignore[import-untyped]
 from math_verify import parse as math_verify_parse
 
 from llm_gym.envs.grading.latex import exact_decimals
+from llm_gym.envs.grading.numbers import computed
 
 DIGITS = 100
 """Digits to which a difference is computed, beyond those of the values themselves."""
@@ -25,7 +26,7 @@ ZERO = sympy.Float("1e-60")
 """A difference this small, relative to values below 1 and absolute above, is none."""
 MAX_DIGITS = 4000
 """Most digits of a value: a larger one is not read."""
-POINTS = 6
+POINTS = 8
 """Random points at which two expressions must agree."""
 _MIN_POINTS = 3
 _CONFIG = (
@@ -59,6 +60,15 @@ def expression(text: str) -> Any | None:
     if not isinstance(value, sympy.Expr) or value.has(sympy.nan, sympy.zoo):
         return None
     return value.xreplace({s: sympy.I for s in value.free_symbols if s.name == "i"})
+
+
+def is_rational(text: str) -> bool:
+    """Whether a single value is a rational number, of at most `MAX_DIGITS` digits."""
+    value = expression(text)
+    if value is None or value.free_symbols:
+        return False
+    value = sympy.nsimplify(value) if value.is_Float else sympy.simplify(value)
+    return bool(value.is_Rational)
 
 
 def same(gold: str, answer: str) -> bool | None:
@@ -95,38 +105,46 @@ def ratio(a: Any, b: Any) -> Any | None:
 
 
 def _agree(a: Any, b: Any) -> bool | None:
-    """Whether both have the same value at every point where they have one; None if too few such points."""
+    """Whether both have the same value where both are real (or where both have one, if they never are real).
+
+    None if there are too few such points.
+    """
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    seen = 0
+    needed = _MIN_POINTS if symbols else 1
+    seen: dict[bool, list[bool]] = {True: [], False: []}
     for point in range(POINTS if symbols else 1):
-        at = {s: _coordinate(point, i) for i, s in enumerate(symbols)}
-        difference = _difference(a, b, at)
-        if difference is None:
+        found = _difference(a, b, {s: _coordinate(point, i) for i, s in enumerate(symbols)})
+        if found is None:
             continue
-        if difference:
+        real, differ = found
+        if real and differ:
             return False
-        seen += 1
-    return True if seen >= (_MIN_POINTS if symbols else 1) else None
+        seen[real].append(differ)
+    if len(seen[True]) >= needed:
+        return True
+    return not any(seen[False]) if len(seen[True]) + len(seen[False]) >= needed else None
 
 
-def _difference(a: Any, b: Any, at: dict[Any, Any]) -> bool | None:
-    """Whether two values differ at a point; None if one of them has no finite value there."""
-    sizes = [abs(value.evalf(15, subs=at)) for value in (a, b)]
+def _difference(a: Any, b: Any, at: dict[Any, Any]) -> tuple[bool, bool] | None:
+    """(both are real, they differ) at a point; None if one of them has no finite value there."""
+    values = [value.evalf(15, subs=at) for value in (a, b)]
+    sizes = [abs(value) for value in values]
     if not all(size.is_number and size.is_finite for size in sizes):
         return None
+    real = all(value.is_real is not False for value in values)
     size = max(sizes)
     if size == 0:
-        return False
+        return real, False
     digits = DIGITS + abs(int(sympy.log(size, 10).evalf(5)))
     if digits > MAX_DIGITS:
-        return None if a != b else False
-    return bool(abs((a - b).evalf(15, subs=at, maxn=digits)) > ZERO * min(1, size))
+        return None if a != b else (real, False)
+    return real, bool(abs((a - b).evalf(15, subs=at, maxn=digits)) > ZERO * min(1, size))
 
 
 def _coordinate(point: int, index: int) -> Any:
-    """A fixed, odd-looking rational: positive and negative ones, no special points."""
+    """A fixed, odd-looking rational, no special point: all positive at the first ones, then of changing signs."""
     numerator = (7919 * (point + 1) + 104729 * (index + 1)) % 9973 + 311
-    return sympy.Rational(numerator if (point + index) % 2 else -numerator, 3989)
+    return sympy.Rational(numerator if point < _MIN_POINTS or (point >> index % 3) % 2 else -numerator, 3989)
 
 
 def decimal(text: str) -> Fraction | None:
@@ -143,4 +161,7 @@ def rounds_to(exact: str, shown: str) -> bool:
     if abs(value) * 10**places < 1000:
         return False
     real = sympy.N(expr, 30 + places)
-    return bool(real.is_real and abs(real - sympy.Rational(value)) * 10**places <= sympy.Rational(1, 2))
+    if not real.is_real:
+        return False
+    digits = Fraction(int(sympy.floor(real * 10 ** (places + 20))), 10 ** (places + 20))
+    return abs(digits - value) * 10**places <= Fraction(1, 2) or computed(value, digits)

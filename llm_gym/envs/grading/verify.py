@@ -17,9 +17,9 @@ from functools import lru_cache
 from typing import Literal
 
 from llm_gym.envs.grading import workers
-from llm_gym.envs.grading.numbers import approximates, parse
-from llm_gym.envs.grading.read import Hedged, choice, number_in, stated
-from llm_gym.envs.grading.where import WHERE, Span, answer_part, find, last_formula
+from llm_gym.envs.grading.numbers import Undone, near, parse
+from llm_gym.envs.grading.read import Refused, choice, number_in, stated
+from llm_gym.envs.grading.where import SAYS, WHERE, Span, answer_part, find, last_formula
 from llm_gym.errors import DataError, SettingError, unknown
 
 MAX_ANSWER = 2_000
@@ -126,8 +126,6 @@ def read(
     try:
         want = reference(gold)
     except DataError as error:
-        if kind == "number":
-            raise
         return Grade(0.0, "no_reference", None, str(error))
     numeric = not isinstance(want, str)
     if kind == "number" and not numeric:
@@ -138,36 +136,34 @@ def read(
         return _nothing(numeric)
     if isinstance(want, str):
         return _general(want, span, ordered, deadline)
-    got = number_in(span)
-    if isinstance(got, Hedged):
-        return Grade(0.0, "wrong", None, "The reply states several different answers.")
-    if got is not None:
-        return _number(want, got, kind)
-    return _nothing(numeric) if kind == "number" else _general(str(want), span, ordered, deadline)
+    whole = want == int(want)
+    got = number_in(span, whole=whole, alone=kind == "number")
+    if isinstance(got, Refused):
+        return Grade(0.0, "wrong", None, got.value)
+    if got is not None and not (isinstance(got, Undone) and kind == "math" and got == want):
+        return _number(want, got, gold)
+    return _nothing(numeric) if kind == "number" else _general(written(gold), span, ordered, deadline, whole=whole)
 
 
-_ARITHMETIC = re.compile(r"(?:[\d\s+*/().,$×÷·-]|\\(?:times|cdot|div|left|right|[,;! ]))+")
-_OPERATOR = re.compile(r"[\d)]\s*(?:[+*/×÷·-]|\\(?:times|cdot|div))")
-"""A sum, difference, product or quotient of numbers: a calculation left to the reader, where a number was asked."""
-
-
-def _number(want: int | Fraction, got: int | Fraction, kind: Kind) -> Grade:
+def _number(want: int | Fraction, got: int | Fraction, gold: str | int | float) -> Grade:
     """Compares two numbers."""
     if got == want:
+        if isinstance(got, Undone) and not re.search(r"\d/\d|frac", written(gold)):
+            return Grade(0.0, "unparsed", str(got), "The reply leaves a division to the reader.")
         return Grade(1.0, "correct", str(got), f"{got} is the reference.")
-    if kind == "math" and approximates(got, want):
+    if near(got, want):
         return Grade(1.0, "correct", str(got), f"{got} is {want}, rounded.")
     return Grade(0.0, "wrong", str(got), f"{got} is not {want}.")
 
 
-def _general(want: str, span: Span, ordered: bool, deadline: float) -> Grade | Case:
+def _general(want: str, span: Span, ordered: bool, deadline: float, *, whole: bool = False) -> Grade | Case:
     """Compares what needs no mathematics; the rest is a case."""
     letter = choice(want)
-    answer = stated(span, letter=letter is not None)
+    answer = stated(span, letter=letter is not None, whole=whole)
+    if isinstance(answer, Refused):
+        return Grade(0.0, "wrong", None, answer.value)
     if answer is None:
         return _nothing(parse(want) is not None)
-    if parse(want) is not None and _ARITHMETIC.fullmatch(answer) and _OPERATOR.search(answer):
-        return Grade(0.0, "unparsed", answer[:200], f"{answer[:200]} is no number.")
     if answer == want or (letter is not None and choice(answer) == letter):
         return Grade(1.0, "correct", answer, f"{answer} is the reference.")
     if len(answer) > max(MAX_ANSWER, 2 * len(want)):
@@ -186,7 +182,7 @@ def _judge(case: Case) -> Grade:
 _VERDICTS: dict[str, tuple[Status, str]] = {
     "equal": ("correct", "{0} equals {1}."),
     "different": ("wrong", "{0} is not {1}."),
-    "unparsed": ("unparsed", "{0} cannot be read as an answer like {1}."),
+    "unparsed": ("unparsed", "{0} cannot be read as an answer like {1}, or leaves a calculation to the reader."),
     "timeout": ("timeout", "Comparing {0} with {1} took more than {2:g} s."),
     "crashed": ("crashed", "Comparing {0} with {1} took more memory than a worker has."),
 }
@@ -203,15 +199,20 @@ def reference(gold: str | int | float) -> int | Fraction | str:
     Raises:
         DataError: it states none.
     """
-    text = str(gold).strip()
-    for candidate in (text, _stated_reference(text)):
-        value = parse(candidate)
-        if value is not None:
-            return value
-    answer = _stated_reference(text)
-    if not re.search(r"[^\W_]|\\", answer):
+    answer = written(gold)
+    value = parse(answer)
+    if value is not None:
+        return value
+    if not SAYS.search(answer):
         raise DataError(f"gold: {gold!r} states no answer.")
     return answer
+
+
+@lru_cache(maxsize=65536)
+def written(gold: str | int | float) -> str:
+    """The reference as it is written, without what stands around it."""
+    text = str(gold).strip()
+    return text if parse(text) is not None else _stated_reference(text)
 
 
 def _stated_reference(text: str) -> str:
@@ -221,4 +222,4 @@ def _stated_reference(text: str) -> str:
         if (span := find(text, where)) is not None and span.text.strip():
             return span.text.strip()
     formula = last_formula(text)
-    return formula[0] if formula is not None else text
+    return formula.text if formula is not None else text

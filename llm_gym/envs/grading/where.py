@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 MAX_TEXT = 100_000
 """Characters of a reply that are read, from its end."""
@@ -64,7 +65,7 @@ def _hash(text: str, numeric: bool) -> Span | None:
 
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?P<open>\{)?|\\[{}]|(?P<brace>[{}])")
-_BARE = re.compile(r"\s*(-?\w[\w.,]*)")
+_BARE = re.compile(r"\s*(-?\.?\w[\w.,]*)")
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -95,7 +96,9 @@ def _boxed(text: str, numeric: bool) -> Span | None:
 
 
 _LAYOUT = re.compile(r"\$|\\[()\[\],;!: ]|\\q?quad(?![a-z])|\\text\s*\{([^{}]*)\}|[*{}]")
-_CONNECTOR = re.compile(r"\s*(?:[,;/|]?\s*(?:\w+\s+)?(?:and|or)\b|[,;/|])?\s*(?:[\w()\\]{1,8}\s*=)?\s*")
+_CONNECTOR = re.compile(
+    r"\s*(?:[,;/|]?\s*(?:\w+\s+)?(?:and|or)\b(?:\s+(?:maybe|perhaps|possibly|else)\b)?|[,;/|])?\s*(?:(?:maybe|perhaps|possibly|otherwise|alternatively)\b,?\s*)?(?:[\w()\\]{1,8}\s*=)?\s*"
+)
 
 
 def _joined(text: str, pieces: list[tuple[int, int, str]]) -> str:
@@ -104,7 +107,7 @@ def _joined(text: str, pieces: list[tuple[int, int, str]]) -> str:
     nearest = pieces[-MAX_JOINED:]
     for before, after in zip(nearest[-2::-1], nearest[:0:-1], strict=True):
         between = text[before[1] : after[0]]
-        if len(between) > 60 or not _CONNECTOR.fullmatch(_LAYOUT.sub(r" \1", between)):
+        if len(between) > 60 or not _CONNECTOR.fullmatch(" ".join(_LAYOUT.sub(r" \1", between).split())):
             break
         if before[2].strip() not in last:
             last.append(before[2].strip())
@@ -134,15 +137,26 @@ _PHRASE = re.compile(
     r"(?:^[ \t]*(?:[*_]*)a(?:[*_]*):|\banswer(?:\s+is\b|\s*[:=]|[*_]+\s*[:=]|\s*:?[*_]+\s*:?)\s*:?)",
     re.IGNORECASE | re.MULTILINE,
 )
+_ELSEWHERE = re.compile(
+    r"(?:答案|答え|정답|답|ответ|antwort|réponse|respuesta|resposta|risposta|उत्तर|الجواب|الإجابة)[*_ ]*[:：][*_ ]*"
+    r"|答案(?:是|为)",
+    re.IGNORECASE,
+)
+"""The same in other languages."""
+_FOREIGN = ("ntwort", "spuesta", "sposta", "NTWORT", "SPUESTA", "SPOSTA")
 _DIGIT = re.compile(r"\d")
-_SAYS = re.compile(r"\w|\\")
+SAYS = re.compile(r"[^\W_]|[\\∅∞]")
+"""What has none of these states nothing."""
 _FINAL = re.compile(r"\bfinal answer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
 
 
 def _phrase(text: str, numeric: bool) -> Span | None:
     """What the last "Answer: ..." or "the answer is ..." says, on its line."""
-    says = _DIGIT if numeric else _SAYS
-    for mark in reversed(list(_PHRASE.finditer(text))):
+    says = _DIGIT if numeric else SAYS
+    marks = list(_PHRASE.finditer(text))
+    if not text.isascii() or any(word in text for word in _FOREIGN):
+        marks = sorted([*marks, *_ELSEWHERE.finditer(text)], key=lambda mark: mark.start())
+    for mark in reversed(marks):
         span = text[mark.end() : mark.end() + MAX_SPAN].partition("\n")[0]
         if says.search(span):
             return Span(span, loose=True)
@@ -181,10 +195,21 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def last_formula(text: str) -> tuple[str, str] | None:
-    """(the last formula, with those that stand beside it; the text after it); None if there is none."""
+class Formula(NamedTuple):
+    """A formula in running text."""
+
+    before: str
+    """The text before it."""
+    text: str
+    """What stands in it, with those that stand beside it."""
+    after: str
+    """The text after it."""
+
+
+def last_formula(text: str) -> Formula | None:
+    """The last formula of a text; None if there is none."""
     found = formulas(text)
-    return (_joined(text, found), text[found[-1][1] :]) if found else None
+    return Formula(text[: found[-1][0]], _joined(text, found), text[found[-1][1] :]) if found else None
 
 
 WHERE: dict[str, tuple[Callable[[str, bool], Span | None], ...]] = {

@@ -12,6 +12,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.arithmetic import OPERATIONS, SPLITS, Problem, split_of
 from llm_gym.envs.dataset import check_references
 from llm_gym.envs.grading import verify
+from llm_gym.envs.grading.verify import Kind
 from llm_gym.envs.rows import Row, check_columns, load_rows
 from llm_gym.envs.tools.schema import Tool
 from llm_gym.envs.tools.tool_env import ToolEnv
@@ -36,10 +37,17 @@ class Questions(Protocol):
 
 
 class Rows:
-    """The questions of a data set; an answer is anything equal to the reference."""
+    """The questions of a data set.
 
-    def __init__(self, rows: Sequence[Row], question: str, answer: str) -> None:
-        check_columns(rows, {"question": question, "answer": answer})
+    Args:
+        rows: the data set.
+        question: name of the question column.
+        answer: name of the answer column.
+        kind: `number`: an answer must be written as a number; `math`: it is anything equal to the reference.
+    """
+
+    def __init__(self, rows: Sequence[Row], question: str, answer: str, kind: Kind) -> None:
+        self.kind = kind
         self.rows, self.question, self.answer, self.size = rows, question, answer, len(rows)
 
     def draw(self, env: TextEnv) -> tuple[str, str]:
@@ -49,7 +57,7 @@ class Rows:
 
     def score(self, gold: str, text: str) -> float:
         """By `envs.grading.verify`."""
-        return verify(gold, text).score
+        return verify(gold, text, kind=self.kind).score
 
 
 class Arithmetic:
@@ -107,9 +115,10 @@ def questions(
     """
     if dataset is None:
         return Arithmetic(operations, digits, split)
-    rows = Rows(load_rows(dataset, split), *columns)
-    check_references(dataset, split, None, columns[1], numeric=False)
-    return rows
+    rows = load_rows(dataset, split)
+    check_columns(rows, dict(zip(("question", "answer"), columns, strict=True)))
+    numbers = check_references(dataset, split, None, columns[1], numeric=False)
+    return Rows(rows, *columns, kind="number" if numbers else "math")
 
 
 class QuestionEnv(ToolEnv):
@@ -120,7 +129,8 @@ class QuestionEnv(ToolEnv):
         dataset: a hub id or a local file with questions and answers; None: arithmetic too large to do by heart.
         split: of the data set; or `train`, `test` or `all` of the arithmetic problems.
         question: name of the question column.
-        answer: name of the answer column: an answer, or a solution that ends in one.
+        answer: name of the answer column: an answer, or a solution that ends in one. Where all of them are numbers, an
+            answer must be written as one.
         operations: which of `+`, `-`, `*` to draw from, as one string.
         digits_min: fewest digits of an operand.
         digits_max: most digits of an operand.
