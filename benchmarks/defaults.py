@@ -22,10 +22,11 @@ from llm_gym.cli.progress import TrainProgress
 from llm_gym.core import Sampling
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.checkpoint import RunFolder, write_atomically
-from llm_gym.harness.lora import BASES, KINDS
+from llm_gym.harness.lora import KINDS
 from llm_gym.harness.optimizers import OPTIMIZERS
 from llm_gym.harness.presets import PRESETS
 from llm_gym.harness.sft import SFTConfig, sft
+from llm_gym.policies.plain import HELD
 from llm_gym.policies.transformers import TransformersPolicy
 
 GOAL = 0.9
@@ -75,7 +76,7 @@ CASES: Mapping[str, Case] = {
     **{name: Case((f"lora.kind={name}",)) for name in KINDS},
     **{
         f"lora, {base}": Case((f"lora.base={base}",), steps=STEPS_OF_NF4 if base == "nf4" else STEPS)
-        for base in BASES
+        for base in HELD
         if base != "float32"
     },
     **{name: Case((f"preset={name}",)) for name in PRESETS},
