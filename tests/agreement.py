@@ -88,11 +88,12 @@ class Plain:
         """Of `_weights` times the log-probabilities of the tokens chosen by each row's mask, by parameter."""
         total: dict[str, Tensor | None] = dict.fromkeys(dict(self.model.named_parameters()))
         for tokens, trained in kept:
-            found, names = self.logprobs(tokens), [n for n, _ in self.used.named_parameters()]
+            found = self.logprobs(tokens)
+            wanted = {n: p for n, p in self.used.named_parameters() if p.requires_grad}
             targets = torch.from_numpy(np.asarray(tokens, np.int64))[1:]
             loss = (found * _weights(targets))[torch.from_numpy(trained[1:])].sum()
-            parts = torch.autograd.grad(loss, list(self.used.parameters()), allow_unused=True)
-            for name, part in zip(names, parts, strict=True):
+            parts = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            for name, part in zip(wanted, parts, strict=True):
                 if part is not None:
                     total[name] = part.double() if total[name] is None else total[name] + part
         return total
