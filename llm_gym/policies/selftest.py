@@ -115,13 +115,16 @@ def forget_lengths(model: Any) -> None:
     """Makes rotary embeddings that depend on the longest row seen depend on the next forward's alone.
 
     Those of dynamic NTK keep the angles of the longest row until a very short one comes: without this, logits would
-    depend on what was computed before.
+    depend on what was computed before. The angles go back to those that the model was made with, which are not always
+    what their formula gives for a short row (HunYuan's `alpha`).
     """
     if not is_dynamic(model.config.get_text_config()):
         return
     for module in model.modules():
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            setattr(module, name, 0)
+            kind = name.removesuffix("max_seq_len_cached")
+            getattr(module, f"{kind}inv_freq").copy_(getattr(module, f"{kind}original_inv_freq"))
+            setattr(module, name, module.original_max_seq_len)
 
 
 def _close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> bool:

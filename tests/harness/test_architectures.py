@@ -15,6 +15,7 @@ CASES = {
     # variant: (whether the learner packs rows of any length, whether the engine serves contexts of any length)
     "Qwen3, tied head": (True, True),
     "Llama, dynamic NTK rope": (False, False),
+    "HunYuan, dynamic NTK rope": (False, True),
     "Phi-3/4, LongRoPE": (False, False),
     "PhiMoE, window": (False, True),
     "Mistral, window": (False, True),
