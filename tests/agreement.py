@@ -20,6 +20,7 @@ from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness.batching import Sample, pack
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.model import LoraConfig, export, plain_tensors, prepare
+from llm_gym.policies.plain import as_saved
 from llm_gym.policies.transformers import TransformersPolicy
 
 TOLERANCE = 1e-3
@@ -284,7 +285,7 @@ def vllm(variant: Variant) -> Measured:
             return Measured(error)
         other = variant.model(seed=1)
         try:
-            policy.load(plain_tensors(other), version=1)
+            policy.load(as_saved(other, plain_tensors(other)), version=1)
         except Exception as refusal:
             return Measured(error, f"restart for new weights ({_line(refusal)})")
         again = _sampled(policy.generate, variant, plain(other), policy.max_context)
