@@ -43,21 +43,30 @@ def renderer(
     """The compiled template as a function of (messages, tools, whether to add the generation prompt).
 
     Raises:
-        TemplateError: the tokenizer has none.
+        TemplateError: the tokenizer has none, or it is not Jinja.
     """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     try:
         source = tokenizer.get_chat_template(None, tools)
     except Exception as error:
         raise TemplateError(no_template(getattr(tokenizer, "name_or_path", ""))) from error
-    render = _compile_jinja_template(source).render
+    render = _compiled(source).render
     fixed = {**tokenizer.special_tokens_map, "documents": None, "strftime_now": DATE.strftime}
 
     def rendered(messages: Messages, tools: Sequence[dict[str, Any]] | None, prompt: bool) -> str:
         return str(render(messages=messages, tools=tools, add_generation_prompt=prompt, **fixed))
 
     return rendered
+
+
+def _compiled(source: str) -> Any:
+    from jinja2 import TemplateError as JinjaError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        return _compile_jinja_template(source)
+    except JinjaError as error:
+        line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+        raise TemplateError(f"chat template: it is not Jinja ({str(error).rstrip('.')}{line}).") from error
 
 
 def no_template(name: str) -> str:
@@ -74,19 +83,30 @@ def read_template(chat_template: str | Path | None) -> str | None:
     A run writes what this gives into its settings, so that it does not depend on the file afterwards.
 
     Raises:
-        ConfigError: no such name and no such file.
+        ConfigError: no such name and no such file, or one that is no template.
     """
     if chat_template is None:
         return None
     given = str(chat_template)
-    if given in NAMED or "{{" in given or "{%" in given:
+    if given in NAMED or _is_jinja(given):
         return given
     try:
-        return Path(given).expanduser().read_text("utf-8")
+        text = Path(given).expanduser().read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(unknown("chat_template", given, [*NAMED, "the path of a .jinja file"])) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"chat_template: cannot read {given!r}: {error}.") from error
+        raise ConfigError(f"chat_template: cannot read {given!r:.200}: {error!s:.200}.") from error
+    if not _is_jinja(text):
+        raise ConfigError(f"chat_template: the file {given!r} is no chat template: it has no Jinja in it.")
+    try:
+        _compiled(text)
+    except TemplateError as error:
+        raise ConfigError(f"chat_template: the file {given!r} cannot be used; {error}") from error
+    return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 @lru_cache(maxsize=32)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llm_gym.chat import Chat, load_chat
 from llm_gym.envs import make
 from llm_gym.errors import ConfigError, TemplateError
+from llm_gym.harness import TrainConfig
 from llm_gym.testing import check_environment
 from llm_gym.tokenizer import load_tokenizer
 
@@ -187,6 +188,29 @@ def test_mistakes_get_one_sentence(kind: str, given: str | None, words: str) -> 
         make("Arithmetic-v0", tokenizer=tokenizer, chat_template=given)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{% for m in messages %}{{ m.content }", "is not Jinja (unexpected '}', line 1)."),
+        ("{% for m in messages %}{{ m.content }}", "is not Jinja (Unexpected end of template."),
+        ("{{ messages | nothing }}", "is not Jinja (No filter named 'nothing', line 1)."),
+        ("a letter", "no chat template: it has no Jinja in it."),
+    ],
+)
+def test_a_file_that_is_no_template_is_named(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(text, "utf-8")
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(chat_template=str(file)).resolved()
+    assert str(file) in str(error.value)
+    assert words in str(error.value)
+
+
+def test_a_tokenizer_whose_own_template_is_broken_is_refused_in_a_sentence() -> None:
+    with pytest.raises(TemplateError, match="it is not Jinja"):
+        Chat(t.tokenizer("{% for m in messages %}{{ m.content }}"))
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml"])
