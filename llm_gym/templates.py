@@ -110,12 +110,13 @@ def _is_jinja(text: str) -> bool:
 
 
 @lru_cache(maxsize=32)
-def with_template(tokenizer: Any, chat_template: str | None) -> Any:
+def with_template(tokenizer: Any, chat_template: str | None, bos: bool = False) -> Any:
     """A copy of a tokenizer that shares all with it but the template; the same one for the same arguments.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         chat_template: from `read_template`; None: the tokenizer's own.
+        bos: whether a text begins with BOS even if this tokenizer does not put it there.
 
     Raises:
         ConfigError: the template of that name needs tokens that the tokenizer lacks.
@@ -126,7 +127,7 @@ def with_template(tokenizer: Any, chat_template: str | None) -> Any:
     made.chat_template = chat_template
     if chat_template in NAMED:
         _check_tokens(tokenizer, chat_template)
-        made.chat_template = _written_first(tokenizer) + NAMED[chat_template]
+        made.chat_template = (_written_first(tokenizer) or bos * "{{ bos_token }}") + NAMED[chat_template]
     return made
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_gym import embedded
 from llm_gym.errors import SettingError
-from llm_gym.templates import read_template, with_template
+from llm_gym.templates import NAMED, read_template, with_template
 
 SPLIT = "\udfff"
 """Text is encoded piecewise around it. A lone surrogate: no well-formed text contains it."""
@@ -39,7 +39,8 @@ def load_tokenizer(source: Any = None, chat_template: str | Path | None = None) 
     if source is None:
         source = embedded.PATH
     tokenizer = _load(str(source)) if isinstance(source, str | Path) else source
-    return with_template(tokenizer, read_template(chat_template))
+    template = read_template(chat_template)
+    return with_template(tokenizer, template, template in NAMED and _declares_bos(tokenizer))
 
 
 @lru_cache(maxsize=32)
@@ -73,6 +74,13 @@ def _loader(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def _declares_bos(tokenizer: Any) -> bool:
+    """Whether the folder says that a text begins with BOS (DeepSeek): transformers forgets it where tokenizer.json has
+    a rule of its own for what surrounds a text, even if that puts nothing there."""
+    path = _file_of(getattr(tokenizer, "name_or_path", ""), "tokenizer_config.json")
+    return bool(tokenizer.bos_token and path and json.loads(path.read_text("utf-8")).get("add_bos_token"))
 
 
 def declared_stops(tokenizer: Any) -> dict[int, str]:

@@ -39,7 +39,7 @@ TEMPLATES = (
     Mutant(
         "contexts of a base model lack the control token that its texts begin with",
         "templates.py",
-        "_written_first(tokenizer) + NAMED[chat_template]",
+        '(_written_first(tokenizer) or bos * "{{ bos_token }}") + NAMED[chat_template]',
         "NAMED[chat_template]",
         ("test_templates.py::test_a_control_token_is_written_first_where_the_tokenizer_does",),
     ),

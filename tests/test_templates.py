@@ -112,6 +112,16 @@ def test_a_control_token_is_written_first_where_the_tokenizer_does() -> None:
         assert (ids[0] == tokenizer.bos_token_id) is (tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id)
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_bos_that_only_the_folder_declares_is_written_first(declared: bool, tmp_path: Path) -> None:
+    """DeepSeek's: its tokenizer.json puts nothing in front of a text, tokenizer_config.json says `add_bos_token`."""
+    base("bytes").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "add_bos_token": declared}), "utf-8")
+    chat = load_chat(str(tmp_path), chat_template="plain")
+    assert bool(chat.open([t.user("q")])[0] == chat.tokenizer.bos_token_id) is declared
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_spelled_control_tokens_stay_text(kind: str) -> None:
     chat = chat_of("plain", kind)

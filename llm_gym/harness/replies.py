@@ -86,9 +86,11 @@ def _parts(message: Message, prompt: str) -> _Said:
     """The thinking and the answer of a message that stands behind `prompt`."""
     content = message.get("content") or ""
     given = next((message[name] for name in THOUGHTS if message.get(name)), "")
-    if given:
-        return _Said(given, content)
     opening, closing, opened = _tags(prompt)
+    if given:
+        before, closed, answer = content.partition(closing)
+        twice = closed and _squeezed(before.replace(opening, "", 1)) == _squeezed(given)
+        return _Said(given, answer.lstrip("\n") if twice else content)
     begins = content.lstrip().startswith(opening)
     thoughts, closed, answer = content.partition(closing)
     if not (begins or (opened and closed)):

@@ -175,3 +175,21 @@ def test_long_replies_of_signs_cost_little():
         "1." + "(2" * 40_000,
     ):
         assert verify("9", text * 3, kind="number").score == 0.0
+
+
+@pytest.mark.parametrize("kind", ["number", "math"])
+def test_thousands_set_apart_by_spaces_are_read_behind_every_marker(kind):
+    for form in (
+        "%s",
+        "#### %s",
+        "\\boxed{%s}",
+        "<answer>%s</answer>",
+        "Answer: %s",
+        "The answer is %s.",
+        "Answer: $%s",
+    ):
+        right, wrong = (
+            [("1234567", form % "1 234 567", True)],
+            [("234", form % "1 234", False), ("3", form % "1 2 3", False)],
+        )
+        assert misjudged([*right, *wrong], kind) == []

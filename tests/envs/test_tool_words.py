@@ -270,6 +270,21 @@ def test_the_registered_environments_conform(env: str, name: str, tmp_path: Path
     check_environment(env, **made(name, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma", "plain"])
+def test_what_a_user_says_behind_results_stands_in_their_message(name: str, tmp_path: Path) -> None:
+    """Gemma's template wants the roles to alternate, and a row of fine-tuning may go on as it likes."""
+    env = Talk([calculator], **made(name, tmp_path))
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1"}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "name": "calculator", "content": "one"}
+    messages = [t.user("q"), asked, result, result, t.user("Hurry!"), t.assistant("One.")]
+    row = encode({"messages": messages, "tools": [tool.schema for tool in env.tools.values()]}, env.chat.tokenizer)
+    said = "<tool_response>\none\n</tool_response>\n" * 2 + "Hurry!"
+    assert said in decoded(env, row.tokens)
+    assert decoded(env, row.tokens[row.turns == 1]).startswith("One.")
+    env.close()
+
+
 def test_an_mcp_server_by_blocks_shows_its_tool() -> None:
     """The format was accepted, and the model saw no tool at all."""
     from llm_gym.envs import make

@@ -28,6 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "a field": {"content": ANSWER, "reasoning_content": THOUGHTS},
     "another field": {"content": ANSWER, "reasoning": THOUGHTS},
     "a third field": {"content": ANSWER, "thinking": THOUGHTS},
+    "both": {"content": BOTH, "reasoning_content": THOUGHTS},
     "closing tag": {"content": f"{THOUGHTS}\n</think>\n\n{ANSWER}"},
 }
 FOLDER = TemporaryDirectory()

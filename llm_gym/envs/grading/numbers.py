@@ -54,7 +54,8 @@ _LATEX = (
     (re.compile(r"(?<=[A-Za-z])\$|\$(?!\s?[-+]?[\d.])"), " "),
 )
 _GLUED_UNIT = re.compile(r"(?<=\d)(?:[kcm]?m[²³]|(?:[kcm]m|kg|mg|ml|ft|mph)[²³]?)(?!\w)")
-_SPACED = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+")
+SPACED = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+")
+"""Thousands set apart by spaces."""
 _MARKUP = re.compile(r"[\\*_`${^]")
 _REPEATING = re.compile(
     r"(?<![\w.])(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\)|(\d)\u0305)(?:(\d*)\\dot\s*(?:\{(\d)\}|(\d)))?"
@@ -129,7 +130,7 @@ def parse(text: str) -> int | Fraction | None:
     (Fraction(2469, 2), -7, Fraction(12, 1), Fraction(5, 2), None, None)
     """
     text = plain(text).strip().rstrip(".%").strip()
-    if _SPACED.fullmatch(text):
+    if SPACED.fullmatch(text):
         text = text.replace(" ", "")
     match = NUMBER.match(text)
     return number(match) if match is not None and match.end() == len(text) else None

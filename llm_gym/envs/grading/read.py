@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from llm_gym.envs.grading.beside import before, changed, denied, denied_in, negated
-from llm_gym.envs.grading.numbers import NUMBER, number, parse, plain
+from llm_gym.envs.grading.numbers import NUMBER, SPACED, number, parse, plain
 from llm_gym.envs.grading.where import SAYS, Span, last_formula
 
 Value = int | Fraction
@@ -75,6 +75,8 @@ def _of_phrase(span: str, whole: bool) -> Value | Refused | None:
     """
     span = plain(span)
     span = span[: match.start()] if (match := _SENTENCE_END.search(span)) else span
+    if SPACED.fullmatch(bare := span.strip(" .$")):
+        return parse(bare)
     matches = list(NUMBER.finditer(span))
     if _hedged(span, matches):
         return Refused.HEDGED

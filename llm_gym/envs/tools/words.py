@@ -42,16 +42,22 @@ class InWords:
     """Whether calls and results are put into ordinary text; else the template writes them, in this very format."""
 
     def __call__(self, messages: Messages, tools: Sequence[dict[str, Any]] | None) -> Messages:
-        """Calls as the text of their reply, all results of a reply as one user message, and `tools` described."""
+        """Calls as the text of their reply, all results of a reply as one user message, and `tools` described.
+
+        What a user says beside results stands in that message too: many templates want the roles to alternate.
+        """
         if self.turns:
-            messages = [new for role, some in groupby(messages, _role) for new in self._said(role, list(some))]
+            messages = [new for _, some in groupby(messages, _asks) for new in self._said(list(some))]
         return self._told(messages, describe(self.format, tools)) if tools else messages
 
-    def _said(self, role: str, messages: Messages) -> Messages:
-        if role == "tool":
-            results = (self.format.result.replace("{}", str(m.get("content") or "")) for m in messages)
-            return [{"role": "user", "content": "\n".join(results)}]
+    def _said(self, messages: Messages) -> Messages:
+        if any(m["role"] == "tool" for m in messages):
+            return [{"role": "user", "content": "\n".join(map(self._shown, messages))}]
         return [self._reply(m) if m.get("tool_calls") else m for m in messages]
+
+    def _shown(self, message: Message) -> str:
+        text = str(message.get("content") or "")
+        return self.format.result.replace("{}", text) if message["role"] == "tool" else text
 
     def _reply(self, message: Message) -> Message:
         calls = [call.get("function", call) for call in message["tool_calls"]]
@@ -88,8 +94,8 @@ def describe(form: Format, tools: Sequence[dict[str, Any]]) -> str:
     return LISTED.format(tools=listed, example=example)
 
 
-def _role(message: Message) -> str:
-    return str(message["role"])
+def _asks(message: Message) -> bool:
+    return message["role"] in ("tool", "user")
 
 
 def _arguments(call: Any) -> dict[str, Any]:
