@@ -191,6 +191,9 @@ def _with_calls(
             if opening_tag not in calls:
                 yield _spelled(said, prompt) + calls
             yield text
+    if chat.wording is not None:
+        (told,), _ = chat.as_shown(forms[:1], None)
+        yield _spelled(_parts(told, prompt), prompt) + chat.ending
 
 
 def _calls(calls: Sequence[Any], wanted: Sequence[tuple[str, Any]], form: Callable[[Any], Any]) -> list[Message]:

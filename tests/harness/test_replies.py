@@ -16,6 +16,7 @@ import templates as t
 
 from llm_gym.chat import Chat, load_chat
 from llm_gym.envs.tools import formats
+from llm_gym.envs.tools.calls import ToolCall
 from llm_gym.harness.chats import encode
 from llm_gym.harness.replies import reply_ids
 
@@ -183,3 +184,14 @@ def test_rows_are_contexts_of_an_episode() -> None:
         reply = row.tokens[row.turns == turn]
         context = np.concatenate([context, reply, *([] if following is None else [chat.extend(reply, following)])])
     assert context.tolist() == row.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+@pytest.mark.parametrize("thoughts", ["", THOUGHTS])
+def test_calls_in_words_are_trained_where_the_prompt_opens_thinking(name: str, thoughts: str) -> None:
+    reply = {**t.calling(["print(2 + 2)"]), "content": "Let me see.", "reasoning_content": thoughts}
+    row = encode({"messages": [ASK, reply, *t.results(["4"]), t.assistant("4")], "tools": [t.PYTHON]}, tokenizer(name))
+    chat, form = formats.tool_chat(tokenizer(name), [t.PYTHON])
+    assert chat.open([ASK]).tolist() == row.tokens[: row.trained.argmax()].tolist()
+    text = chat.text(row.tokens[row.turns == 0])
+    assert text == f"{thoughts}\n</think>\n\nLet me see.\n{form.notation.write([ToolCall('python', {'code': 'print(2 + 2)'})])}"
