@@ -285,6 +285,21 @@ def test_what_a_user_says_behind_results_stands_in_their_message(name: str, tmp_
     env.close()
 
 
+@pytest.mark.parametrize("name", ["gemma3", "deepseek_r1_distill", "llama3", "plain"])
+def test_the_tools_are_shown_beside_several_system_messages(name: str, tmp_path: Path) -> None:
+    """DeepSeek-R1's template shows only the last one, Gemma's refuses a second."""
+
+    class Two(Talk):
+        def open(self) -> list[dict[str, Any]]:
+            return [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")] + super().open()
+
+    env = Two([calculator], **made(name, tmp_path))
+    shown = decoded(env, env.reset(seed=0)[0])
+    assert "Be brief.\n\nBe kind.\n\nYou can call these tools:" in shown
+    assert "Works out a sum." in shown
+    env.close()
+
+
 def test_an_mcp_server_by_blocks_shows_its_tool() -> None:
     """The format was accepted, and the model saw no tool at all."""
     from llm_gym.envs import make

@@ -194,4 +194,7 @@ def test_calls_in_words_are_trained_where_the_prompt_opens_thinking(name: str, t
     chat, form = formats.tool_chat(tokenizer(name), [t.PYTHON])
     assert chat.open([ASK]).tolist() == row.tokens[: row.trained.argmax()].tolist()
     text = chat.text(row.tokens[row.turns == 0])
-    assert text == f"{thoughts}\n</think>\n\nLet me see.\n{form.notation.write([ToolCall('python', {'code': 'print(2 + 2)'})])}"
+    assert (
+        text
+        == f"{thoughts}\n</think>\n\nLet me see.\n{form.notation.write([ToolCall('python', {'code': 'print(2 + 2)'})])}"
+    )

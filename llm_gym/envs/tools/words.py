@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from llm_gym.core import Message, Messages
@@ -66,13 +66,15 @@ class InWords:
         return {**rest, "content": "\n".join(filter(None, [message.get("content"), written]))}
 
     def _told(self, messages: Messages, text: str) -> Messages:
-        role = "system" if self.system else "user"
-        at = next((i for i, m in enumerate(messages) if m["role"] == role), None)
+        if self.system:  # one message: some templates show only the first of several, or only the last
+            own = list(takewhile(lambda m: m["role"] == "system", messages))
+            said = "\n\n".join([*(m["content"] for m in own), text])
+            return [{"role": "system", "content": said}, *messages[len(own) :]]
+        at = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
         if at is None:
-            return [{"role": role, "content": text}, *messages]
-        own = messages[at]["content"]
-        both = f"{own}\n\n{text}" if self.system else f"{text}\n\n{own}"
-        return [*messages[:at], {**messages[at], "content": both}, *messages[at + 1 :]]
+            return [{"role": "user", "content": text}, *messages]
+        asked = {**messages[at], "content": f"{text}\n\n{messages[at]['content']}"}
+        return [*messages[:at], asked, *messages[at + 1 :]]
 
 
 def describe(form: Format, tools: Sequence[dict[str, Any]]) -> str:
