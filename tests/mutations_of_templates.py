@@ -18,15 +18,15 @@ TEMPLATES = (
     Mutant(
         "results of one reply are several messages",
         "envs/tools/words.py",
-        'return [{"role": "user", "content": "\\n".join(results)}]',
-        'return [{"role": "user", "content": result} for result in results]',
+        'return [{"role": "user", "content": "\\n".join(map(self._shown, messages))}]',
+        'return [{"role": "user", "content": self._shown(m)} for m in messages]',
         ("envs/test_tool_words.py::test_tools_are_shown_called_and_answered[gemma]",),
     ),
     Mutant(
         "the description takes the place of the author's system message",
         "envs/tools/words.py",
-        'f"{own}\\n\\n{text}" if self.system',
-        "text if self.system",
+        '"\\n\\n".join([*(m["content"] for m in own), text])',
+        "text",
         ("envs/test_tool_words.py::test_the_authors_system_message_stays",),
     ),
     Mutant(
