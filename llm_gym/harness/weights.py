@@ -29,8 +29,9 @@ def export(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor]
     given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
         given["save_embedding_layers"] = False  # an adapted embedding's frozen weights are the base's
-        record_base(model, folder)
     model.save_pretrained(folder, **given)
+    if hasattr(model, "peft_config"):
+        record_base(model, folder)
     load_tokenizer(tokenizer).save_pretrained(folder)
 
 
