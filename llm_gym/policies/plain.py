@@ -127,7 +127,9 @@ def load_base(
             raise SettingError(f"model: the base of {str(source)!r} is held in 4 bits, which needs bitsandbytes.")
         return _in_four_bits(source, device, config)
     if is_adapter(source):
-        return fold(source).to(dtype or HELD[held])
+        model = fold(source).to(dtype or HELD[held])
+        model.name_or_path = str(source)  # what adapters on it are said to belong to
+        return model
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(str(source), config=config, dtype=dtype or HELD[held])
@@ -243,7 +245,9 @@ def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -
     if is_adapter(source):  # weights are brought into 4 bits as they are read
         with tempfile.TemporaryDirectory() as scratch:
             fold(source).save_pretrained(scratch)
-            return _in_four_bits(scratch, device, None)
+            model = _in_four_bits(scratch, device, None)
+            model.name_or_path = str(source)
+            return model
     slow = torch.device(device).type == "cpu"  # at bfloat16: products are of float32 there
     kind = torch.float32 if slow else HELD["nf4"]
     four = BitsAndBytesConfig(

@@ -24,6 +24,7 @@ from llm_gym.harness.lora import LoraConfig
 from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.sync import Sync
 from llm_gym.policies import make_policy
+from llm_gym.policies.plain import HELD, fold
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}
@@ -196,6 +197,26 @@ def test_experts_are_written_as_transformers_writes_them(tmp_path: Path) -> None
     MODES["merged"].push(learner.model, engine, 1, tmp_path, lambda tensors: tensors)
     assert engine.given.keys() == got.keys()
     assert all(torch.equal(engine.given[name], tensor) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("base", HELD)
+def test_an_adapter_on_an_adapter_is_read_back_alone(base: str, tmp_path: Path) -> None:
+    """It says which adapter it lies on, and that says the rest."""
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    below = None
+    for number, targets in enumerate((("q_proj",), ("o_proj", "embed_tokens"), ("up_proj",))):
+        lora = LoraConfig(rank=4, target_modules=targets, base=base if number else "float32")
+        model = load_model(below, lora=lora)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        below = tmp_path / str(number)
+        below.mkdir()
+        weights.export(model, None, below)
+        want, got = merged(model).state_dict(), fold(below).state_dict()
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_a_run_whose_checkpoints_do_not_say_how_the_base_was_held(tmp_path: Path) -> None:
