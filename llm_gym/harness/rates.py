@@ -129,7 +129,8 @@ def _under_adapter(model: str) -> str:
     file = Path(model) / "adapter_config.json"
     if (Path(model) / "config.json").is_file() or not file.is_file():
         return model
-    return str(json.loads(file.read_text("utf-8")).get("base_model_name_or_path") or embedded.PATH)
+    below = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    return _under_adapter(str(below)) if below else str(embedded.PATH)
 
 
 def _rounded(rate: float) -> float:

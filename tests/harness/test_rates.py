@@ -67,6 +67,13 @@ def test_a_folder_trains_at_the_rate_of_its_size(tmp_path: Path) -> None:
     assert lr("lora.rank=8") == 2e-3
     assert 1e-6 < lr(model=folder(tmp_path / "between", hidden_size=384)) < 2e-4
     assert hidden_size(folder(tmp_path / "gpt2", "gpt2", n_embd=256)) == 256
+    below = str(tmp_path / "small")
+    for name in ("first", "second"):  # an adapter, and one on it
+        (tmp_path / name).mkdir()
+        text = json.dumps({"base_model_name_or_path": below})
+        below = str(tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(text, "utf-8")
+        assert hidden_size(below) == 128
     assert lr("optimizer.lr=0.5", model=str(tmp_path / "large")) == 0.5
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "small")}))
     assert lr(model=str(tmp_path)) == 2e-4, "that of the model under the adapter"
