@@ -81,6 +81,7 @@ class Rows:
     def logits(self, rows: Sequence[Tensor], way: Way, scale: float = 1.0, cap: float | None = None) -> list[Tensor]:
         """Logits [n, V] of each row as the head makes them of hidden states."""
         weight, bias = self.head()
+        bias = None if bias is None else bias.to(weight.dtype)  # an adapted weight is finer than it
         hidden = (each.detach().to(weight.dtype) for each in self.of(rows, way))
         linear = [scale * nn.functional.linear(each, weight.detach(), bias).float().detach() for each in hidden]
         return linear if cap is None else [cap * torch.tanh(each / cap) for each in linear]

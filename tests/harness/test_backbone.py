@@ -14,7 +14,7 @@ from llm_gym.harness import backbone
 from llm_gym.harness.batching import Batch, pack
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.model import Body, prepare
+from llm_gym.harness.model import Body, LoraConfig, prepare
 
 LENGTHS = [5, 17, 33, 40]
 ROPE = {"rope_theta": 10000.0}
@@ -145,6 +145,14 @@ def test_the_cap_is_found_even_where_small_logits_do_not_show_it() -> None:
     model.config.final_logit_softcapping = 30.0
     model.model.embed_tokens.weight.data *= 0.01
     assert Body(model).softcap == 30.0
+
+
+def test_a_head_with_a_bias_may_be_adapted_over_half_precision() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("phi", **SMALL | {"num_key_value_heads": 4})
+    half = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model = prepare(half, lora=LoraConfig(rank=2, target_modules=("lm_head",), base="bfloat16"))
+    assert Body(model).packed
 
 
 def test_an_encoder_is_refused_with_what_to_do() -> None:
