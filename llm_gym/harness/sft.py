@@ -84,9 +84,10 @@ def sft(
         CheckpointError: the folder already holds a run, and `resume` is not set.
         RankError: another process is gone or stuck.
     """
-    said, config = config.rates(model).words(config.optimizer), config.resolved(model)
     world = connect(config.parallel, _device(config))
     try:
+        config = world.first(config.as_begun, "reading the run's settings") if resume else config
+        said, config = config.rates(model).words(config.optimizer), config.resolved(model)
         tokenizer = load_tokenizer(config.tokenizer or config.model, config.chat_template)
         data = prepare(config, examples, tokenizer, world)
         run, saved = _open(config, resume, world)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import yaml
+
 from llm_gym.errors import ConfigError
+from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.memory import MemoryConfig
@@ -110,3 +113,17 @@ class SFTConfig:
             chat_template=read_template(self.chat_template),
             optimizer=self.rates(model).fill(self.optimizer),
         )
+
+    def as_begun(self) -> SFTConfig:
+        """Of a run that goes on, with the learning rates that it began with where they are left open.
+
+        Older versions left them open in config.yaml too, and took others than `rates` would.
+        """
+        file = RunFolder(self.out).config_file if self.out is not None else None
+        if self.optimizer.lr is not None or file is None or not file.is_file():
+            return self
+        begun = (yaml.safe_load(file.read_text("utf-8")) or {}).get("optimizer") or {}
+        old = 2e-3 if self.init else 1e-4 if self.lora else 1e-5
+        muon_lr = self.optimizer.muon_lr if begun.get("muon_lr") is None else begun["muon_lr"]
+        lr = old if begun.get("lr") is None else begun["lr"]
+        return replace(self, optimizer=replace(self.optimizer, lr=lr, muon_lr=muon_lr))

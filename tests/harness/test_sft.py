@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_parallel import Told
 
 from llm_gym import embedded
@@ -223,6 +224,21 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, lora: LoraConf
         [{k: v for k, v in r.items() if k != "time/step"} for r in rows_of(tmp_path / n)] for n in ("whole", "cut")
     ]
     assert stable[0] == stable[1]
+
+
+@pytest.mark.parametrize("lr", [None, 3e-4])
+def test_a_run_goes_on_at_the_rate_that_it_began_with(tmp_path: Path, lr: float | None) -> None:
+    """Also one of an older version, which left the rate open in its settings and took another."""
+    begun = config(tmp_path, steps=2, optimizer=OptimizerConfig(schedule="constant"))
+    begun = replace(begun, checkpoint=CheckpointConfig(every=2))
+    sft(replace(begun, optimizer=replace(begun.optimizer, lr=lr or 2e-3)), chats(10), progress=False)
+    file = Path(str(begun.out)) / "config.yaml"
+    settings = yaml.safe_load(file.read_text("utf-8"))
+    settings["optimizer"] |= {"lr": lr}
+    file.write_text(yaml.safe_dump(settings), "utf-8")
+    for steps in (3, 4):
+        sft(replace(begun, steps=steps), chats(10), progress=False, resume=True)
+    assert [row["lr"] for row in rows_of(Path(str(begun.out)))] == [lr or 2e-3] * 4
 
 
 def test_settings_are_checked() -> None:
