@@ -268,6 +268,9 @@ def _in_four_bits(source: str | Path, device: torch.device | str, config: Any) -
     for parameter in model.parameters() if slow else ():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    for module in model.modules() if slow else ():
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's, rounded to bfloat16; a float32 model has all of it
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=module.embed_scale.device)
     return model
 
 

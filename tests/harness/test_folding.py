@@ -46,6 +46,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Mixtral, its experts and its router": ("Mixtral", MOE | {"tie_word_embeddings": False}, {}),
     "4 bits": ("Qwen3", {"hidden_size": 64}, {"base": "nf4"}),
     "4 bits, and the embedding of a tied model": ("Qwen3", {"hidden_size": 64}, {"base": "nf4", "target_modules": BOTH}),
+    "4 bits, and an embedding that is scaled": (  # no cap of the scores, which `sdpa` leaves out
+        "Gemma2", {"hidden_size": 96, "head_dim": 32, "attn_logit_softcapping": None}, {"base": "nf4"},
+    ),
     "bfloat16, and the head of a tied model": ("Qwen3", {}, {"base": "bfloat16", "target_modules": HEAD}),
     "bfloat16, DoRA": ("Qwen3", {}, {"base": "bfloat16", "kind": "dora"}),
 }  # fmt: skip
