@@ -20,8 +20,8 @@ MODELS = (
     Mutant(
         "a rotary embedding remembers the longest row that it has seen",
         "policies/selftest.py",
-        "            setattr(module, name, 0)",
-        "            pass",
+        "    if not is_dynamic(model.config.get_text_config()):",
+        "    if True:",
         (f"{_ALONE}[dynamic NTK]",),
     ),
     Mutant(
