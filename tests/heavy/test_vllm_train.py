@@ -12,7 +12,7 @@ import pytest
 from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.parallel import World
-from llm_gym.harness.proof import Proof
+from llm_gym.harness.proof import Found, Proof
 from llm_gym.harness.sync import check
 from llm_gym.harness.trainer import Silent
 
@@ -59,7 +59,7 @@ def test_with_stale_weights_it_does_not(tmp_path: Path, monkeypatch: pytest.Monk
     """The margin above says something: it is not reached when the engine keeps its first weights."""
     run = Trainer(config(*SHORT, "steps=16"), out=tmp_path)
     monkeypatch.setattr(run.policy, "load", lambda tensors, *, version: setattr(run.policy, "version", version))
-    monkeypatch.setattr(Proof, "__call__", lambda *args, **options: 0.0)
+    monkeypatch.setattr(Proof, "__call__", lambda *args, **options: Found(0.0, 0.0))
     run.train()
     rows = metrics(tmp_path)
     assert gained(rows) < RISE / 2
