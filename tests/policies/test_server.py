@@ -106,7 +106,7 @@ class Fake:
             assert Path(args[0]).exists()
         if name == "llm_gym_set_label":
             self.label = args[0]
-        checksums = {"received": {}, "held": {}, "meant": {}}
+        checksums = {"received": {}, "held": {}, "meant": {}, "together": []}
         known = {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32", "llm_gym_checksums": checksums}
         return known.get(name)
 
