@@ -43,6 +43,14 @@ GENERATION = {
 """Stop tokens in such a model's generation_config.json."""
 
 
+def ordinary(text: str) -> bool:
+    """Whether no control token is in a text: a chat encodes those as ordinary text, and transformers does not.
+
+    Hypothesis draws constants of all test files that are loaded, such as `<|im_end|>`.
+    """
+    return CONTROL.search(text) is None and "<s>" not in text
+
+
 def source(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text("utf-8")
 

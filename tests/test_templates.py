@@ -58,7 +58,8 @@ def base(kind: str) -> Any:
 KINDS = ["bytes", "bytes with bos", "chatml tokens", "metaspace first", "metaspace always"]
 PAIRS = [*(("plain", kind) for kind in KINDS), ("chatml", "chatml tokens"), ("chatml", "bytes with bos")]
 on_any_tokenizer = pytest.mark.parametrize(("name", "kind"), PAIRS)
-texts = st.text(st.sampled_from("aZ 09\n.,<|>/{}'\\é日🙂:") | st.characters(codec="utf-8"), max_size=20)
+characters = st.sampled_from("aZ 09\n.,<|>/{}'\\é日🙂:") | st.characters(codec="utf-8")
+texts = st.text(characters, max_size=20).filter(t.ordinary)
 
 
 @cache
