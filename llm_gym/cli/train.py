@@ -83,18 +83,15 @@ def command(
         file = str(out / "config.yaml")
     named = {"eval.every": eval_every, "policy.engine": engine}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
+    fields: dict[str, Any] = {
+        "model": model,
+        "chat_template": chat_template,
+        "preset": preset,
+        "steps": steps,
+        "seed": seed,
+    }
     with settings():
-        config = configuration(
-            file,
-            [*more, *sets],
-            env_args,
-            **chosen(envs),
-            model=model,
-            chat_template=chat_template,
-            preset=preset,
-            steps=steps,
-            seed=seed,
-        )
+        config = configuration(file, [*more, *sets], env_args, **chosen(envs), **fields)
     rank, size = here()
     if nproc > size:
         return launch(nproc)
