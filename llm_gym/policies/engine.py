@@ -179,6 +179,8 @@ class Engine:
 
         The first `decoding` rows miss the token sampled last, the others some of their contexts.
         """
+        if self.served.uncached is not None:
+            return self._anew(decoding)
         rows = self.slots.rows[: self.slots.active]
         missing = rows["prompt"] - rows["filled"]
         missing[:decoding] = 1
@@ -190,6 +192,18 @@ class Engine:
             found.append(logits)
             order.extend(batch)
         return found[0] if len(found) == 1 else torch.cat(found)[np.argsort(order)]
+
+    def _anew(self, decoding: int) -> torch.Tensor:
+        """The same of a model that cannot be cached."""
+        table, known = self.slots.rows, self.slots.known
+        old, fill = np.arange(decoding), table["filled"]
+        known[old, fill[old]] = table["pending"][old]
+        fill[old] += 1
+        for row in range(decoding, self.slots.active):
+            context = self.flying[row].context
+            known[row, : len(context)] = context
+            fill[row] = len(context)
+        return self.served.whole([known[i, : fill[i]] for i in range(self.slots.active)], self.prefill_tokens)
 
     def _batches(self, missing: Index, decoding: int) -> Iterator[Index]:
         """Rows that are fed together: all, where padding is left out; else those that miss about as much.

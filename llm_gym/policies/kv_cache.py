@@ -34,8 +34,8 @@ class Layout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token takes, all layers together."""
-        return self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        """Bytes that one token takes, all layers together; 1 where nothing is cached, for ids are kept."""
+        return max(1, self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize)
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -216,10 +216,14 @@ AttentionInterface.register(ATTENTION, attend)
 def attention(model: nn.Module, name: str) -> Iterator[None]:
     """`model` with another attention implementation; its own comes back at the end.
 
-    The learner shares the module, and its choice must not change.
+    The learner shares the module, and its choice must not change. Models whose layers are made for one implementation
+    (BLOOM, Falcon) keep it: only their masks would be another's.
     """
     config: Any = model.config
     before = config._attn_implementation
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        yield
+        return
     config._attn_implementation = name
     try:
         yield

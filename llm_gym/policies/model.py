@@ -64,24 +64,6 @@ def limit_of(model: nn.Module, wanted: int | None) -> int:
     return length
 
 
-def max_context_of(length: int, served: float, wanted: int | None) -> int:
-    """The longest context to serve: `length`, or what of it is `served` right if none was `wanted`.
-
-    Raises:
-        SettingError: more was wanted.
-    """
-    if length <= served:
-        return length
-    if wanted is not None:
-        raise SettingError(
-            f"max_context: got {wanted}, but beyond {int(served)} tokens this model does what the built-in engine does "
-            f"not (a sliding window, or a rotary embedding that is stretched); pass at most {int(served)}, or use a "
-            "vLLM engine."
-        )
-    log.warning("the built-in engine serves contexts of up to %d tokens of this model, not %d.", served, length)
-    return int(served)
-
-
 def stop_ids_of(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a completion: those of the generation config, and the tokenizer's."""
     generation: Any = getattr(model, "generation_config", None)

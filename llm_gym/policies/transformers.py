@@ -22,8 +22,9 @@ from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.checksums import checksum
 from llm_gym.policies.engine import Engine, Request
-from llm_gym.policies.forward import probe, vocabulary_of
-from llm_gym.policies.model import copy_weights, limit_of, load_model, max_context_of, stop_ids_of
+from llm_gym.policies.forward import vocabulary_of
+from llm_gym.policies.model import copy_weights, load_model, stop_ids_of
+from llm_gym.policies.probing import settle
 from llm_gym.policies.running import run_here
 from llm_gym.policies.slots import MOST_STOPS
 
@@ -38,11 +39,12 @@ class TransformersPolicy:
     without gradients and in evaluation mode, and leaves its mode and attention implementation as they were.
 
     Args:
-        model: a causal language model of transformers with attention in every layer (LoRA welcome); or a
-            folder or hub id to load one from; None: the embedded model.
+        model: a causal language model of transformers (LoRA welcome), or a folder or hub id to load one from; None:
+            the embedded model. One that keeps more than keys and values of one shape (recurrent layers, ...) is
+            served without a cache, slowly.
         tokenizer: only asked for its end-of-sequence id, one more default stop id.
         max_context: most tokens of context and completion together; None: the model's own limit, or less where
-            what it does further on cannot be done with a cache.
+            what it does further on cannot be done with a cache. If more is asked for, nothing is cached.
         max_rows: most requests in flight at once; more wait in line.
         cache_bytes: most memory of the key-value cache (a single request may exceed it).
         prefill_tokens: most tokens, padding included, in one prefill forward; None: 2048 on a CPU (more falls
@@ -53,7 +55,7 @@ class TransformersPolicy:
         version: version of the weights.
 
     Raises:
-        SettingError: the model cannot be served exactly (linear attention, ...), or not up to `max_context`.
+        SettingError: the model cannot be served exactly, or not up to `max_context`.
     """
 
     def __init__(
@@ -75,9 +77,9 @@ class TransformersPolicy:
         self.version, self.max_rows = version, max_rows
         self.stop_ids = stop_ids_of(self.model, tokenizer)
         self._vocabulary = vocabulary_of(self.model)
-        length = limit_of(self.model, max_context)
-        served, longest = probe(self.model, autocast_dtype, length)
-        self.max_context = max_context_of(length, longest, max_context)
+        served, self.max_context = settle(self.model, autocast_dtype, max_context)
+        self.cached = served.uncached is None
+        """Whether keys and values are cached; else every token computes its whole row again."""
         self._engine = Engine(
             served,
             max_context=self.max_context,

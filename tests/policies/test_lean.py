@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tiny_models import contexts, tiny
 
 from llm_gym.core import Sampling
-from llm_gym.policies.forward import feed, probe
+from llm_gym.policies.forward import feed
 from llm_gym.policies.kv_cache import SlotCache
 from llm_gym.policies.lean import Lean
+from llm_gym.policies.probing import probe
 from llm_gym.policies.transformers import TransformersPolicy
 
 SAMPLING = Sampling(max_tokens=12, stop_token_ids=())

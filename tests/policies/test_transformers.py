@@ -45,6 +45,18 @@ BOUNDED = {
         {"window_size": 32, "attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
     ),
 }
+UNCACHED = {
+    "Mamba": {"state_size": 4},
+    "Rwkv": {"attention_hidden_size": 32, "context_length": 256},
+    "Bloom": {"n_head": 4, "n_layer": 2},
+    "Qwen3Next": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
 
 
 def next_contexts(before, completions, seed=0):
@@ -280,32 +292,29 @@ class TestLimits:
         assert isinstance(error, PolicyError)
         assert worst_gap(model, [(good, done)]) < 2e-5
 
-    @pytest.mark.parametrize(
-        ("family", "changes", "said"),
-        [
-            ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "encoder-decoder"),
-            ("Mamba", {"state_size": 4}, "no cache of keys and values"),
-            ("Rwkv", {"attention_hidden_size": 32, "context_length": 64}, "no cache of keys and values"),
-            ("OpenAIGPT", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "no cache of keys and values"),
-            ("Bloom", {"n_head": 4, "n_layer": 2}, "Bloom"),
-            (
-                "Qwen3Next",
-                {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 4},
-                "no cache of keys and values",
-            ),
-        ],
-    )
-    def test_what_cannot_be_served_exactly_is_refused(self, family, changes, said):
-        if family == "Bart":
-            from transformers import BartConfig, BartForConditionalGeneration
+    def test_an_encoder_decoder_is_refused(self):
+        from transformers import BartConfig, BartForConditionalGeneration
 
-            served = BartForConditionalGeneration(
-                BartConfig(vocab_size=97, encoder_ffn_dim=8, decoder_ffn_dim=8, **changes)
-            )
-        else:
-            served = tiny(family, **changes)
-        with pytest.raises(SettingError, match=said):
-            TransformersPolicy(served)
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+        with pytest.raises(SettingError, match="encoder-decoder"):
+            TransformersPolicy(BartForConditionalGeneration(BartConfig(vocab_size=97, **sizes)))
+
+    def test_a_model_whose_plain_forward_fails_is_refused(self):
+        with pytest.raises(SettingError, match="Qwen3NextForCausalLM: a plain forward of a row fails"):
+            TransformersPolicy(tiny("Qwen3Next", num_experts=4, num_experts_per_tok=10))
+
+    @pytest.mark.parametrize(("family", "changes"), UNCACHED.items(), ids=list(UNCACHED))
+    def test_a_model_that_cannot_be_cached_is_served_without(self, family, changes, caplog):
+        served = tiny(family, **changes)
+        policy = TransformersPolicy(served, max_rows=5)
+        assert not policy.cached
+        assert "caches nothing" in caplog.text
+        start = [*contexts(6), contexts(6)[2]]
+        first = policy.generate(start, Sampling(max_tokens=12, stop_token_ids=()), seeds=range(7))
+        turn = next_contexts(start, first)
+        second = policy.generate(turn, SAMPLING, seeds=range(7))
+        assert worst_gap(served, list(zip(start, first, strict=True))) < 5e-5
+        assert worst_gap(served, list(zip(turn, second, strict=True))) < 5e-5
 
     @pytest.mark.parametrize("name", WINDOWED)
     def test_contexts_beyond_every_window_are_served_beside_short_ones(self, name):
@@ -327,8 +336,20 @@ class TestLimits:
         start = contexts(8, longest=20)
         done = policy.generate(start, Sampling(max_tokens=32, stop_token_ids=()), seeds=range(8))
         assert worst_gap(served, list(zip(start, done, strict=True))) < 5e-5
+
+    def test_beyond_a_window_that_cannot_be_cached_nothing_is(self):
+        family, changes = BOUNDED["GPT-Neo"]
+        served = tiny(family, attn_implementation="eager", **changes)
+        policy = TransformersPolicy(served, max_context=60)
+        assert not policy.cached
+        start = contexts(8, longest=40)
+        done = policy.generate(start, Sampling(max_tokens=60, stop_token_ids=()), seeds=range(8))
+        assert worst_gap(served, list(zip(start, done, strict=True))) < 5e-5
+
+    def test_contexts_that_change_the_angles_of_tokens_before_them_are_refused(self):
+        family, changes = BOUNDED["LongRoPE"]
         with pytest.raises(SettingError, match="max_context: got 60, but beyond 32 tokens"):
-            TransformersPolicy(served, max_context=60)
+            TransformersPolicy(tiny(family, **changes), max_context=60)
 
     def test_a_window_as_long_as_the_context_is_served(self):
         served = tiny("Mistral", sliding_window=64)
