@@ -25,7 +25,7 @@ from typing import Any
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, SettingError, unknown
-from llm_gym.policies.vllm_start import defaults
+from llm_gym.policies.vllm_start import defaults, longest_context
 
 HOST = "127.0.0.1"
 """Whoever reaches the server can load any file into it: it must never be public."""
@@ -74,6 +74,8 @@ class ServerProcess:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
         arguments = checked(settings or {})
+        if (limit := longest_context(str(model or PATH), arguments.get("max_model_len"))) is not None:
+            arguments["max_model_len"] = limit
         self._port = reserved(port)
         self.port = int(self._port.getsockname()[1])
         self.url = f"http://{HOST}:{self.port}"

@@ -73,6 +73,44 @@ def lora_settings(rank: int) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": next(r for r in ranks if r >= rank), "max_loras": 1}
 
 
+def longest_context(model: str, wanted: int | None) -> int | None:
+    """The most tokens of a context that vLLM computes as transformers does: `wanted`, if that is no more.
+
+    LongRoPE and dynamic NTK give a context other angles when it is long. vLLM has one table of angles for all: those
+    of long contexts if its limit allows one (LongRoPE), or of short ones (dynamic NTK).
+
+    Args:
+        model: folder or hub id.
+        wanted: tokens; None: as many as there can be.
+
+    Returns:
+        None where vLLM may choose.
+
+    Raises:
+        SettingError: more is wanted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError):  # whatever is wrong with it, vLLM says it better
+        return wanted
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        most = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    elif kind == "dynamic" and "alpha" not in rope:
+        most = config.max_position_embeddings
+    else:
+        return wanted
+    if wanted is not None and wanted > most:
+        raise SettingError(
+            f"policy.vllm.max_model_len: got {wanted}, but beyond {most} tokens the rotary embedding of this model is "
+            f"stretched ({kind}), and vLLM would use the same angles for short contexts; pass at most {most}."
+        )
+    return int(wanted or most)
+
+
 def _engine_args_class() -> Any:
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it reads its settings
@@ -87,6 +125,7 @@ def _engine_args_class() -> Any:
 def make_engine(settings: Mapping[str, Any]) -> Any:
     """Builds the engine, or says in one sentence why it cannot be."""
     arguments = _engine_args_class()
+    settings = {**settings, "max_model_len": longest_context(settings["model"], settings.get("max_model_len"))}
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.v1.engine.llm_engine import LLMEngine
 
