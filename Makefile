@@ -26,6 +26,7 @@ SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.p
 soak: $(VENV)/.test
 	$(RUN) failed=; for script in $(SOAK); do \
 	  echo "== $$script" && OMP_NUM_THREADS=1 python $$script || failed="$$failed $$script"; done; \
+	echo "== planted bugs" && LLM_GYM_SOAK=1 python -m pytest tests/heavy/test_mutations.py || failed="$$failed planted-bugs"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(VENV)/.test

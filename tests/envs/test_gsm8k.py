@@ -154,6 +154,8 @@ def test_offline_one_sentence_says_how_to_pass_a_file(monkeypatch, capfd, tmp_pa
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     monkeypatch.setattr(rows_module, "getproxies", dict)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
     load_rows.cache_clear()
     with pytest.raises(DataError, match=r"cannot load 'openai/gsm8k' from the hub .* pass a local .jsonl") as caught:
         gymnasium.make("llm_gym/GSM8K-v0")
