@@ -17,16 +17,14 @@ demo: $(VENV)/.demo
 	$(RUN) llmgym train
 
 test: $(VENV)/.test lint
-	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(RUN) python -m pytest --doctest-modules llm_gym
-	$(RUN) for story in examples/0*.py; do echo "== $$story" && python $$story || exit 1; done
+	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules tests llm_gym
 
 SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py))
 
 soak: $(VENV)/.test
 	$(RUN) failed=; for script in $(SOAK); do \
 	  echo "== $$script" && OMP_NUM_THREADS=1 python $$script || failed="$$failed $$script"; done; \
-	echo "== planted bugs" && LLM_GYM_SOAK=1 python -m pytest tests/heavy/test_mutations.py || failed="$$failed planted-bugs"; \
+	echo "== long tests" && python -m pytest -m soak || failed="$$failed long-tests"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(VENV)/.test

@@ -50,7 +50,7 @@ def _own_environment() -> Iterator[None]:
 
 LONGEST = """
 test_nproc test_vllm_server test_python_sandbox test_interrupt test_vllm_train test_nproc_engines test_loops_nproc
-test_ranks test_vllm_exit test_packaging test_doctor_vllm test_embedded_recipe test_mutations test_export_chain
+test_ranks test_vllm_exit test_packaging test_doctor_vllm test_mutations test_examples test_export_chain
 test_sandbox_cells test_vllm_loops test_sandbox_cases test_resume test_distill_learns test_cli_doctor
 test_real_tokenizers
 """.split()

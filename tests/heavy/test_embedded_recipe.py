@@ -22,7 +22,7 @@ FILES = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.soak
 def test_the_shortened_recipe_learns(tmp_path: Path) -> None:
     out = tmp_path / "model"
     command = [sys.executable, str(RECIPE / "build.py"), "--out", str(out), "--scale", "0.2", "--problems", "128"]
