@@ -35,7 +35,7 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-SECONDS = 120
+SECONDS = 300
 """Most that one measurement may take."""
 Results = dict[str, dict[str, dict[str, Any]]]
 """Variant -> column -> a `Measured` as a mapping."""
