@@ -57,7 +57,8 @@ def plain_config(model: Any) -> Any:
 def as_saved(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Plain tensors by the names, and in the form, in which `save_pretrained` writes them, and engines read them.
 
-    Where these differ from those in memory (experts that are fused there) it takes a layer at a time.
+    A matrix that is tied to another is left out: some engines have no place for it (vLLM's Gemma 2). Where names differ
+    from those in memory (experts that are fused there) it takes a layer at a time.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
@@ -66,6 +67,8 @@ def as_saved(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tupl
     if getattr(base, "quantization_method", None) is not None:  # its own would end in 4 bits again
         with torch.device("meta"):
             base = plain_class(base)(plain_config(model))
+    tied = () if untied(model) else base.all_tied_weights_keys
+    tensors = (item for item in tensors if item[0] not in tied)
     known = getattr(base, "_weight_conversions", None)
     if not (get_model_conversion_mapping(base, add_legacy=False) if known is None else known):
         yield from tensors

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tiny_models import contexts, tiny
 
 from llm_gym.errors import ConfigError
@@ -24,7 +25,7 @@ from llm_gym.harness.lora import LoraConfig
 from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.sync import Sync
 from llm_gym.policies import make_policy
-from llm_gym.policies.plain import HELD, fold
+from llm_gym.policies.plain import HELD, as_saved, fold
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}
@@ -200,6 +201,14 @@ def test_experts_are_written_as_transformers_writes_them(tmp_path: Path) -> None
     MODES["merged"].push(learner.model, engine, 1, tmp_path, lambda tensors: tensors)
     assert engine.given.keys() == got.keys()
     assert all(torch.equal(engine.given[name], tensor) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_sent_has_the_names_of_what_is_saved(tied: bool, tmp_path: Path) -> None:
+    """An engine may have no place for a head that is the embedding (vLLM's Gemma 2)."""
+    model = tiny("Gemma2", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert dict(as_saved(model, plain_tensors(model))).keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize("base", HELD)
