@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 from . import confine
 from . import syscalls as sys_
 from .reaper import READY
-
-PERSONALITIES = {"worker": "worker", "kernel": "kernel"}
+from .warm import Personality
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,21 @@ class House:
 
 
 def main(
-    house: House, request: dict[str, Any], fds: list[int], ready: int, make_room: Callable[[], str], spare: list[int]
+    house: House,
+    personalities: dict[str, Personality],
+    request: dict[str, Any],
+    fds: list[int],
+    ready: int,
+    make_room: Callable[[], str],
+    spare: list[int],
 ) -> NoReturn:
     """Becomes the session.
 
     Args:
+        house: what it shares with others.
+        personalities: those that are warm; none where it is only tried whether a session can be started.
+        request: what the trainer asked for.
+        fds: the descriptors that its personality needs.
         ready: written to once the personality can take its first cell.
         make_room: makes the scratch folder, and in a full tier the namespaces (see `room`); `settle` is done then.
         spare: pids that it must not signal, where it sees them.
@@ -59,8 +68,7 @@ def main(
         if request["personality"] == "nothing":
             tell_ready(ready)
         else:
-            module = importlib.import_module("." + PERSONALITIES[request["personality"]], __package__)
-            module.main(request, fds, lambda: tell_ready(ready))
+            personalities[request["personality"]](request, fds, lambda: tell_ready(ready))
         code = 0
     except SystemExit:
         code = 0
@@ -94,7 +102,7 @@ def settle(house: House, scratch: str) -> None:
     os.environ.update(
         HOME=work,
         TMPDIR=scratch,
-        PATH="/usr/local/bin:/usr/bin:/bin",
+        PATH=f"{os.path.dirname(sys.executable)}:/usr/local/bin:/usr/bin:/bin",  # `python` is this one
         LANG="C.UTF-8",
         IPYTHONDIR=os.path.join(scratch, ".ipython"),
         MPLCONFIGDIR=os.path.join(scratch, ".matplotlib"),
@@ -109,7 +117,10 @@ def settle(house: House, scratch: str) -> None:
         PAGER="cat",
         GIT_PAGER="cat",
         TERM="dumb",
+        SHELL=shutil.which("bash", path=os.defpath) or "/bin/sh",
     )
+    if house.seccomp:  # there is no network: pip would try for long
+        os.environ.update(PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_CACHE_DIR="1")
     tempfile.tempdir = None
     sys.argv = [""]
 

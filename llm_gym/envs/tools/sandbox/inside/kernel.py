@@ -33,8 +33,10 @@ from ipykernel.kernelapp import IPKernelApp
 from ipykernel.shellchannel import ShellChannelThread
 from ipykernel.zmqshell import ZMQDisplayPublisher, ZMQInteractiveShell
 from IPython.core.profiledir import ProfileDir
-from traitlets.config import Config
 
+from . import worker
+from .shell import Plain, configuration, mend
+from .tracebacks import safely
 from .wire import Channel
 
 PART = 1 << 18
@@ -50,14 +52,6 @@ def clip(text: str) -> str:
     if len(text) > 2 * PART:
         text = f"{text[:PART]}\n[... output left out ...]\n{text[-PART:]}"
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def safely(value: object) -> str:
-    """str(value), whatever its class does."""
-    try:
-        return clip(str(value))
-    except BaseException as error:
-        return f"<{type(value).__name__} whose str() raises {type(error).__name__}>"
 
 
 class Stream(OutStream):
@@ -196,21 +190,21 @@ class Publisher(ZMQDisplayPublisher):
         super().publish({k: clip(v) if isinstance(v, str) else v for k, v in data.items()}, *args, **more)
 
 
-class Shell(ZMQInteractiveShell):
-    """The kernel's shell, without a person."""
+class Shell(Plain, ZMQInteractiveShell):
+    """The kernel's shell."""
 
     displayhook_class = Hook
     display_pub_class = Publisher
 
-    def ask_exit(self) -> None:
-        """What quit() and exit() do."""
-        print("quit() is off here: the session goes on.")
+    def catch_up(self) -> None:
+        """The order of what the cell and its children write is kept."""
+        _flush()
 
     def _showtraceback(self, etype: Any, evalue: Any, stb: list[str]) -> None:
         _flush()
         words = {
-            "ename": safely(etype.__name__),
-            "evalue": safely(evalue),
+            "ename": clip(safely(etype.__name__)),
+            "evalue": clip(safely(evalue)),
             "traceback": [clip(self.InteractiveTB.stb2text(stb))],
         }
         hook: Any = self.displayhook
@@ -222,7 +216,10 @@ class Kernel(IPythonKernel):
     """Tells the stream where a cell begins and ends."""
 
     shell_class = Shell
+    shell: Any
     stream: Stream
+    broken = 0
+    """Cells in a row of which none could be run, because of what an earlier one did to the shell."""
 
     async def do_execute(
         self,
@@ -236,7 +233,7 @@ class Kernel(IPythonKernel):
         cell_id: str | None = None,
     ) -> Any:
         """Runs one cell."""
-        pid = os.getpid()
+        pid, count = os.getpid(), self.execution_count
         self.stream.begin(self.get_parent("shell").get("header", {}))
         status = "error"
         try:
@@ -245,8 +242,13 @@ class Kernel(IPythonKernel):
                     code, silent, store_history, user_expressions, allow_stdin, cell_meta=cell_meta, cell_id=cell_id
                 )
                 status = reply["status"]
-            except Exception as error:  # str() of the cell's own exception, for one
-                print(f"{type(error).__name__}: {safely(error)}")
+                self.broken = 0
+            except (Exception, SystemExit) as error:
+                if self.execution_count > count:  # the cell has run; it is str() of its exception that fails
+                    self.broken = 0
+                else:
+                    self.broken += 1
+                    print(f"{type(error).__name__}: {safely(error)}")
             finally:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
         except KeyboardInterrupt:  # in the cell's last moment, perhaps instead of the line above
@@ -254,6 +256,9 @@ class Kernel(IPythonKernel):
         finally:
             if os.getpid() != pid:  # a fork that came back from the cell
                 os._exit(0)
+            if self.broken > 1:  # no cell can be run any more: better a new session
+                os._exit(1)
+            mend(self.shell)
             sys.stdout = sys.stderr = self.stream
             self.stream.finish()
         ended: dict[str, Any] = {"status": status, "execution_count": self.execution_count - 1, "payload": []}
@@ -329,16 +334,11 @@ class App(IPKernelApp):
 
 def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -> None:
     """Serves the kernel. `fds`: a channel that only shows whether we live, the output's copy, then the sockets."""
-    from . import worker
-
     alive = Channel(socket.socket(fileno=fds[0]))
     alive.sock.set_inheritable(False)
     worker.Shell.clear_instance()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = Config()
-    config.HistoryManager.enabled = False
-    config.InteractiveShell.colors = "nocolor"
-    config.InteractiveShell.xmode = "Plain"
+    config = configuration()
     config.IPKernelApp.log_level = 50
     config.Session.key = request["key"].encode()
     config.Session.signature_scheme = "hmac-sha256"
@@ -349,6 +349,7 @@ def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -
         os.set_inheritable(fd, False)
     app.initialize()
     shell: Any = app.shell
-    shell.set_hook("show_in_pager", lambda self, data, start=0, screen_lines=0: print(worker.plain(data)), 0)
+    shell.furnish()
+    shell.enter()
     ready()
     app.start()

@@ -28,13 +28,14 @@ class Reduced:
 
     def __init__(self, house: dict[str, Any], trainer: list[int]) -> None:
         self.house, self.watched = child.House(**house), list[Any](trainer)
+        self.personalities: dict[str, warm.Personality] = {}
 
     def start(self, request: bytes, fds: list[int]) -> tuple[int, int | None]:
         """Forks the reaper."""
         pid = os.fork()
         if pid == 0:
             try:
-                reap(self.house, json.loads(request), fds, self.watched)
+                reap(self.house, self.personalities, json.loads(request), fds, self.watched)
             except BaseException:
                 Channel(socket.socket(fileno=fds[0])).send({"error": traceback.format_exc()[-2000:]})
             finally:
@@ -43,7 +44,7 @@ class Reduced:
 
     def warm(self, packages: list[str]) -> int:
         """Warms this process, of which every session is a copy."""
-        warm.warm(packages, self.house.base)
+        self.personalities = warm.warm(packages, self.house.base)
         sys_.top()
         sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
         return len(os.listdir("/proc/self/task"))
@@ -56,7 +57,13 @@ class Reduced:
         shutil.rmtree(self.house.base, ignore_errors=True)
 
 
-def reap(house: child.House, request: dict[str, Any], fds: list[int], trainer: list[int]) -> None:
+def reap(
+    house: child.House,
+    personalities: dict[str, warm.Personality],
+    request: dict[str, Any],
+    fds: list[int],
+    trainer: list[int],
+) -> None:
     """The reaper: runs one session to its end; does not return."""
     gc.disable()
     sys_.close_others({*fds, *trainer})
@@ -74,7 +81,7 @@ def reap(house: child.House, request: dict[str, Any], fds: list[int], trainer: l
     pid = os.fork()
     if pid == 0:
         os.close(ready)
-        child.main(house, request, fds[1:], tell, lambda: undo(house, scratch), spare)
+        child.main(house, personalities, request, fds[1:], tell, lambda: undo(house, scratch), spare)
     try:
         sys_.prctl(sys_.PR_SET_DUMPABLE, 0)
         for fd in (*fds[1:], tell):

@@ -9,7 +9,11 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
+Personality = Callable[[dict[str, Any], list[int], Callable[[], object]], None]
+"""Serves a session: what was asked for, its descriptors, and what it calls once it takes cells."""
 _LAZY = (
     "asyncio bdb cmd code collections concurrent.futures.thread ctypes datetime decimal fractions hashlib heapq "
     "inspect itertools json linecache math multiprocessing multiprocessing.context multiprocessing.popen_fork pdb "
@@ -21,14 +25,18 @@ _LAZY = (
 _HUGE, _MADV_COLLAPSE = 2 << 20, 25
 
 
-def warm(packages: list[str], folder: str) -> None:
-    """Imports, makes the worker's shell and lets it run a few cells; then freezes what is there."""
+def warm(packages: list[str], folder: str) -> dict[str, Personality]:
+    """Imports, makes the worker's shell and lets it run a few cells; then freezes what is there.
+
+    Returns the personalities by name. Nobody finds them by import any more, nor what else is in this package: cells
+    look through `sys.modules` (`%autoreload` does), and this is none of their business.
+    """
     os.environ["IPYTHONDIR"] = os.path.join(folder, ".ipython")
     sys.modules["debugpy"] = None  # type: ignore[assignment]  # ipykernel would start it
     for name in (*_LAZY, *packages):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    from . import kernel, worker  # noqa: F401
+    from . import kernel, worker
 
     # The folder of this package is none of the session's business; '' stands for its working folder.
     sys.path.remove(os.environ["PYTHONPATH"].split(os.pathsep)[0])
@@ -40,10 +48,13 @@ def warm(packages: list[str], folder: str) -> None:
             shell.run_cell(cell)  # type: ignore[no-untyped-call]
     shell.reset(new_session=True)  # type: ignore[no-untyped-call]
     shell.execution_count = 1
+    for name in [name for name in sys.modules if name.partition(".")[0] == __package__]:
+        del sys.modules[name]
     gc.collect()
     gc.freeze()
     if os.path.exists("/proc/self/maps"):
         collapse()
+    return {"worker": worker.main, "kernel": kernel.main}
 
 
 def collapse() -> None:

@@ -21,15 +21,17 @@ from collections.abc import Callable
 from typing import Any
 
 from IPython.core.displayhook import DisplayHook
-from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
 
+from .shell import Plain, configuration, mend
+from .tracebacks import safely
 from .wire import Channel
 
-HEAD, MOST = 1 << 20, 16 << 20
-"""Bytes of a cell's output: where it is cut, and how long it may grow before that."""
+KEPT, MOST = 1 << 20, 16 << 20
+"""Bytes of a cell's output: what is kept of its head and of its tail, and how long it may grow before it is cut."""
+LEFT_OUT = b"\n[... output left out ...]\n"
 
 _libc = ctypes.CDLL(None)
+_main = threading.get_ident()
 _current_cell = 0
 
 
@@ -42,36 +44,22 @@ class PlainDisplayHook(DisplayHook):
     prompt_end_newline = True
 
 
-class Shell(InteractiveShell):
-    """An IPython shell without history file, colours or a person."""
+class Shell(Plain):
+    """A shell that prints."""
 
     displayhook_class = PlainDisplayHook
 
     def _showtraceback(self, etype: object, evalue: object, stb: list[str]) -> None:
         print(self.InteractiveTB.stb2text(stb).rstrip("\n"))
 
-    def ask_exit(self) -> None:
-        """What quit() and exit() do."""
-        print("quit() is off here: the session goes on.")
-
 
 def make_shell() -> Shell:
     """The one shell of this process, not yet used."""
-    config = Config()
-    config.HistoryManager.enabled = False
-    config.InteractiveShell.colors = "nocolor"
-    config.InteractiveShell.xmode = "Plain"
+    config = configuration()
     config.InteractiveShell.separate_out = ""
     shell = Shell.instance(config=config)
-    shell.set_hook(  # type: ignore[no-untyped-call]
-        "show_in_pager", lambda self, data, start=0, screen_lines=0: print(plain(data)), 99
-    )
+    shell.furnish()
     return shell
-
-
-def plain(data: Any) -> str:
-    """The text of what the pager was to show."""
-    return str(data.get("text/plain", "")) if isinstance(data, dict) else str(data)
 
 
 class CellFile(io.FileIO):
@@ -83,23 +71,31 @@ class CellFile(io.FileIO):
         """Takes all of `data`; what a thread of an earlier cell writes, or does not fit any more, is dropped."""
         view = memoryview(data).cast("B")
         size = len(view)
-        if getattr(threading.current_thread(), "_cell", _current_cell) != _current_cell:
+        if _main != threading.get_ident() and getattr(threading.current_thread(), "_cell", 0) != _current_cell:
             return size
         try:
-            self._make_room(size)
+            here = os.lseek(self.fileno(), 0, os.SEEK_CUR)
+            if here - self.start + size > MOST:
+                view = self._cut(view, here)
             while view:
-                view = view[os.write(self.fileno(), view[:MOST]) :]
+                view = view[os.write(self.fileno(), view) :]
         except OSError as error:
             if error.errno != errno.EFBIG:
                 raise
         return size
 
-    def _make_room(self, size: int) -> None:
-        here = os.lseek(self.fileno(), 0, os.SEEK_CUR)
-        if here - self.start + size > MOST:
-            os.ftruncate(self.fileno(), min(here, self.start + HEAD))
-            os.lseek(self.fileno(), 0, os.SEEK_END)
-            os.write(self.fileno(), b"\n[... output left out ...]\n")
+    def _cut(self, view: memoryview, here: int) -> memoryview:
+        """Leaves the head of all that was written, and of what follows it the tail; returns what is still to write."""
+        head = self.start + KEPT
+        if here < head:
+            os.write(self.fileno(), view[: head - here])
+            view, here = view[head - here :], head
+        view = view[-KEPT:]
+        tail = os.pread(self.fileno(), KEPT - len(view), max(head, here - KEPT + len(view)))
+        os.ftruncate(self.fileno(), head)
+        os.lseek(self.fileno(), head, os.SEEK_SET)
+        os.write(self.fileno(), LEFT_OUT + tail)
+        return view
 
 
 class CellStream(io.TextIOWrapper):
@@ -118,7 +114,8 @@ def _remember_cell() -> None:
     start = threading.Thread.start
 
     def remembering(thread: threading.Thread) -> None:
-        thread._cell = getattr(threading.current_thread(), "_cell", _current_cell)  # type: ignore[attr-defined]
+        by_main = _main == threading.get_ident()
+        thread._cell = _current_cell if by_main else getattr(threading.current_thread(), "_cell", 0)  # type: ignore[attr-defined]
         start(thread)
 
     threading.Thread.start = remembering  # type: ignore[method-assign, assignment]
@@ -126,12 +123,14 @@ def _remember_cell() -> None:
 
 def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -> None:
     """Takes cells from the socket `fds[0]` until it closes."""
-    global _current_cell
+    global _current_cell, _main
     channel = Channel(socket.socket(fileno=fds[0]))
     channel.sock.set_inheritable(False)
     shell = Shell.instance()
+    shell.enter()
     streams = CellStream(1), CellStream(2)
     _remember_cell()
+    _main, broken = threading.get_ident(), 0
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pid = os.getpid()
     ready()
@@ -146,6 +145,9 @@ def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -
         os.close(files[0])
         if os.getpid() != pid:  # a fork that came back from the cell
             return
+        broken = broken + 1 if ok is None else 0
+        if broken > 1:  # no cell can be run any more: better a new session
+            return
         channel.send({"id": message["id"], "ok": ok})
 
 
@@ -155,24 +157,29 @@ def _seed(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int) -> bool:
-    """Runs the code in the first `size` bytes of `fd`, with `fd` as its standard output; whether it succeeded."""
+def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int) -> bool | None:
+    """Runs the code in the first `size` bytes of `fd`, with `fd` as its standard output.
+
+    Whether it succeeded; None if the shell itself failed, which a cell can bring about.
+    """
     code = os.pread(fd, size, 0).decode("utf-8", "surrogatepass")
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     sys.stdout, sys.stderr = streams
     for stream in streams:
         stream.file.start = size
-    ok = False
+    ok: bool | None = False
     try:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             ok = shell.run_cell(code, store_history=True).success is True  # type: ignore[no-untyped-call]
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}")
+            ok = False if isinstance(error, KeyboardInterrupt) else None
+            print(f"{type(error).__name__}: {safely(error)}")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # in the cell's last moment, perhaps instead of the line above
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mend(shell)
     _libc.fflush(None)
     return ok
