@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
@@ -140,7 +140,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         super().reset(seed=None if seed is None else operator.index(seed))
         self.task = _task_option(options)
         self._context = None
-        self._messages = self._checked(self.open())
+        self._messages = self._checked(self._hooked(self.open))
         if self.system_prompt is not None:
             rest = (
                 self._messages[1:] if self._messages[:1] and self._messages[0]["role"] == "system" else self._messages
@@ -209,6 +209,10 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         if not 0 <= self.task < size:
             raise SettingError(f"options['task']: got {self.task}, want a row from 0 to {size - 1}.")
         return self.task
+
+    def _hooked(self, hook: Callable[..., Any], **arguments: Any) -> Any:
+        """Calls one of the author's hooks, where a kind of environment wants it called."""
+        return hook(**arguments)
 
     def _load_chat(self, tokenizer: Any) -> Chat:
         """The chat of this environment."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +20,7 @@ from llm_gym.core import StopReason
 from llm_gym.env import Reply
 from llm_gym.envs.tools import Tool, ToolEnv, ToolError, ToolFailure
 from llm_gym.envs.tools.calculator import evaluate
+from llm_gym.envs.tools.questions import QuestionEnv
 from llm_gym.errors import ConfigError
 from llm_gym.testing import check_environment
 
@@ -393,3 +396,50 @@ def test_every_component_is_known_in_advance() -> None:
 def test_it_conforms() -> None:
     check_environment(Sums)
     assert Sums.metadata["blocking"] is True
+
+
+class Ledger(QuestionEnv):
+    """Its tools use a connection that only the thread that made it may use; so do `final` and `release`."""
+
+    connection: Any = None
+
+    def __init__(self, timed: bool, **kwargs: Any) -> None:
+        tools = [Tool.of(self.query), Tool.of(self.count)]
+        super().__init__([dataclasses.replace(tools[0], timed=timed), tools[1]], **kwargs)
+
+    def query(self, sql: str) -> str:
+        """Runs a statement."""
+        return str(self.connection.execute(sql).fetchall())
+
+    def count(self) -> str:
+        """How many rows there are."""
+        return str(self.connection.execute("select count(*) from t").fetchone()[0])
+
+    def open(self) -> list[dict[str, Any]]:
+        messages = super().open()
+        self.connection = sqlite3.connect(":memory:")
+        self.connection.execute("create table t (x)")
+        return messages
+
+    def final(self, text: str) -> Reply:
+        return Reply(reward={"correct": float(self.count() == text)}, done=True)
+
+    def release(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_what_open_makes_is_used_by_tools_and_final_in_its_own_thread(timed: bool) -> None:
+    env = Ledger(timed)
+    for seed in range(2):
+        env.reset(seed=seed)
+        for x in range(2):
+            assert result(say(env, called("query", sql=f"insert into t values ({x})"))[2]) == "[]"
+        assert result(say(env, called("count"))[2]) == "2"
+        assert say(env, "2")[:2] == (1.0, True)
+        assert env.connection is None
+    env.reset(seed=2)
+    env.close()
+    assert env.connection is None

@@ -24,11 +24,11 @@ class Runner:
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._thread: threading.Thread | None = None
 
-    def call(self, function: Callable[..., Any], timeout: float, **arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], timeout: float | None, /, **arguments: Any) -> Any:
         """What `function(**arguments)` returns or raises.
 
         Raises:
-            Overdue: it took more than `timeout` seconds.
+            Overdue: it took more than `timeout` seconds; never, if that is None.
         """
         if self._jobs is None or self._thread is None or not self._thread.is_alive():  # a forked child has no thread
             self._jobs = queue.SimpleQueue()

@@ -181,10 +181,10 @@ class QuestionEnv(ToolEnv):
         """As `TextEnv.step`."""
         result = super().step(action)
         if result[2] or result[3]:
-            self.release()
+            self._hooked(self.release)
         return result
 
     def close(self) -> None:
         """Ends what the tools hold, and their thread."""
-        self.release()
+        self._hooked(self.release)
         super().close()

@@ -50,10 +50,14 @@ class ToolEnv(TextEnv):
             if that has no tools, as JSON in <tool_call> (a tool that runs code: as a fenced block of Python).
         max_calls: calls in an episode; those beyond it are refused.
         call_timeout: seconds a call may take. The thread of a function that takes longer is abandoned: it runs on
-            by itself, its result is dropped, and the episode goes on.
+            by itself, its result is dropped, and the episode goes on in another thread.
         max_output: characters of one result shown to the model; of a longer one, the beginning and the end.
         max_turns: completions in an episode; None: what `max_calls` leaves room for.
         kwargs: the common arguments of `TextEnv`.
+
+    `open`, every call and `final` run in one thread of the environment's own, so a tool may use what is bound to the
+    thread that made it (a connection of sqlite); make it in `open`, not in `__init__`. Where every tool keeps its own
+    deadline (`Tool.timed`), they run in the caller's.
 
     Reward components, besides those of `final`: `tool_calls`, the calls that ran (weight 0 unless given another:
     a cost, or a curve to plot), and `format`, -1 for each reply with a call that was refused (weight 0.1).
@@ -97,6 +101,7 @@ class ToolEnv(TextEnv):
         self._format_name = tool_format
         self._schemas = {name: tool.parameters for name, tool in self.tools.items()}
         self._runner = Runner()
+        self._threaded = not all(tool.timed for tool in self.tools.values())
         self._calls = self._made = 0
         super().__init__(
             max_turns=max_calls + 2 if max_turns is None else max_turns,
@@ -112,7 +117,7 @@ class ToolEnv(TextEnv):
         """Runs the calls of a reply, or hands it to `final`."""
         calls = [] if self._cut else self._read(text)
         if not calls:
-            return _with_parts(self.final(text), self._parts(0, 0))
+            return _with_parts(self._hooked(self.final, text=text), self._parts(0, 0))
         calls = [self._checked_call(call) for call in calls]
         self._messages[-1] = self._said(text, calls)
         before, results, failure = self._calls, [], None
@@ -208,8 +213,12 @@ class ToolEnv(TextEnv):
 
     def _run(self, tool: Tool, arguments: dict[str, Any]) -> Any:
         if tool.timed:
-            return tool.run(**arguments)
+            return self._hooked(tool.run, **arguments)
         return self._runner.call(tool.run, self.call_timeout, **arguments)
+
+    def _hooked(self, hook: Callable[..., Any], **arguments: Any) -> Any:
+        """In the thread that tools run in: what `open` makes, they may use, though it be bound to its thread."""
+        return self._runner.call(hook, None, **arguments) if self._threaded else hook(**arguments)
 
     # What is said
 
