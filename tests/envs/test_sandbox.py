@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import psutil
@@ -27,7 +29,7 @@ from sandbox_tiers import (
 from llm_gym.envs.tools import sandbox
 from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
 from llm_gym.envs.tools.sandbox.inside.wire import poll
-from llm_gym.envs.tools.sandbox.sandbox import Handle
+from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
 from llm_gym.errors import SettingError
 
 
@@ -71,6 +73,56 @@ def test_packages_may_lie_where_the_scratch_folder_is(
             assert session.run("import odd_package; print(odd_package.VALUE)").output == "7\n"
     finally:
         sandbox.shutdown()
+
+
+def test_packages_are_found_in_every_layer_of_the_environment_and_projects_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"base/site-packages": "", "dist-packages": "", "target": "a-1.0.dist-info", "project": "project.egg-info"}
+    folders = [tmp_path / name for name in names]
+    for folder, inside in zip(folders, names.values(), strict=True):
+        (folder / inside).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", ["", *sys.path, *map(str, folders), str(tmp_path / "nowhere")])
+    found = tiers.packages()
+    assert found[-3:] == [str(folder) for folder in folders[:3]]
+    assert sysconfig.get_path("purelib") in found
+    assert str(folders[3]) not in tiers.visible()
+    assert os.getcwd() not in found
+
+
+LAYERED = """
+import sys
+from llm_gym.envs.tools import sandbox
+with sandbox.PythonSession("worker", sys.argv[1]) as session:
+    print(session.run("import numpy; 6 * 7"))
+sandbox.shutdown()
+"""
+
+
+@pytest.mark.parametrize("tier", [TIERS[0], TIERS[2]])
+def test_a_session_works_where_packages_come_from_another_environment(tier: str, tmp_path: Path) -> None:
+    venv.create(tmp_path / "layer", symlinks=True)
+    python = tmp_path / "layer/bin/python"
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.check_output(command, text=True).strip())
+    (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    project = Path(sandbox.__file__).parents[4]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    command = [python, "-c", LAYERED, tier]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "output='42\\n', status='ok'" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_sandbox_that_cannot_import_says_so(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "IPython").mkdir()
+    (tmp_path / "IPython/__init__.py").write_text("raise ImportError('broken here')\n")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    known = tiers.packages()
+    monkeypatch.setattr(tiers, "packages", lambda: [str(tmp_path), *known])
+    sandbox.shutdown()
+    with pytest.raises(SandboxError, match="could not start: ImportError: broken here"):
+        PythonSession("worker", tier)
 
 
 def test_an_error_is_shown_as_a_short_traceback(tier: str, backend: str) -> None:

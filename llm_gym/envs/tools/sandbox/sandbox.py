@@ -150,7 +150,7 @@ class Sandbox:
         message = self._hear()
         if not message.get("ready"):
             self.close()
-            raise SandboxError(f"the sandbox ({tier.name}) could not start: {message}")
+            raise SandboxError(f"the sandbox ({tier.name}) could not start: {message.get('why') or message}.")
 
     def _hear(self) -> dict[str, Any]:
         message: dict[str, Any] | None = {"checked": True}

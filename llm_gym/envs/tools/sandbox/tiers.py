@@ -55,9 +55,23 @@ def interpreter() -> str:
 
 
 def packages() -> list[str]:
-    """The site-packages of this interpreter: all that a session can import besides the standard library."""
-    paths = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    return [p for p in dict.fromkeys(os.path.realpath(p) for p in paths) if os.path.isdir(p)]
+    """Where this interpreter finds installed packages: all that a session can import besides the standard library.
+
+    Of `sys.path`, which virtual environments and .pth files build up in layers, only the folders that packages are
+    installed into: what a project has put there besides (its own folder, for one) is none of a session's business.
+    """
+    own = [os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    found = dict.fromkeys([*map(os.path.realpath, filter(None, sys.path)), *own])
+    return [path for path in found if os.path.isdir(path) and (path in own or _holds_packages(path))]
+
+
+def _holds_packages(folder: str) -> bool:
+    if os.path.basename(folder) in ("site-packages", "dist-packages"):
+        return True
+    try:
+        return any(name.endswith(".dist-info") for name in os.listdir(folder))  # pip install --target
+    except OSError:
+        return False
 
 
 def visible() -> list[str]:

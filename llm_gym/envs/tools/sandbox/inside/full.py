@@ -70,6 +70,8 @@ class Full:
         if self.orders not in poll(self.watched, None):
             return 0
         message, _ = self.orders.receive()
+        if message is not None and "why" in message:
+            raise RuntimeError(message["why"])
         return 0 if message is None else int(message["threads"])
 
     def end(self) -> None:

@@ -33,8 +33,12 @@ def main() -> None:
         if order is None:
             os._exit(0)
         if "packages" in order:
-            personalities = ready_to_fork(house, order["packages"])
-            orders.send({"threads": len(os.listdir("/proc/self/task"))})
+            try:
+                personalities = ready_to_fork(house, order["packages"])
+            except Exception as error:
+                orders.send({"why": f"{type(error).__name__}: {error}"})
+            else:
+                orders.send({"threads": len(os.listdir("/proc/self/task"))})
         else:
             start(house, personalities, order, fds, home)
 

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
             """Starts the session that a line of JSON asks for; the pid and pidfd of its reaper. May raise OSError."""
 
         def warm(self, packages: list[str]) -> int:
-            """Imports everything that sessions need; the threads of the process that is forked, 0 if it died."""
+            """Imports everything that sessions need; the threads of the process that is forked, 0 if it died.
+
+            What cannot be imported is an exception.
+            """
 
         def end(self) -> None:
             """Cleans up what the kernel does not."""
@@ -94,7 +97,12 @@ def main() -> None:
         control.send({"checked": not failed, "why": failed})
         if not failed and not spec["only_check"]:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            if threads := starter.warm(spec["packages"]):
+            try:
+                threads = starter.warm(spec["packages"])
+            except Exception as error:
+                control.send({"why": f"{type(error).__name__}: {error}"})
+                threads = 0
+            if threads:
                 control.send({"ready": True, "threads": threads})
                 serve(starter, control)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
