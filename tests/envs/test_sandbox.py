@@ -28,6 +28,7 @@ from sandbox_tiers import (
 
 from llm_gym.envs.tools import sandbox
 from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
+from llm_gym.envs.tools.sandbox.inside import confine
 from llm_gym.envs.tools.sandbox.inside.wire import poll
 from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
 from llm_gym.errors import SettingError
@@ -221,6 +222,14 @@ def test_limits_bound_memory_disk_processes_and_descriptors(tier: str, backend: 
         )  # a thousand, where a user's are counted together
     with PythonSession(backend, tier, limits) as session:  # and the bomb is gone
         assert session.run("1").output == "1\n"
+
+
+def test_every_session_has_its_own_count_of_processes(tier: str) -> None:
+    """But for an ordinary user in the Landlock tier, where the machine refuses user namespaces."""
+    counted = os.geteuid() == 0 or tier != "landlock" or confine.may_have_user_namespace()
+    with PythonSession("worker", tier) as session:
+        output = session.run("import resource; resource.getrlimit(resource.RLIMIT_NPROC)[0]").output
+    assert (output == "64\n") == counted
 
 
 @pytest.mark.parametrize("tier", FULL_TIERS)

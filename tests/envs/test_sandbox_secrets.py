@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -135,3 +136,29 @@ def test_nothing_that_runs_inside_obtains_the_answer(
     for thread in threads:  # whose accept() holds the address
         thread.join()
     held.close()
+
+
+READ_ALL = """
+import os
+found = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    for name in ("cmdline", "comm", "stat", "status", "wchan", "maps", "environ", "task"):
+        try:
+            if name == "task": os.listdir(f"/proc/{pid}/task")
+            found.append(open(f"/proc/{pid}/{name}").read())
+        except OSError: pass
+print([text for text in found if SECRET in text], len(found) > 0)
+"""
+
+
+@pytest.mark.parametrize("tier", [*TIERS, "none"])
+def test_command_lines_of_other_processes_are_not_seen(tier: str) -> None:
+    """Often a key or a path stands in one."""
+    other = subprocess.Popen(["sh", "-c", f"read line # {SECRET}"], stdin=subprocess.PIPE)
+    try:
+        with PythonSession("worker", tier) as session:
+            session.run(f"SECRET = {SECRET[:7]!r} + {SECRET[7:]!r}")
+            output = session.run(READ_ALL).output
+    finally:
+        other.communicate()
+    assert output == "[] True\n" if tier != "none" else SECRET in output

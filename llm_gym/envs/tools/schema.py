@@ -27,7 +27,7 @@ class Tool:
     run: Callable[..., Any]
     """Called with the arguments by name; what it returns is shown to the model."""
     timed: bool = False
-    """Whether `run` keeps a deadline of its own; where all tools do, they run in the thread that steps the environment."""
+    """Whether `run` keeps a deadline of its own; where all do, they run in the thread of who steps."""
 
     @property
     def name(self) -> str:

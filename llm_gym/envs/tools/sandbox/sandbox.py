@@ -196,11 +196,9 @@ def session(tier: tiers.Tier, limits: Limits, own_uid: int) -> dict[str, Any]:
     keep_read = root and reduced and not tiers.own_uid(uid or 0)
     if tier.name == "none" and keep_read:
         uid, keep_read = None, False  # an identity of its own could not even import
-    resources = limits.resources()
-    if reduced and uid is None:
-        resources["NPROC"] += _threads_of_user() + OTHERS
     return {
-        "limits": resources,
+        "limits": limits.resources(),
+        "others": _threads_of_user() + OTHERS if reduced and uid is None else 0,
         "disk": limits.disk,
         "uid": uid,
         "keep_read": keep_read,

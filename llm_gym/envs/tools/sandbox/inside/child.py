@@ -27,7 +27,7 @@ class House:
     namespaces: bool
     """Each session gets pid, mount, network, ipc and host name namespaces of its own."""
     user_namespaces: bool
-    """... and a user namespace, because the zygote is not the machine's root."""
+    """... a user namespace, because the zygote is not the machine's root; in a reduced tier, too, where that may be."""
     landlock: bool
     seccomp: bool
     path: list[str]
@@ -146,18 +146,21 @@ def give_up(house: House, request: dict[str, Any], scratch: str, spare: list[int
     A template without user namespaces has dropped the bounding set already; a new user namespace has a full one.
     """
     uid, keep = request["uid"], confine.CAP_DAC_READ_SEARCH if request["keep_read"] else None
+    limits: dict[str, int] = request["limits"]
     if house.user_namespaces:
+        sys_.prctl(sys_.PR_SET_DUMPABLE, 1)  # else its maps are root's to write
         confine.own_user_namespace()
-    confine.limit(request["limits"])
+    else:
+        limits = {**limits, "NPROC": limits["NPROC"] + request["others"]}
+    confine.limit(limits)
     if house.user_namespaces or (uid is not None and not house.namespaces):
         confine.drop_bounding_set(keep)
     if uid is not None:
         confine.become(uid)
-    if house.namespaces or uid is not None:
+    if house.namespaces or house.user_namespaces or uid is not None:
         confine.drop_capabilities(keep)
     if house.landlock:
-        rules = [*confine.readable(house.readable, house.hidden), ("/proc", confine.READ_FILE | confine.READ_DIR)]
-        confine.landlock(rules, [scratch])
+        confine.landlock([*confine.readable(house.readable, house.hidden), *confine.own_proc()], [scratch])
     if house.seccomp:
         confine.seccomp(network=house.namespaces, spare=() if house.namespaces else spare)
     # Changing identity made /proc/self unreadable.

@@ -160,6 +160,17 @@ def readable(paths: Iterable[str], hidden: Iterable[str]) -> list[tuple[str, int
     return rules
 
 
+def own_proc() -> list[tuple[str, int]]:
+    """Landlock rules for /proc: what it says of the machine and of this process; of others only that they are there.
+
+    The kernel forgets a folder of /proc that nobody uses, and makes another, for which the rule would not hold; so this
+    process keeps its own open.
+    """
+    os.open("/proc/self", os.O_PATH | os.O_CLOEXEC)
+    whole = [os.path.join("/proc", name) for name in os.listdir("/proc") if not name.isdigit()]
+    return [("/proc", READ_DIR), *((path, READ_FILE | READ_DIR) for path in whole)]
+
+
 def drop_capabilities(keep: int | None = None) -> None:
     """Gives up every capability for good, but `keep` (which children then inherit)."""
     sys_.prctl(sys_.PR_CAP_AMBIENT, 4)
@@ -186,10 +197,23 @@ def become(uid: int) -> None:
 
 
 def own_user_namespace() -> None:
-    """A user namespace of this process alone, in which it is the ordinary user 1000."""
+    """A user namespace of this process alone, in which it is the ordinary user 1000, and its processes are counted."""
     uid, gid = os.geteuid(), os.getegid()
     sys_.unshare(sys_.NEWUSER)
     map_ids(1000, uid, 1000, gid)
+
+
+def may_have_user_namespace() -> bool:
+    """Whether a process of this user may have one of its own: tried in a child, for there is no way back."""
+    child = os.fork()
+    if child == 0:
+        try:
+            sys_.prctl(sys_.PR_SET_DUMPABLE, 1)
+            own_user_namespace()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def map_ids(uid: int, outer_uid: int, gid: int, outer_gid: int) -> None:

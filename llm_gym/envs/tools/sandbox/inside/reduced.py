@@ -17,17 +17,18 @@ import time
 import traceback
 from typing import Any
 
-from . import child, room, warm
+from . import child, confine, room, semaphores, warm
 from . import syscalls as sys_
 from .reaper import INTERRUPTED, told
 from .wire import Channel, poll
 
 
 class Reduced:
-    """Sessions without namespaces."""
+    """Sessions without namespaces, but perhaps of users: then each has its own count of processes."""
 
     def __init__(self, house: dict[str, Any], trainer: list[int]) -> None:
-        self.house, self.watched = child.House(**house), list[Any](trainer)
+        alone = house["landlock"] and os.geteuid() != 0 and confine.may_have_user_namespace()
+        self.house, self.watched = child.House(**{**house, "user_namespaces": alone}), list[Any](trainer)
         self.personalities: dict[str, warm.Personality] = {}
 
     def start(self, request: bytes, fds: list[int]) -> tuple[int, int | None]:
@@ -100,6 +101,8 @@ def undo(house: child.House, scratch: str) -> str:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     child.settle(house, scratch)
+    if house.landlock:
+        semaphores.install(scratch)
     return scratch
 
 
