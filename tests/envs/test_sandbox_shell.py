@@ -37,7 +37,7 @@ def wrong(case: dict[str, Any], tier: str, backend: str) -> str:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", [TIERS[0], TIERS[2]])  # the two full tiers have the same sessions
 def test_every_cell_says_what_it_should(tier: str, backend: str) -> None:
     found = [words for case in CASES if (words := wrong(case, tier, backend))]
     assert not found, "\n".join(found)

@@ -71,7 +71,7 @@ class Full:
             return 0
         message, _ = self.orders.receive()
         if message is not None and "why" in message:
-            raise RuntimeError(message["why"])
+            raise ImportError(message["why"])
         return 0 if message is None else int(message["threads"])
 
     def end(self) -> None:

@@ -93,7 +93,7 @@ class Plain(InteractiveShell):
         code = subprocess.call(command, shell=True, executable=os.environ.get("SHELL"))
         self.catch_up()
         self.user_ns["_exit_code"] = code  # a value returned would be displayed
-        if code and self.system_raise_on_error:
+        if code and getattr(self, "system_raise_on_error", False):
             raise subprocess.CalledProcessError(code, cmd)
 
     def showtraceback(

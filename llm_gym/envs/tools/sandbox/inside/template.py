@@ -36,7 +36,7 @@ def main() -> None:
             try:
                 personalities = ready_to_fork(house, order["packages"])
             except Exception as error:
-                orders.send({"why": f"{type(error).__name__}: {error}"})
+                orders.send({"why": str(error)})
             else:
                 orders.send({"threads": len(os.listdir("/proc/self/task"))})
         else:
