@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules tests llm_gym
 
-SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py))
+SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py random_runs.py))
 
 soak: $(VENV)/.test
 	$(RUN) failed=; for script in $(SOAK); do \

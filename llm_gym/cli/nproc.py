@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,13 +91,15 @@ def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
 
 @contextmanager
 def as_rank(rank: int) -> Iterator[None]:
-    """What a process that is not alone does differently: SIGTERM lets it clean up, and one speaks for all.
+    """SIGTERM lets a process clean up, as Ctrl-C does; of several that train together one speaks for all.
 
-    SIGTERM is Ctrl-C without a word: an exception that comes between two steps of an event loop, which knows of
-    Ctrl-C only, leaves tasks behind that say so. Once it is on its way out, SIGTERM does nothing: an exit that is
-    interrupted leaves threads in torch, and aborts.
+    Of several, SIGTERM is Ctrl-C without a word: whoever started them stops them so, and says why. It is not an
+    exception of its own: one that comes between two steps of an event loop, which knows of Ctrl-C only, leaves tasks
+    behind that say so. Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in
+    torch, and aborts.
     """
     ending: list[int] = []
+    several = "RANK" in os.environ
 
     def end(number: int, frame: FrameType | None) -> None:
         interrupt = signal.getsignal(signal.SIGINT)
@@ -104,20 +107,20 @@ def as_rank(rank: int) -> Iterator[None]:
         if len(ending) == 1:
             interrupt(signal.SIGINT, frame) if callable(interrupt) else signal.default_int_handler(number, frame)
 
-    if "RANK" in os.environ:
-        signal.signal(signal.SIGTERM, end)
+    mine = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+    before = signal.signal(signal.SIGTERM, end) if mine else None
     try:
         with _one_speaks():
             yield
     except KeyboardInterrupt:
-        if ending:
+        if ending and several:
             sys.exit(128 + signal.SIGTERM)
         if rank:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         raise
     finally:
-        if "RANK" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if several or ending else before)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, SettingError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +43,24 @@ sets_option: Callable[[F], F] = click.option(
     multiple=True,
     help="Any setting of `llmgym config`, by its dotted name; may be repeated.",
 )
+
+
+def to_resume(out: Path, marks: Sequence[str] = ("config.yaml", "checkpoints")) -> None:
+    """Looks whether there is something to go on with: a run that was killed in its first moment has no config yet.
+
+    Raises:
+        SettingError: nothing; names the run beside it that was perhaps meant.
+    """
+
+    def begun(folder: Path) -> bool:
+        return any((folder / mark).exists() for mark in marks)
+
+    if begun(out):
+        return
+    beside = [folder.name for folder in out.parent.glob("*") if begun(folder)]
+    near = difflib.get_close_matches(out.name, beside, n=1, cutoff=0.5)
+    hint = f"did you mean {str(out.parent / near[0])!r}?" if near else "leave --resume out to begin one there."
+    raise SettingError(f"--resume: {str(out)!r} holds no run; {hint}")
 
 
 def chosen(envs: Sequence[str]) -> dict[str, Any]:

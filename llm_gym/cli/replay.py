@@ -44,7 +44,7 @@ def command(
     from llm_gym.harness.replay import processes_of, replay, starting_point
 
     with settings():
-        load(TrainConfig, run / "config.yaml", sets)
+        load(TrainConfig, RunFolder(run).config_of(step), sets)
         start, checkpoint = starting_point(RunFolder(run), step, source)
     rank, size = here()
     if nproc > size:

@@ -9,6 +9,7 @@ import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
+from llm_gym.cli.options import to_resume
 
 if TYPE_CHECKING:
     from llm_gym.cli.progress import TrainProgress
@@ -31,6 +32,7 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     from llm_gym import report
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.cli.runs import decoder
+    from llm_gym.harness.lineage import STAGES
     from llm_gym.harness.parallel import here
     from llm_gym.harness.stages import read_plan, run_plan
 
@@ -47,7 +49,9 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
 
     with settings():
         plan = read_plan(file, sets, model=model)
-    out = out or Path("runs") / Path(file).stem
+        out = out or Path("runs") / Path(file).stem
+        if resume:
+            to_resume(out, (STAGES,))
     rank, size = here()
     if nproc > size:
         return launch(nproc)

@@ -9,7 +9,7 @@ import click
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
-from llm_gym.cli.options import chat_template_option, config_option, sets_option
+from llm_gym.cli.options import chat_template_option, config_option, sets_option, to_resume
 
 
 @click.command("sft", short_help="Fine-tune a model on chats.")
@@ -44,8 +44,10 @@ def command(
     from llm_gym.harness.sft import SFTConfig, sft
 
     with settings():
-        if resume and file is None and (Path(out or "runs/sft") / "config.yaml").is_file():
-            file = str(Path(out or "runs/sft") / "config.yaml")
+        if resume:
+            begun = Path(out or "runs/sft")
+            to_resume(begun)
+            file = file or (str(begun / "config.yaml") if (begun / "config.yaml").is_file() else None)
         given = {"dataset": dataset, "model": model, "chat_template": chat_template, "steps": steps, "out": out}
         config = load(SFTConfig, file, sets, **given)
         folder = config.out or "runs/sft"

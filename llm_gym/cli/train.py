@@ -18,6 +18,7 @@ from llm_gym.cli.options import (
     envs_option,
     parse_args,
     sets_option,
+    to_resume,
 )
 from llm_gym.errors import SettingError
 
@@ -79,8 +80,9 @@ def command(
         raise SettingError("--resume: needs --out, the run folder to go on with.")
     if resume and rollout_only:
         raise SettingError("--rollout-only: got it with --resume, but such a run leaves no checkpoint to go on from.")
-    if resume and file is None and out is not None and (out / "config.yaml").is_file():
-        file = str(out / "config.yaml")
+    if resume and out is not None:
+        to_resume(out)
+        file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
     named = {"eval.every": eval_every, "policy.engine": engine}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     fields: dict[str, Any] = {

@@ -83,10 +83,11 @@ class Epochs:
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows were drawn."""
-        return {"drawn": self.drawn}
+        return {"rows": self.rows, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on behind them."""
+        same_rows(self.rows, state)
         self.drawn = state["drawn"]
 
 
@@ -144,14 +145,27 @@ class Difficulty:
         """The rows that were played."""
         seen = np.flatnonzero(self.passed + self.failed)
         results = [[int(row), float(self.passed[row]), float(self.failed[row])] for row in seen]
-        return {"drawn": self.drawn, "results": results}
+        return {"rows": self.rows, "drawn": self.drawn, "results": results}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Knows them again."""
+        same_rows(self.rows, state)
         self.drawn = state["drawn"]
         self.passed[:], self.failed[:] = 0.0, 0.0
         for row, passed, failed in state["results"]:
             self.passed[row], self.failed[row] = passed, failed
+
+
+def same_rows(rows: int, state: dict[str, Any]) -> None:
+    """Looks whether a curriculum's state, which older versions wrote without their number, is of so many rows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    least = max((row + 1 for row, *_ in state.get("results", ())), default=0)
+    if state.get("rows", max(least, rows)) != rows or least > rows:
+        had = state.get("rows", f"at least {least}")
+        raise ValueError(f"it is of {had} rows, the data has {rows}; go on with the data that the run began with")
 
 
 CurriculumFn = Callable[[int, tuple[int, ...], CurriculumConfig], Curriculum]

@@ -62,16 +62,18 @@ def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | st
     """A freshly initialised float32 model of a Hugging Face config given as a mapping (`model_type` and fields).
 
     Raises:
-        ConfigError: the mapping names no known model type.
+        ConfigError: the mapping names no known model type, or its fields make no model.
     """
     fields = dict(config)
     try:
         hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (KeyError, ValueError) as error:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    except KeyError as error:
         raise ConfigError(f"init: want a config with a known model_type, got {config!r}.") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    except Exception as error:  # each model checks its fields in its own way
+        raise ConfigError(f"init: no model can be made of {config!r} ({error}).") from error
     return prepare(model, device=device)
 
 

@@ -62,7 +62,8 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
     It is `source`, or the newest checkpoint before `step`, or the start; every later step is replayed too.
 
     Raises:
-        CheckpointError: `step` was never played, `source` is no checkpoint before it, or episodes are missing between.
+        CheckpointError: `step` was never played, `source` is no checkpoint before it, or episodes are missing between,
+            or settings have changed.
     """
     played = sorted(int(f.stem.removeprefix("step_")) for f in (run.path / "episodes").glob("step_*.jsonl"))
     if step not in played:
@@ -73,6 +74,11 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
     start = 0 if source is None else _step(source, step)
     if missing := sorted(set(range(start + 1, step)) - set(played)):
         raise CheckpointError(f"step: {step} builds on step {missing[0]}, whose episodes {str(run.path)!r} lacks.")
+    if other := next((at for at in range(start + 1, step) if run.config_of(at) != run.config_of(step)), None):
+        raise CheckpointError(
+            f"step: {step} builds on step {other}, before which the run went on with other settings, and there is no "
+            f"checkpoint in between; replay up to there, or from a checkpoint of later steps."
+        )
     return start, source
 
 
@@ -121,7 +127,7 @@ def replay(
     """
     folder = RunFolder(run)
     start, checkpoint = starting_point(folder, step, None if source is None else Path(source))
-    config = load(TrainConfig, folder.config_file, sets)
+    config = load(TrainConfig, folder.config_of(step), sets)
     config = replace(config, eval=EvalConfig(episodes=0), log=LogConfig(), policy=PolicyConfig())
     recorded = {row["step"]: row for row in folder.metrics()}
     with TemporaryDirectory() as scratch:
@@ -141,6 +147,7 @@ def replay(
                 save(trainer.learner, load_tokenizer(config.model, config.chat_template), Path(out))
         finally:
             trainer.world.close()
+            trainer.run.release()
 
 
 def _compare_checkpoint(trainer: Trainer, saved: Path) -> tuple[int, tuple[Difference, ...]]:

@@ -206,7 +206,7 @@ class Selection:
                 raise ValueError(f"it is of the environments {state['envs']}, the run of {self.names}")
             self._load(state)
         except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error!r}).") from error
+            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
 
     # Inside
 

@@ -30,13 +30,14 @@ from llm_gym.harness import weights
 from llm_gym.harness.batching import Batch, Sample
 from llm_gym.harness.budget import Budget
 from llm_gym.harness.chats import Example, encode, encode_all, load_examples
-from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
+from llm_gym.harness.checkpoint import Follower, RunFolder
 from llm_gym.harness.config import dump
 from llm_gym.harness.layers import base_of
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.model import load_model, merged, new_model
 from llm_gym.harness.parallel import World, connect
+from llm_gym.harness.resuming import Opened, open_run
 from llm_gym.harness.sft_config import SFTConfig as SFTConfig
 from llm_gym.harness.sft_config import SFTEvalConfig as SFTEvalConfig
 from llm_gym.harness.sharding import is_sharded
@@ -84,16 +85,17 @@ def sft(
         CheckpointError: the folder already holds a run, and `resume` is not set.
         RankError: another process is gone or stuck.
     """
-    world = connect(config.parallel, _device(config))
+    world, run = connect(config.parallel, _device(config)), None
     try:
         config = world.first(config.as_begun, "reading the run's settings") if resume else config
         said, config = config.rates(model).words(config.optimizer), config.resolved(model)
         tokenizer = load_tokenizer(config.tokenizer or config.model, config.chat_template)
         data = prepare(config, examples, tokenizer, world)
-        run, saved = _open(config, resume, world)
-        start = 0 if saved is None else step_of(saved)
-        with _bar(data, start, progress and world.rank == 0) as (tell, advance), world.naming("fine-tuning"):
-            tell(f"sft: {said}.")
+        run, opened = _open(config, resume, data.steps, world)
+        config, saved = opened.config, opened.checkpoint
+        with _bar(data, opened.step, progress and world.rank == 0) as (tell, advance), world.naming("fine-tuning"):
+            for text in filter(None, (f"sft: {said}.", opened.note)):
+                tell(text)
             learner = Learner(
                 _model(config, world, model),
                 config.optimizer,
@@ -104,11 +106,14 @@ def sft(
             if saved is not None:
                 weights.restore(learner, saved)
             _fine_tune(config, Budget(config.token_budget, learner, tell), data, run, advance)
-        if config.out is not None:
-            save(learner.model, tokenizer, Path(config.out) / MODEL, config.save_dtype, world)
+        if run is not None:
+            with run.writing():
+                save(learner.model, tokenizer, run.path / MODEL, config.save_dtype, world)
         return learner.model
     finally:
         world.close()
+        if run is not None:
+            run.release()
 
 
 def _fine_tune(
@@ -271,21 +276,12 @@ def _model(config: SFTConfig, world: World, model: Any) -> Any:
         return load_model(config.model, device=device, lora=config.lora, memory=config.memory)
 
 
-def _open(config: SFTConfig, resume: bool, world: World) -> tuple[RunFolder | None, Path | None]:
-    """The run folder, and the checkpoint to go on from."""
+def _open(config: SFTConfig, resume: bool, steps: int, world: World) -> tuple[RunFolder | None, Opened[SFTConfig]]:
+    """The run folder, and what it goes on from."""
     if config.out is None:
-        return None, None
+        return None, Opened(None, config)
     run = RunFolder(config.out) if world.rank == 0 else Follower(config.out)
-
-    def begin() -> Path | None:
-        if not resume or not run.config_file.exists():
-            run.start(dump(config))
-            return None
-        run.write_config(dump(config))
-        saved = run.checkpoints()
-        run.rewind(step_of(saved[-1]) if saved else -1)
-        return saved[-1] if saved else None
-
+    begin = partial(open_run, run, config, resume=resume, steps=steps)
     return run, world.first(begin, "opening the run folder")
 
 

@@ -21,7 +21,7 @@ from llm_gym.harness import loggers, mixture, provenance
 from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, samples
 from llm_gym.harness.budget import Budget
-from llm_gym.harness.checkpoint import Follower, RunFolder, step_of
+from llm_gym.harness.checkpoint import Follower, RunFolder
 from llm_gym.harness.config import TrainConfig, dump, to_dict
 from llm_gym.harness.distance import kl_from_start
 from llm_gym.harness.evaluation import Evaluation
@@ -32,6 +32,7 @@ from llm_gym.harness.model import load_model
 from llm_gym.harness.optimizers import check_optimizer
 from llm_gym.harness.parallel import connect
 from llm_gym.harness.randomness import reseed
+from llm_gym.harness.resuming import open_run
 from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
 from llm_gym.harness.sync import Sync, check
@@ -124,11 +125,17 @@ class Trainer:
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
         path = self.world.first(lambda: out or default_folder(self.arenas[0].env_id), "naming the run folder")
         self.run = RunFolder(path) if self.world.rank == 0 else Follower(path)
-        checkpoint = self.world.first(lambda: self._open_run(resume), "opening the run folder")
-        self.step = 0 if checkpoint is None else step_of(checkpoint)
+        begin = partial(open_run, self.run, config, resume=resume, steps=config.steps)
+        opened = self.world.first(begin, "opening the run folder")
+        self.config = config = opened.config
+        self.step = opened.step
+        if opened.checkpoint is not None:
+            self.selection.restore(opened.checkpoint)
         self.observer.on_start(config, self.run.path, self.step)
         self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step, self.world.size))
         tell = self.observer.on_note
+        if opened.note:
+            tell(opened.note)
         self.loggers = loggers.Loggers(tell)
         start = partial(self.loggers.start, config.log, self.run.path, to_dict(config), self.step)
         self.world.first(start, "starting the loggers")
@@ -138,9 +145,8 @@ class Trainer:
         self.model = load_model(config.model, device=device, lora=config.lora, memory=config.memory)
         set_threads(self.model, config.threads)
         self.learner = self.make_learner()
-        if checkpoint is not None:
-            restore(self.learner, checkpoint)
-            self.selection.restore(checkpoint)
+        if opened.checkpoint is not None:
+            restore(self.learner, opened.checkpoint)
         if not play:
             self.budget = Budget(config.token_budget, self.learner, tell)
             return
@@ -302,16 +308,7 @@ class Trainer:
         """Closes environments, the engine and the loggers, and takes leave of the other processes."""
         for part in (self.drivers, self.evaluation, self.sync, self.loggers, self.world):
             part.close()
-
-    def _open_run(self, resume: bool) -> Path | None:
-        """Starts the folder, or rewinds it to its newest checkpoint, which is returned."""
-        if not resume or not self.run.config_file.exists():
-            self.run.start(dump(self.config))
-            return None
-        self.run.write_config(dump(self.config))
-        saved = self.run.checkpoints()
-        self.run.rewind(step_of(saved[-1]) if saved else -1)
-        return saved[-1] if saved else None
+        self.run.release()
 
     def _save_to(self, folder: Path) -> None:
         save(self.learner, load_tokenizer(self.config.model, self.config.chat_template), folder)

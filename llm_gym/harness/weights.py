@@ -56,9 +56,12 @@ def save(learner: Learner, tokenizer: Any, folder: Path) -> None:
 def restore(learner: Learner, folder: Path) -> None:
     """Reads back what `save` wrote, into the learner's own tensors; more or fewer processes may have written it.
 
+    Rates, betas and decay are no state: they stay as the learner's settings say.
+
     Raises:
         CheckpointError: a file is missing or of another model.
     """
+    options = [[dict(group) for group in optimizer.param_groups] for optimizer in learner.optimizers]
     try:
         like = next(learner.model.parameters())
         tensors = {name: split_as(tensor, like) for name, tensor in read_tensors(folder).items()}
@@ -74,7 +77,10 @@ def restore(learner: Learner, folder: Path) -> None:
             learner.load_state_dict(torch.load(folder / STATE, weights_only=True))
             for optimizer in learner.optimizers:
                 split_state(optimizer)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        for optimizer, own in zip(learner.optimizers, options, strict=True):
+            for group, option in zip(optimizer.param_groups, own, strict=True):
+                group.update({name: value for name, value in option.items() if name != "params"})
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint: {str(folder)!r} cannot be read ({error}).") from error
 
 

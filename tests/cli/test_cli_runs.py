@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 
 from llm_gym.cli.group import COMMANDS, llmgym
 from llm_gym.cli.options import chosen
+from llm_gym.harness.checkpoint import RunFolder
 
 SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=8", "sampling.max_tokens=8", "checkpoint.every=1")
 SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -165,6 +168,39 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(len(rows) + 1))
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_sigterm_is_ctrl_c(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch system ends a run so; it says how to go on, and going on works."""
+
+    def otherwise(number: int, frame: object) -> None:
+        raise AssertionError("the run does not listen to SIGTERM")
+
+    def log(run: RunFolder, row: Mapping[str, Any]) -> None:
+        logged(run, row)
+        if row["step"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    logged = RunFolder.log
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"prompt": "1 + 1", "completion": "2"}) + "\n")
+    words = {"train": SMALL, "sft": ["--data", str(chats), "--set", "examples_per_step=1"]}[command]
+    out = str(tmp_path / "run")
+    before = signal.signal(signal.SIGTERM, otherwise)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(RunFolder, "log", log)
+            done = CliRunner().invoke(llmgym, [command, "--steps", "2", "--out", out, *words])
+        assert done.exit_code == 130, done.output
+        assert f"llmgym {command} --resume --out {out}" in done.stderr
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "on its way out, nothing stops it"
+        signal.signal(signal.SIGTERM, otherwise)
+        done = CliRunner().invoke(llmgym, [command, "--resume", "--out", out])
+        assert done.exit_code == 0, done.output
+        assert signal.getsignal(signal.SIGTERM) is otherwise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 INTERRUPTED = """

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
 
+from llm_gym.cli.group import llmgym
 from llm_gym.core import Episode, StopReason
 from llm_gym.errors import CheckpointError
 from llm_gym.harness.checkpoint import RunFolder, step_of
@@ -67,3 +78,134 @@ def test_a_folder_with_a_run_is_not_overwritten(run: RunFolder) -> None:
     with pytest.raises(CheckpointError, match="--resume"):
         run.start("steps: 4\n")
     assert run.config_file.read_text() == "steps: 3\n"
+
+
+WRITER = """
+import sys
+from llm_gym.harness.checkpoint import RunFolder
+RunFolder(sys.argv[1]).hold()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_one_run(run: RunFolder) -> None:
+    """The lock names its holder, and goes with it, however it ends."""
+    run.release()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(run.path)], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError) as caught:
+            run.hold()
+        assert f"is being written by process {other.pid} on {socket.gethostname()}" in str(caught.value)
+        other.kill()
+        other.wait()
+    run.hold()
+    run.hold()
+    run.release()
+
+
+def test_resuming_does_not_rewind_what_another_process_writes(run: RunFolder) -> None:
+    fill(run, 3)
+    run.release()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(run.path)], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        words = ["train", "--resume", "--out", str(run.path), "--set", "prompts_per_step=1"]
+        result = CliRunner().invoke(llmgym, words)
+        assert result.exit_code == 2
+        assert "is being written by process" in result.stderr
+        assert len(run.metrics()) == 4
+        other.kill()
+
+
+def torch_save(folder: Path) -> None:
+    torch.save({"numbers": torch.zeros(50_000)}, folder / "trainer.pt")
+
+
+def safetensors_save(folder: Path) -> None:
+    save_file({"numbers": torch.zeros(50_000)}, folder / "model.safetensors")
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can be larger: what a full disk is to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("write", [torch_save, safetensors_save])
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(run: RunFolder, write: Callable[[Path], None]) -> None:
+    """What was saved before stays whole, nothing half-written stays, and with room it goes on."""
+    run.save(1, torch_save, keep=2)
+    with room_for(10_000), pytest.raises(CheckpointError) as caught:
+        run.save(2, write, keep=2)
+    said = str(caught.value)
+    assert "cannot be written" in said
+    assert "the checkpoint of step 1 is whole" in said
+    assert said.endswith(f"go on with --resume --out {run.path}")
+    assert [entry.name for entry in (run.path / "checkpoints").iterdir()] == ["step_000001"]
+    run.save(2, write, keep=2)
+    assert [step_of(saved) for saved in run.checkpoints()] == [1, 2]
+
+
+WRITES: dict[str, Callable[[RunFolder], object]] = {
+    "a row": lambda run: run.log({"step": 3}),
+    "episodes": lambda run: fill(run, 1),
+    "a checkpoint": lambda run: run.save(3, torch_save, keep=2),
+    "settings": lambda run: run.write_config("steps: 4\n"),
+    "a start": lambda run: run.add_provenance({"step": 3}),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+@pytest.mark.parametrize("how", ["renamed", "deleted"])
+def test_a_run_folder_that_is_gone_is_one_sentence(run: RunFolder, what: str, how: str) -> None:
+    """It is not made anew: half a run would lie there."""
+    run.path.rename(run.path.with_name("elsewhere")) if how == "renamed" else shutil.rmtree(run.path)
+    with pytest.raises(CheckpointError, match=r"is gone \(deleted or renamed\?\)"):
+        WRITES[what](run)
+    assert not run.path.exists()
+
+
+def test_a_full_disk_loses_no_row_that_was_written(run: RunFolder) -> None:
+    fill(run, 2)
+    with room_for(run.metrics_file.stat().st_size + 5), pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run.log({"step": 3, "reward/mean": 0.5})
+    assert [row["step"] for row in run.metrics()] == [0, 1, 2]
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(CheckpointError, match=r"^out: '.*afile' cannot be a run folder \(it is a file\)"):
+        RunFolder(tmp_path / "afile").start("steps: 3\n")
+
+
+def test_a_copy_in_which_links_were_followed_goes_on(run: RunFolder) -> None:
+    """`best` is a folder then, which no link can replace."""
+    for step in (1, 2, 3):
+        run.save(step, lambda folder, step=step: (folder / "weights").write_text(f"{step}"), keep=1, best=step == 2)
+    copy = RunFolder(shutil.copytree(run.path, run.path.with_name("copy")))
+    best = copy.path / "checkpoints" / "best"
+    assert not best.is_symlink()
+    copy.hold()
+    copy.rewind(3)
+    assert best.is_symlink()
+    assert best.resolve().name == "step_000002"
+    copy.save(4, lambda folder: None, keep=1)
+    assert [step_of(saved) for saved in copy.checkpoints()] == [2, 4]
+    copy.save(5, lambda folder: None, keep=1, best=True)
+    assert best.resolve().name == "step_000005"
+    assert [step_of(saved) for saved in copy.checkpoints()] == [5]
+
+
+def test_a_best_that_is_nowhere_else_is_replaced_by_the_next(run: RunFolder) -> None:
+    (run.path / "checkpoints" / "best").mkdir()
+    run.save(1, torch_save, keep=1)
+    run.rewind(1)
+    run.save(2, torch_save, keep=1, best=True)
+    assert (run.path / "checkpoints" / "best").resolve().name == "step_000002"

@@ -119,3 +119,24 @@ def test_a_curriculum_of_ones_own() -> None:
 def test_refusals(given_: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         curriculum(CurriculumConfig(**given_), "Sums-v0", None, (0,))
+
+
+@pytest.mark.parametrize("kind", [Epochs, Difficulty])
+@pytest.mark.parametrize("rows", [3, 12])
+def test_other_data_than_the_run_began_with_is_refused(kind: type[Epochs] | type[Difficulty], rows: int) -> None:
+    """Of fewer rows the state was once read past their end, of more it counted others."""
+    begun = kind(6, (0,), CONFIG)
+    begun.draw(6)
+    for row in range(6):
+        begun.learn(row, 1, 0)
+    with pytest.raises(ValueError, match=f"it is of 6 rows, the data has {rows}"):
+        kind(rows, (0,), CONFIG).load_state_dict(begun.state_dict())
+
+
+def test_a_state_without_the_number_of_rows_is_of_an_older_version() -> None:
+    """It goes on, unless it knows of rows that are not there."""
+    old = {"drawn": 6, "results": [[5, 1.0, 0.0]]}
+    Difficulty(6, (0,), CONFIG).load_state_dict(old)
+    Epochs(6, (0,), CONFIG).load_state_dict({"drawn": 6})
+    with pytest.raises(ValueError, match="it is of at least 6 rows"):
+        Difficulty(5, (0,), CONFIG).load_state_dict(old)

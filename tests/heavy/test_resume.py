@@ -33,7 +33,8 @@ def train(out: Path) -> None:
 
     settings = ["prompts_per_step=4", "group_size=4", "eval.episodes=16", "eval.every=8", "checkpoint.every=2"]
     sets = [word for s in settings for word in ("--set", s)]
-    done = CliRunner().invoke(command, ["--steps", str(STEPS), "--seed", "3", "--out", str(out), "--resume", *sets])
+    again = ["--resume"] if out.exists() else []
+    done = CliRunner().invoke(command, ["--steps", str(STEPS), "--seed", "3", "--out", str(out), *again, *sets])
     if done.exception is not None:
         raise done.exception
 
