@@ -187,10 +187,13 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
 
 def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
+    from llm_gym.harness.statistics import different
+
     how = f"sampled at temperature {plan.sampling.temperature:g}" if plan.sampling.temperature else "greedy"
     what = f"of {plan.exam.rows:,} rows" if plan.exam.rows else "unseen problems"
     what += f", {plan.k} times each" if plan.k > 1 else ""
-    lines = [f"{plan.exam.env}, {plan.model or 'the embedded model'}, {how}, {plan.problems:,} {what}"]
+    count = f"{plan.problems:,}" if plan.exam.rows else different(plan.problems, found.get("problems"))
+    lines = [f"{plan.exam.env}, {plan.model or 'the embedded model'}, {how}, {count} {what}"]
     if reward := found.get("reward"):
         lines.append(f"reward   {_with_interval(reward)}")
         lines += [f"  {name:<12} {value:.4f}" for name, value in found["rewards"].items()]

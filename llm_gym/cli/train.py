@@ -163,6 +163,7 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
 def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Greedy and sampled reward in evaluation, first against last."""
     from llm_gym.harness.config import to_dict
+    from llm_gym.harness.statistics import different
     from llm_gym.report.run import problems
 
     lines = []
@@ -174,7 +175,9 @@ def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> lis
         return []
     on = problems(to_dict(config))
     hint = "  (for unseen ones: --set eval.env_args.dataset=FILE)" if on == "training problems" else ""
-    return ["\n".join([f"Reward on {config.eval.episodes} {on}:{hint}", *lines])]
+    asked = [int(row["eval/problems"]) for row in rows if row.get("eval/problems") is not None]
+    told = different(config.eval.episodes, max(asked, default=None))
+    return ["\n".join([f"Reward on {told} {on}:{hint}", *lines])]
 
 
 def _example(run: Path) -> list[str]:

@@ -193,7 +193,8 @@ def metrics(found: Mapping[str, Any], prefix: str, word: str) -> dict[str, float
     """A summary under the names of metrics, NaN where nobody can say.
 
     `<prefix><word>_reward` with `..._low` and `..._high` (95% confidence), `..._reward/<component>` if there are
-    several; of sampled episodes also `<prefix>pass@k` and the share of each end, `<prefix>sampled_stop/<reason>`.
+    several; of greedy episodes `<prefix>problems`, how many different ones were asked; of sampled ones
+    `<prefix>pass@k` and the share of each end, `<prefix>sampled_stop/<reason>`.
     """
     name, reward = f"{prefix}{word}_reward", found.get("reward", {})
     row = {name: _number(reward.get("mean"))}
@@ -201,7 +202,7 @@ def metrics(found: Mapping[str, Any], prefix: str, word: str) -> dict[str, float
     parts = found.get("rewards", {})
     row |= {f"{name}/{part}": value for part, value in parts.items() if len(parts) > 1}
     if word == "greedy":
-        return row
+        return row | {f"{prefix}problems": _number(found.get("problems"))}
     row |= {f"{prefix}pass@{k}": value["mean"] for k, value in found.get("pass", {}).items()}
     ends = {str(stop): found["stop_reasons"].get(str(stop), 0) for stop in STOPS} | {"failed": found["failed"]}
     return row | {f"{prefix}sampled_stop/{end}": count / found["episodes"] for end, count in ends.items()}

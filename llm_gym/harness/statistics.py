@@ -101,7 +101,8 @@ def summary(episodes: Sequence[Episode], seconds: float, *, mark: float = 1.0) -
     """Mean reward with its interval, pass@k, components, ends and tokens, ready for JSON.
 
     Episodes whose end is not the policy's doing (`StopReason.failed`) are counted, and nothing else. The reset seed
-    says which task an episode is of; pass@k is there for tasks of several episodes.
+    says which task an episode is of; pass@k is there for tasks of several episodes. Tasks that ask the same are one
+    problem (`problems`), by which intervals are clustered.
 
     Args:
         episodes: at least one.
@@ -112,8 +113,9 @@ def summary(episodes: Sequence[Episode], seconds: float, *, mark: float = 1.0) -
     tokens = sum(e.tokens_generated for e in episodes)
     found: dict[str, Any] = {"episodes": len(episodes), "failed": len(episodes) - len(played)}
     if played:
-        rewards = [e.reward for e in played]
-        found["reward"] = {"mean": float(np.mean(rewards)), **_interval(rewards, [e.seed for e in played])}
+        rewards, asked = [e.reward for e in played], problems(played)
+        found["problems"] = len(set(asked))
+        found["reward"] = {"mean": float(np.mean(rewards)), **_interval(rewards, asked)}
         names = dict.fromkeys(name for e in played for name in e.rewards)
         found["rewards"] = {name: float(np.mean([e.rewards.get(name, 0.0) for e in played])) for name in names}
         found |= _passes(played, Counter(e.seed for e in episodes).most_common(1)[0][1], mark)
@@ -124,14 +126,44 @@ def summary(episodes: Sequence[Episode], seconds: float, *, mark: float = 1.0) -
     return found | {"seconds": seconds, "errors": dict(errors.most_common(3))}
 
 
+def problems(episodes: Sequence[Episode]) -> list[int]:
+    """For each episode the number of its problem: one task in several guises of the seed is one problem.
+
+    Where every episode is one reply to one question, the same question (the first prompt, token by token) is the same
+    problem. A game may hide what its opening does not say, and one opening for all says nothing: there each seed is
+    a problem of its own.
+    """
+    prompts = [e.turns[0].prompt.tobytes() for e in episodes if len(e.turns) == 1]
+    asked: Sequence[bytes | int] = prompts
+    if len(prompts) < len(episodes) or len(set(prompts)) == 1:
+        asked = [e.seed for e in episodes]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(asked))}
+    return [numbers[key] for key in asked]
+
+
+def different(tasks: int, asked: int | None) -> str:
+    """How many problems were played, in words: where some tasks asked the same, how many different ones.
+
+    >>> different(8, 8), different(512, 378)
+    ('8', '378 different')
+    """
+    return f"{tasks:,}" if asked is None or asked >= tasks else f"{asked:,} different"
+
+
 def _passes(played: Sequence[Episode], most: int, mark: float) -> dict[str, Any]:
     """`pass@k` by k, each with its interval; nothing where a task has one episode."""
     if most < 2:
         return {}
     tried = Counter(e.seed for e in played)
     passed = Counter(e.seed for e in played if e.reward >= mark - ROUNDING)
-    estimates = {k: pass_at(k, [passed[s] for s in tried], list(tried.values())).tolist() for k in ks(most)}
-    return {"pass": {str(k): {"mean": float(np.mean(v)), **_interval(v)} for k, v in estimates.items() if v}}
+    asked = dict(zip((e.seed for e in played), problems(played), strict=True))
+    found = {}
+    for k in ks(most):
+        enough = [seed for seed, count in tried.items() if count >= k]
+        if enough:
+            values = pass_at(k, [passed[s] for s in enough], [tried[s] for s in enough]).tolist()
+            found[str(k)] = {"mean": float(np.mean(values)), **_interval(values, [asked[s] for s in enough])}
+    return {"pass": found}
 
 
 def _interval(values: Sequence[float], tasks: Sequence[int] | None = None) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import handover
 from llm_gym.policies.remote import Loop, RemoteError, delay
 from llm_gym.policies.routing import choose, pieces
-from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server, Weights
+from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server, Weights, new_run
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +55,8 @@ class ServerPolicy:
             time; None: this one alone.
 
     Raises:
-        ConfigError: a server that does not answer in time, serves another model, or lacks what updates need.
+        ConfigError: a server that does not answer in time, serves another model, lacks what updates need, or is
+            another run's; the last also later, from every method.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ServerPolicy:
         self.dtype: torch.dtype
         self._model, self._retry = str(model or PATH), retry_seconds
         self._updates = itertools.count(1)
-        self._want = Weights(uuid.uuid4().hex[:12], update=0, base=0, version=version)
+        self._want = Weights(new_run(), update=0, base=0, version=version)
         self._files = handover.new_folder(folder) if self._leads else None
         self._loop = Loop("llm_gym-servers")
         try:
@@ -206,6 +206,8 @@ class ServerPolicy:
         """A server that is there; waits for one, in all `retry_seconds` since the request's first failure."""
         since = since or time.monotonic()
         while not (ready := [server for server in self._servers if server.ready]):
+            if taken := next((server.taken for server in self._servers if server.taken), None):
+                raise taken
             left = since + self._retry - time.monotonic()
             try:
                 await asyncio.wait_for(self._any.wait(), left)
@@ -343,7 +345,7 @@ class ServerPolicy:
             await server.remote.close()
 
     def _changed(self) -> None:
-        if any(server.ready for server in self._servers):
+        if any(server.ready or server.taken for server in self._servers):
             self._any.set()
         else:
             self._any.clear()

@@ -12,7 +12,10 @@ import contextlib
 import itertools
 import json
 import logging
+import os
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from llm_gym.core import Completion, FinishReason
+from llm_gym.errors import ConfigError
 from llm_gym.policies.remote import Remote, RemoteError, delay
 from llm_gym.policies.routing import Prefixes
 
@@ -85,6 +89,35 @@ class Weights:
         return label.split(":")[::2][:2] == [self.run, str(self.base)] and self.adapter is not None
 
 
+class Taken(ConfigError):
+    """Another run gives the server its weights: going on would be each loading over the other's for ever."""
+
+
+def new_run() -> str:
+    """What tells the labels of this process's policy from those of any other, and says whose they are."""
+    return f"{uuid.uuid4().hex[:8]}.{os.getpid()}.{socket.gethostname().replace(':', '-')}"
+
+
+def owner(run: str) -> tuple[str, bool]:
+    """Who has made a run's labels, in words, and whether that process is on this machine and alive, and another."""
+    _, _, place = run.partition(".")
+    pid, _, host = place.partition(".")
+    if not pid.isdigit():
+        return "another run", False
+    alive = host == socket.gethostname().replace(":", "-") and int(pid) != os.getpid() and _alive(int(pid))
+    return f"the run of process {pid} on {host}", alive
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 class Server:
     """One server; everything here runs in the policy's event loop.
 
@@ -100,6 +133,9 @@ class Server:
     ) -> None:
         self.remote, self.role = Remote(url), role
         self.ready = False
+        self.taken: Taken | None = None
+        """Why it will not be ready again."""
+        self._ours = False
         self.load = 0
         """Requests that were given to it, and have no answer yet."""
         self._sent = 0
@@ -179,6 +215,7 @@ class Server:
 
         Raises:
             RemoteError: it cannot be reached, or cannot load them; for a follower: it does not serve them yet.
+            Taken: it is, or has become, another run's.
         """
         if self.role == "follower":
             if await self.label() != self._want().label:
@@ -188,11 +225,29 @@ class Server:
             sent, want = False, None
             while want is not self._want():  # new ones may be wanted until the last answer is there
                 while (held := await self.label()) != (want := self._want()).label:
+                    self._look_whose(held)
                     await self._change(want, held)
                     sent = sent or bool(held or want.update)
                 await self._post("/resume")  # also where nothing was sent: whoever paused it may be dead
             self._heard = time.monotonic()
+            self._ours = True
             return sent
+
+    def _look_whose(self, held: str) -> None:
+        """Refuses to load over the weights of another run that is alive, as far as one can tell.
+
+        What a run that has ended left behind is anybody's; once the server was ours, whoever came later is alive.
+        """
+        run = held.partition(":")[0]
+        if run in ("", CHANGING, self._want().run):
+            return
+        who, alive = owner(run)
+        if self._ours or alive:
+            how = "has been taken over by" if self._ours else "is in use by"
+            raise Taken(
+                f"servers: {self.remote.url} {how} {who}, which loads its own weights there; start another server "
+                "with `llmgym serve --port 0`, one for each run."
+            )
 
     async def _change(self, want: Weights, held: str) -> None:
         """Replaces weights under a pause, which ends only here if that fails."""
@@ -205,7 +260,7 @@ class Server:
             raise
 
     async def _replace(self, want: Weights, held: str) -> None:
-        await self._mark(CHANGING)
+        await self._mark(f"{want.run}:{CHANGING}")
         if not want.on(held):
             if want.source is None:
                 await self.rpc("llm_gym_load_start", seconds=LOADING)
@@ -285,6 +340,11 @@ class Server:
                 await self.remote.call("GET", "/health", seconds=CONTROL)
                 sent = await self.bring()
                 break
+            except Taken as error:
+                self.taken, self.reason = error, str(error)
+                self._lose()
+                self._be(False)
+                return
             except Exception as error:  # whatever it is: this is the only way back
                 self.reason = str(error) if isinstance(error, RemoteError) else repr(error)
                 self._lose()
@@ -359,4 +419,4 @@ def read(answer: Any, only: Weights | None, run: str) -> Completion:
 def _version(label: Any, run: str) -> int | None:
     """The version in one of our labels; None for any other."""
     parts = str(label).split(":")
-    return int(parts[-1]) if parts[0] == run and len(parts) > 1 else None
+    return int(parts[-1]) if parts[0] == run and parts[-1].isdigit() else None

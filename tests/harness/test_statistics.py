@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.core import Completion, Episode, StopReason, Turn
+from llm_gym.envs import make
+from llm_gym.harness.evaluation import EVAL_SEED, metrics
 from llm_gym.harness.statistics import Z95, mean_interval, pass_at, summary, wilson
 
 
@@ -120,3 +122,36 @@ def test_summary_of_several_episodes_a_task() -> None:
     assert {k: v["mean"] for k, v in found["pass"].items()} == {"1": 0.75, "2": 1.0}
     assert "pass" not in summary([episode(1.0)], 1.0)
     assert summary(seen, 1.0, mark=2.0)["pass"]["1"]["mean"] == 0
+
+
+def asked(question: int, reward: float, seed: int, turns: int = 1) -> Episode:
+    return said_to(np.array([question, 1], np.int32), reward, seed, turns)
+
+
+def said_to(prompt: np.ndarray, reward: float, seed: int, turns: int = 1) -> Episode:
+    completion = Completion(np.array([5], np.int32), np.zeros(1, np.float32), "stop")
+    turn = Turn(prompt, completion, reward / turns)
+    return Episode("e", seed, (turn,) * turns, StopReason.ANSWERED, {"reward": reward})
+
+
+def test_the_same_question_from_another_seed_is_the_same_problem() -> None:
+    """Played twice, it says nothing new: the interval is that of the different ones."""
+    once = [asked(q, float(q % 3 == 0), seed=q) for q in range(40)]
+    twice = once + [asked(q, float(q % 3 == 0), seed=100 + q) for q in range(40)]
+    one, two = summary(once, 1.0), summary(twice, 1.0)
+    assert (one["problems"], two["problems"], two["episodes"]) == (40, 40, 80)
+    assert two["reward"] == pytest.approx(one["reward"])
+    assert metrics(two, "eval/", "greedy")["eval/problems"] == 40
+
+
+def test_what_a_game_hides_makes_problems_of_one_opening_different() -> None:
+    games = [asked(7, float(seed % 2), seed) for seed in range(10)]
+    assert summary(games, 1.0)["problems"] == 10
+    long = [asked(seed % 2, float(seed % 2), seed, turns=2) for seed in range(10)]
+    assert summary(long, 1.0)["problems"] == 10
+
+
+def test_the_512_unseen_problems_of_arithmetic_are_378() -> None:
+    env = make("llm_gym/Arithmetic-v0", split="test")
+    every = [said_to(env.reset(seed=EVAL_SEED + i)[0], 1.0, i) for i in range(512)]
+    assert summary(every, 1.0)["problems"] == 378

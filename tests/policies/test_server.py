@@ -8,7 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -28,7 +32,7 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import make_policy, server_state
 from llm_gym.policies.remote import Loop, RemoteError
 from llm_gym.policies.server import ServerPolicy, addresses
-from llm_gym.policies.server_state import Weights, read
+from llm_gym.policies.server_state import Weights, new_run, read
 from llm_gym.policies.serving import reserved
 
 MODEL = "a/model"
@@ -519,3 +523,49 @@ def test_a_fresh_server_has_what_it_was_started_with() -> None:
     assert Weights("run", 0, 0, 0).on("")
     assert not Weights("run", 0, 0, 0).on("run:1:1:1")
     assert not Weights("run", 0, 0, 0).on("other:0:0:0")
+
+
+@pytest.fixture
+def other() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Another process, and the label that a policy there would have given a server."""
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=-1, text=True) as process:
+        yield process, f"{new_run().replace(f'.{os.getpid()}.', f'.{process.pid}.')}:7:7:7"
+        process.kill()
+
+
+def test_a_server_of_a_run_that_is_alive_is_refused(fake: Fake, other: tuple[subprocess.Popen[str], str]) -> None:
+    """And left alone; when that run is over, what it left is replaced."""
+    process, fake.label = other
+    for label in (fake.label, f"{fake.label.partition(':')[0]}:changing"):
+        fake.label = label
+        with pytest.raises(ConfigError) as caught:
+            ServerPolicy(MODEL, servers=[fake.url])
+        assert f"{fake.url} is in use by the run of process {process.pid} on {socket.gethostname()}" in str(
+            caught.value
+        )
+    assert not {"/pause", "llm_gym_set_label"} & set(fake.calls)
+    process.kill()
+    process.wait()
+    policy = ServerPolicy(MODEL, servers=[fake.url])
+    assert ask(policy).tokens.tolist() == [7, 8, 9]
+    policy.close()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_server_that_another_run_has_taken_ends_this_one(
+    policy: ServerPolicy, fake: Fake, other: tuple[subprocess.Popen[str], str], alive: bool
+) -> None:
+    """Not one is loaded over the other for ever; it ends as a setting does, not as an episode."""
+    process, label = other
+    if not alive:
+        process.kill()
+        process.wait()
+    policy.load(WEIGHTS.items(), version=1)
+    fake.label = fake.version = label
+    loaded = fake.calls.count("llm_gym_load_file")
+    with pytest.raises(ConfigError, match=f"has been taken over by the run of process {process.pid}"):
+        ask(policy)
+    with pytest.raises(ConfigError, match="has been taken over by"):
+        policy.load(WEIGHTS.items(), version=2)
+    assert fake.calls.count("llm_gym_load_file") == loaded
+    assert fake.label == label
