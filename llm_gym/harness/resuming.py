@@ -102,9 +102,10 @@ def open_run(run: RunFolder, config: T, *, resume: bool, steps: int) -> Opened[T
     if not resume or not run.config_file.exists():
         run.start(dump(config))
         return Opened(None, config)
-    begun = load(type(config), run.config_file)
-    if getattr(config, "token_budget", None) == "auto":
-        config = replace(config, token_budget=begun.token_budget)  # type: ignore[type-var]  # it packs its rows alike
+    begun: Any = load(type(config), run.config_file)
+    given: Any = config
+    if given.token_budget == "auto":
+        config = given = replace(given, token_budget=begun.token_budget)  # it packs its rows alike
     saved = run.checkpoints()
     step = step_of(saved[-1]) if saved else 0
     different = changed(begun, config)

@@ -6,15 +6,18 @@ import ast
 import contextlib
 import ctypes
 import functools
+import getpass
 import http.client
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -77,11 +80,12 @@ class ServerProcess:
         if (limit := longest_context(str(model or PATH), arguments.get("max_model_len"))) is not None:
             arguments["max_model_len"] = limit
         self._port = reserved(port)
+        self._scratch = tempfile.mkdtemp(prefix="llmgym-")
         self.port = int(self._port.getsockname()[1])
         self.url = f"http://{HOST}:{self.port}"
         self._process = subprocess.Popen(
             command(str(model or PATH), self.port, arguments),
-            env=environment(os.environ),
+            env=environment(os.environ) | {"TMPDIR": self._scratch},  # what a signal leaves there goes with it
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -148,6 +152,7 @@ class ServerProcess:
                 time.sleep(0.01)
             self._process.wait()
             self._port.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -174,14 +179,20 @@ def _running(group: int) -> bool:
 
 
 def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
-    """The command line; `settings` win over the defaults that exact log-probabilities need."""
+    """The command line; `settings` win over the defaults that exact log-probabilities need.
+
+    Without a GPU the server computes in float32, whatever type the model was saved in.
+    """
+    import torch
+
     # `vllm serve` asks for the package "vllm", which builds for a CPU do not have.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
     exact = {k: v for k, v in defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
     scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on in older versions
-    for name, value in (exact | quiet | scale_out | own | dict(settings)).items():
+    kind = {} if torch.cuda.is_available() else {"dtype": "float32"}  # as the engine in process, and the learner
+    for name, value in (exact | quiet | scale_out | kind | own | dict(settings)).items():
         line += flag(name, value)
     return line
 
@@ -199,6 +210,8 @@ def flag(name: str, value: Any) -> list[str]:
 def environment(outer: Mapping[str, str]) -> dict[str, str]:
     """The server's environment variables, from our own."""
     found = _DEFAULT | dict(outer) | _FIXED
+    # Compiled kernels outlive a server; they are looked for beside its temporary files, which do not.
+    found.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
     if "OMP_NUM_THREADS" in outer:  # who says how many threads means it; vLLM would take all cores
         found.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     package = str(Path(__file__).parents[2])  # the worker extension must be importable there too

@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 from sandbox_tiers import within
 
 from llm_gym.errors import SettingError
@@ -89,6 +92,32 @@ def test_what_ends_while_starting_is_heard_to_the_end_and_leaves_nobody(running)
     assert not serving._running(server.pid)
     assert not server._reader.is_alive()
     server.stop()
+
+
+def test_what_a_signal_leaves_in_its_temporary_folder_goes_with_it(running) -> None:
+    """vLLM's processes meet in a file there, which only an orderly end removes."""
+    heard: list[str] = []
+    script = (
+        "import tempfile, time; f = tempfile.gettempdir(); open(f + '/vllm_dist_1', 'w').close(); "
+        "print(f, flush=True); time.sleep(600)"
+    )
+    with running(script, echo=heard.append):
+        assert within(60, lambda: bool(heard))
+        assert (Path(heard[0]) / "vllm_dist_1").exists()
+    assert Path(heard[0]).name.startswith("llmgym-")
+    assert not Path(heard[0]).exists()
+
+
+@pytest.mark.skipif(find_spec("vllm") is None or torch.cuda.is_available(), reason="of a server on a CPU")
+def test_without_a_gpu_it_computes_in_float32() -> None:
+    """The learner does; the embedded model is saved in bfloat16, where they would differ by half a nat."""
+
+    def dtype(**settings: str) -> str:
+        line = serving.command("a/model", 1, settings)
+        return line[line.index("--dtype") + 1]
+
+    assert dtype() == "float32"
+    assert dtype(dtype="bfloat16") == "bfloat16"
 
 
 def test_a_server_that_nobody_listens_to_is_not_held_up(running) -> None:

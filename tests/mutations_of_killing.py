@@ -1,0 +1,45 @@
+"""Bugs of a run that is killed, resumed, or not alone. Planted with those of `mutations`, in the same way."""
+
+from __future__ import annotations
+
+from mutations import Mutant
+
+_GOES_ON = "harness/test_resuming.py::test_other_settings_count_from_the_next_step_on_and_earlier_steps_replay"
+
+KILLING = (
+    Mutant(
+        "a checkpoint's rates win over the settings of the run that goes on",
+        "harness/weights.py",
+        'if name != "params"}',
+        "if False}",
+        (_GOES_ON,),
+    ),
+    Mutant(
+        "earlier steps are replayed with the settings of later ones",
+        "harness/checkpoint.py",
+        "        if step and before != config_yaml:",
+        "        if False:",
+        (_GOES_ON,),
+    ),
+    Mutant(
+        "a run folder is locked by nobody",
+        "harness/checkpoint.py",
+        '            lock.hold(self.path / "lock")',
+        "            pass",
+        ("harness/test_checkpoint.py::test_two_processes_do_not_write_one_run",),
+    ),
+    Mutant(
+        "a run goes on in a folder that is gone, and makes it anew",
+        "harness/checkpoint.py",
+        "            partial.mkdir()",
+        "            partial.mkdir(parents=True)",
+        ("harness/test_checkpoint.py::test_a_run_folder_that_is_gone_is_one_sentence[deleted-a checkpoint]",),
+    ),
+    Mutant(
+        "two runs load over each other's weights for ever",
+        "policies/server_state.py",
+        "                    self._look_whose(held)",
+        "                    pass",
+        ("policies/test_server.py::test_a_server_of_a_run_that_is_alive_is_refused",),
+    ),
+)
