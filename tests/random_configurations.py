@@ -1,6 +1,6 @@
 """Random configurations of every loop, each run to its end, killed and resumed, and replayed.
 
-`tests/harness/test_random_configurations.py` takes two dozen, `benchmarks/random_runs.py` hundreds. What must hold of
+`tests/harness/test_random_configurations.py` takes sixteen, `benchmarks/random_runs.py` hundreds. What must hold of
 each: nothing is raised but this project's own errors; killed and resumed it is the run that was never killed (which
 is also: one seed, one run); replay finds every bit again; another token budget gives the same gradient; and where all
 rewards are equal no weight moves.
