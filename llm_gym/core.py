@@ -7,6 +7,7 @@ engine read and sampled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -87,7 +88,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, want in (
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "in [0, inf)"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("top_k", self.top_k >= 0, ">= 0 (0 keeps every token)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),

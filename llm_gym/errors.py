@@ -10,6 +10,8 @@
     ├── ToolFailure         a tool broke; the episode ends with `tool_failure`
     ├── PolicyError         the engine failed for one request
     ├── SyncError           the sampler does not serve the learner's weights: training stops
+    ├── TrainingError       every episode of a step failed: training stops
+    │   └── Diverged        a gradient that is not finite; the step was not taken
     ├── ShortOfMemory       a micro-batch that does not fit; nothing of its step has happened
     ├── RankError           another process of the run is gone or stuck: training stops
     └── CheckpointError     a run folder or checkpoint that cannot be read
@@ -21,7 +23,10 @@ exception of one episode into the `StopReason` it ends with, or re-raises what m
 from __future__ import annotations
 
 import difflib
+import inspect
+import traceback
 from collections.abc import Iterable
+from typing import Any
 
 from llm_gym.core import StopReason
 
@@ -66,6 +71,14 @@ class SyncError(LLMGymError):
     """The learner's weights did not arrive in the sampler; going on would train on another policy's samples."""
 
 
+class TrainingError(LLMGymError):
+    """Training cannot go on; what it has done so far is in the run folder."""
+
+
+class Diverged(TrainingError, FloatingPointError):
+    """A gradient that is not finite: the step would ruin the weights, and was not taken."""
+
+
 class ShortOfMemory(LLMGymError):
     """A micro-batch that does not fit into memory; its step has changed neither weights nor counts."""
 
@@ -103,3 +116,15 @@ def unknown(argument: str, value: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}."
     return f"{argument}: unknown value {value!r}; {hint}"
+
+
+def place(function: Any, error: BaseException | None = None) -> str:
+    """Where a function stands, or where in its file `error` was raised: `mine.py, line 5`; its name if nobody knows."""
+    inner = inspect.unwrap(function)
+    method = vars(inner).get("__init__") if isinstance(inner, type) else vars(type(inner)).get("__call__")
+    code = getattr(inner, "__code__", None) or getattr(method, "__code__", None)
+    if code is None:
+        return str(getattr(function, "__qualname__", repr(function)))
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    lines = [frame.lineno for frame in frames if frame.filename == code.co_filename]
+    return f"{code.co_filename}, line {lines[-1] if lines else code.co_firstlineno}"

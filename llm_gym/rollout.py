@@ -104,6 +104,8 @@ class Driver:
     ) -> None:
         if max_concurrent is not None and max_concurrent < 1:
             raise SettingError(f"max_concurrent: got {max_concurrent}, want at least 1.")
+        if time_limit is not None and not time_limit > 0:
+            raise SettingError(f"time_limit: got {time_limit}, want seconds, more than 0.")
         self.policy, self.sampling = policy, sampling or Sampling()
         self.max_concurrent = max_concurrent or int(getattr(policy, "max_rows", CONCURRENT))
         self.time_limit = time_limit

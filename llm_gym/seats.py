@@ -57,6 +57,11 @@ class Seats:
     """
 
     def __init__(self, env: str | Callable[..., Env], args: Mapping[str, Any], name: str | None = None) -> None:
+        if isinstance(env, gymnasium.Env):
+            raise SettingError(
+                f"env: got {env}, which is made already, but many are played in at once; pass its id, or a function "
+                "that makes one."
+            )
         self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._make, self._args, self._name = env, dict(args), name
         self._blocking: bool | None = None  # not known before the first environment was made

@@ -13,6 +13,7 @@ from typing import Any
 
 from llm_gym import embedded
 from llm_gym.errors import SettingError
+from llm_gym.hub import offline_if_unreachable
 from llm_gym.templates import NAMED, read_template, with_template
 
 SPLIT = "\udfff"
@@ -51,7 +52,8 @@ def _load(source: str) -> Any:
         raise SettingError(f"tokenizer: got {source!r}, but there is no such folder; {valid}")
     name = str(folder) if folder.exists() else source
     try:
-        return _loader(name).from_pretrained(name)
+        with offline_if_unreachable(name):
+            return _loader(name).from_pretrained(name)
     except Exception as error:  # many kinds: no such file, no connection, a broken file
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise SettingError(f"tokenizer: got {source!r}, which cannot be loaded ({reason}); {valid}") from error

@@ -41,4 +41,4 @@ def command(ctx: click.Context, /, teacher: str | None, kl: str | None, sets: tu
     """
     named = {"distill.teacher": teacher, "distill.kl": kl}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
-    ctx.invoke(train.command, sets=(*more, *sets), **given)
+    ctx.invoke(train.command, sets=(*more, *sets), taught=True, **given)

@@ -139,8 +139,11 @@ def make_plan(
     from llm_gym.harness.evaluation import exam
     from llm_gym.harness.lineage import model_path, run_of
     from llm_gym.harness.mixture import entries
+    from llm_gym.harness.model import config_of
 
     run, path = run_of(model), model_path(model)
+    if path is not None and not text:
+        config_of(path)
     config = load(TrainConfig, None if run is None else run / "config.yaml")
     first = entries(config)[0]
     env_id = resolve(env or first.env)

@@ -66,6 +66,7 @@ def command(
     out: Path | None,
     resume: bool,
     rollout_only: bool,
+    taught: bool = False,
 ) -> None:
     """Trains a policy in an environment, and writes a run folder with a report.
 
@@ -73,7 +74,7 @@ def command(
     prints every setting; --set wins over options, options over the --config file.
     """
     from llm_gym.cli.progress import TrainProgress
-    from llm_gym.harness.distill import trainer_of
+    from llm_gym.harness.distill import NO_TEACHER, trainer_of
     from llm_gym.harness.parallel import here
 
     if resume and out is None:
@@ -94,6 +95,8 @@ def command(
     }
     with settings():
         config = configuration(file, [*more, *sets], env_args, **chosen(envs), **fields)
+    if taught and config.distill is None:
+        raise SettingError(NO_TEACHER)
     rank, size = here()
     if nproc > size:
         return launch(nproc)
@@ -101,7 +104,7 @@ def command(
     try:
         with as_rank(rank):
             with settings():
-                trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress)
+                trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress, learns=not rollout_only)
             rows = trainer.train(rollout_only=rollout_only)
         if rank == 0:
             click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))

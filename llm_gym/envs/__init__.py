@@ -51,6 +51,8 @@ def resolve(env_id: str) -> str:
     for full in (bare, f"{NAMESPACE}/{bare}"):
         if full in gymnasium.registry:
             return full
+    if "/" in bare and not module and not bare.startswith(f"{NAMESPACE}/"):
+        raise SettingError(f"env: nothing has registered {bare!r}; name the module that does: module:{bare}.")
     raise SettingError(unknown("env", bare, [*TABLE, *(i for i in gymnasium.registry if "/" in i)]))
 
 

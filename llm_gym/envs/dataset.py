@@ -14,8 +14,10 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
-from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, unknown
+from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, place, unknown
 
+FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
+"""Replies that a reward is tried on."""
 RewardFunction = Callable[[str, Row], float | Mapping[str, float]]
 """`score(text, row)`: the reply's text and the whole row -> a number, or named components."""
 
@@ -87,6 +89,29 @@ class Dataset(TextEnv):
                 raise RewardError(f"{self._name()}: two reward functions give the component {min(twice)!r}.")
             parts.update(named)
         return Reply(reward=parts, done=True)
+
+    def rehearse(self) -> None:
+        """Tries the reward on row 0, with a reply that gives what stands in the row, in several usual forms.
+
+        Raises:
+            ConfigError: it fails on each of them; names the row, and the file and line.
+        """
+        self.task, self._row = 0, self._rows[0]
+        cells = [str(cell) for cell in self._row.values() if isinstance(cell, str | int | float)] or ["42"]
+        first = None
+        for form in FORMS:
+            for cell in reversed(cells):  # the reference most often stands last
+                try:
+                    for name, function in self._functions.items():
+                        self._score(name, function, form % cell)
+                    return
+                except RewardError as error:
+                    first = first or error
+        assert first is not None
+        cause = first.__cause__ or first
+        functions = [f for f in self._functions.values() if getattr(f, "__name__", "") in str(first)]
+        where = f" ({place(functions[0], cause)})" if functions else ""
+        raise ConfigError(f"reward: tried on row 0 before the run, it fails on every reply{where}: {first}") from first
 
     def _score(self, name: str, function: RewardFunction, text: str) -> dict[str, float]:
         """What a reward function gives for a reply, by component.
@@ -167,8 +192,10 @@ def reward_functions(reward: Any) -> dict[str, RewardFunction]:
     Raises:
         ConfigError: one cannot be imported or called.
     """
-    if isinstance(reward, Mapping):
+    if isinstance(reward, Mapping) and reward:
         return {str(name): _function(function) for name, function in reward.items()}
+    if not isinstance(reward, Mapping | Sequence) and not callable(reward):
+        raise ConfigError(f"reward: got {reward!r}, want 'package.module:function', a list or a mapping of them.")
     single = isinstance(reward, str) or callable(reward)
     functions = [_function(function) for function in ([reward] if single else reward)]
     names = [getattr(function, "__name__", "reward") for function in functions]

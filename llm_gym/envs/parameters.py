@@ -12,6 +12,9 @@ from gymnasium.envs.registration import load_env_creator
 
 from llm_gym.errors import ConfigError, unknown
 
+NUMBERS = {"int": "a whole number", "float": "a number"}
+"""Annotations of arguments that no text fits, and what is wanted."""
+
 
 def environment_class(env_id: str) -> type:
     """The class behind a registered id.
@@ -60,8 +63,17 @@ def check(env_id: str, given: Mapping[str, Any]) -> None:
     """
     known = parameters(environment_class(env_id))
     for name in given if known else ():
+        if name == "tokenizer" and name not in known:
+            raise ConfigError(
+                f"env: {env_id} takes no tokenizer, so its actions are no token ids; want an environment of texts (a "
+                "TextEnv), such as those that `llmgym envs` lists."
+            )
         if name not in known:
             raise ConfigError(unknown(f"argument of {env_id}", name, known))
+    for name, value in given.items() if known else ():
+        want = NUMBERS.get(str(known[name].annotation).partition(" |")[0])
+        if isinstance(value, str) and want:
+            raise ConfigError(f"{name}: got {value!r}, want {want} (argument of {env_id}).")
     given = {**gymnasium.spec(env_id).kwargs, **given}
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:

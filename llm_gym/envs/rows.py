@@ -9,17 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from llm_gym.errors import DataError, unknown
+from llm_gym.errors import DataError
+from llm_gym.hub import offline_if_unreachable
 
 Row = Mapping[str, Any]
 SAMPLES = Path(__file__).parent / "data"
@@ -64,7 +61,11 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     """
     for argument, column in columns.items():
         if column not in rows[0]:
-            raise DataError(unknown(argument, column, rows[0]) + f" (columns: {', '.join(rows[0])})")
+            near = get_close_matches(column, rows[0], n=1, cutoff=0.5) or list(rows[0])
+            raise DataError(
+                f"{argument}: there is no column {column!r} among {', '.join(rows[0])}; name it, as in "
+                f"{argument}={near[0]!s} (--env-arg {argument}={near[0]!s})."
+            )
 
 
 def slice_of(split: str, size: int) -> slice:
@@ -106,7 +107,7 @@ def _load_hub(dataset: str, name: str | None, split: str) -> Sequence[Row]:
     import datasets  # takes a second, and local files do without it
 
     try:
-        with _offline_if_unreachable(datasets):
+        with offline_if_unreachable(dataset):
             rows = datasets.load_dataset(dataset, name, split=split)
     except Exception as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():
@@ -117,33 +118,6 @@ def _load_hub(dataset: str, name: str | None, split: str) -> Sequence[Row]:
             ", or dataset=sample where the environment ships one."
         ) from error
     return list(rows)
-
-
-@contextmanager
-def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
-    """Puts the hub's client into offline mode while the hub's name does not resolve.
-
-    Cached data sets still load; others fail at once, where the client would retry for half a minute.
-    """
-    from huggingface_hub import constants
-
-    proxied = bool(getproxies())  # then names are resolved elsewhere
-    if proxied or constants.HF_HUB_OFFLINE or _resolves(urlsplit(constants.ENDPOINT).hostname):
-        yield
-        return
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
-
-
-def _resolves(host: str | None) -> bool:
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _first_line(error: Exception) -> str:

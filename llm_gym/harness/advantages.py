@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llm_gym.harness.named import by_name
+from llm_gym.errors import ConfigError, place
+from llm_gym.harness.named import attempt, by_name, want_shape
 from llm_gym.harness.rewards import Floats, Rewards
 
-AdvantageFn = Callable[[Rewards], Floats]
+AdvantageFn = Callable[..., Floats]
 """Rewards -> advantages [P, G], or [P, G, T] for credit by turn (read where the episode has that turn). What a row
 of `ADVANTAGES` and a user's own function look like."""
 
@@ -130,7 +131,29 @@ def advantage(name: str) -> AdvantageFn:
         ConfigError: neither.
     """
     fn: AdvantageFn = by_name("advantage", name, ADVANTAGES)
-    return fn
+    return fn if name in ADVANTAGES else _shaped(fn)
+
+
+def _shaped(fn: AdvantageFn) -> AdvantageFn:
+    """A user's function, called with care: what it gives must be one finite number for each episode or turn."""
+
+    def checked(rewards: Rewards, passing: tuple[type[Exception], ...] = ()) -> Floats:
+        form = "(rewards) -> advantages [P, G] or [P, G, T]"
+        found = attempt("advantage", fn, rewards, form=form, passing=passing)
+        if found is None and passing:
+            return np.zeros(rewards.returns.shape)
+        found = np.asarray(found)
+        by_turn = found.ndim == 3
+        shape = rewards.turns.shape if by_turn else rewards.returns.shape
+        want_shape("advantage", fn, found, shape, "advantages [P, G, T]" if by_turn else "advantages [P, G]")
+        known = found[~np.isnan(rewards.turns if by_turn else rewards.returns)]
+        if not np.isfinite(known.astype(np.float64)).all():
+            raise ConfigError(
+                f"advantage: {place(fn)} gave a number that is not finite for an episode that did not fail."
+            )
+        return np.nan_to_num(found.astype(np.float64))
+
+    return checked
 
 
 def _checked(returns: Floats) -> Floats:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llm_gym.core import Group, Ids, Row, StopReason
-from llm_gym.harness.named import by_name
+from llm_gym.harness.named import by_name, want_shape
 from llm_gym.harness.trees import Counts, Forest, common, cut, forest, order
 
 Floats = npt.NDArray[np.float64]
@@ -120,6 +121,23 @@ def constant(counts: Counts, length: int) -> Floats:
 NORMALISERS: dict[str, Normaliser] = {"token_global": token_global, "sequence": sequence, "constant": constant}
 
 
+def normaliser_of(name: str) -> Normaliser:
+    """The function of that name in `NORMALISERS`, or the one at `package.module:function`.
+
+    Raises:
+        ConfigError: neither; or, when it is called, it gives something else than a weight for each episode.
+    """
+    fn: Normaliser = by_name("loss.normaliser", name, NORMALISERS)
+
+    @wraps(fn)
+    def checked(counts: Counts, length: int) -> Floats:
+        weights = np.asarray(fn(counts, length))
+        want_shape("loss.normaliser", fn, weights, counts.shape, "a weight of each episode [E]")
+        return weights
+
+    return checked
+
+
 def samples(groups: Iterable[Group], advantages: Floats, *, train_truncated: bool = True) -> list[Sample]:
     """The rows that a step trains on.
 
@@ -181,8 +199,7 @@ def pack(
     numbers, of_row = np.unique([s.episode for s in kept], return_inverse=True)
     per_row = np.array([s.row.trained.sum() for s in kept], np.int64)
     counts = np.bincount(of_row, weights=per_row, minlength=len(numbers)).astype(np.int64)
-    fn: Normaliser = by_name("loss.normaliser", normaliser, NORMALISERS)
-    weights = fn(counts, constant_length)
+    weights = normaliser_of(normaliser)(counts, constant_length)
     live = [
         Weighted(s, float(weights[number]), s.row.tokens[: np.flatnonzero(s.row.trained)[-1]])
         for s, number in zip(kept, of_row, strict=True)

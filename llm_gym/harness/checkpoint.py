@@ -77,6 +77,8 @@ class RunFolder:
         Raises:
             CheckpointError: the folder already holds one that has begun (a configuration alone is none).
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"out: {str(self.path)!r} is a file, want a folder.")
         if self.metrics_file.exists():
             raise CheckpointError(f"out: {str(self.path)!r} already holds a run; pass --resume, or another folder.")
         self.hold()
@@ -169,7 +171,7 @@ class RunFolder:
     def save(self, step: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
         """Writes the checkpoint of `step` through `write(folder)`: it appears whole or not at all.
 
-        The newest `keep` stay, and the one that was last saved with `best`, which `checkpoints/best` points at.
+        The newest `keep` stay (0: all), and that last saved with `best`, which `checkpoints/best` points at.
         """
         final = self._checkpoint(step)
         partial = _partial(final)
@@ -188,7 +190,8 @@ class RunFolder:
                 self._point_best_at(final)
             os.replace(partial, final)
             _sync(final.parent)
-            for old in self.checkpoints()[:-keep]:
+            saved = self.checkpoints()
+            for old in saved[: len(saved) - keep] if keep > 0 else ():
                 if old.name != self._best.resolve().name:
                     shutil.rmtree(old)
         return final

@@ -7,26 +7,28 @@ a value of the wrong type is refused with one sentence before anything else happ
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.curriculum import CurriculumConfig
+from llm_gym.harness.devices import check_device_name
 from llm_gym.harness.evaluation import EvalConfig
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.loggers import LogConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.mixture import EnvConfig
-from llm_gym.harness.model import LoraConfig
+from llm_gym.harness.model import LoraConfig, config_of
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.presets import PRESETS
@@ -44,11 +46,14 @@ class CheckpointConfig:
 
     every: int = 20
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints kept."""
+    keep: Annotated[int, Within("[0, inf)")] = 2
+    """Newest checkpoints kept; 0: all of them."""
     keep_best: bool = False
     """Whether to save, and keep as `checkpoints/best`, the step with the best `eval/sampled_reward` (of a mixture,
     `eval/mixture_reward`)."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,12 @@ class PolicyConfig:
     the built-in one."""
     sync: str = "auto"
     """How new weights reach the engine: a row of `sync.MODES`; `auto` measures where there is a choice."""
-    canary_limit: float | None = None
+    canary_limit: Annotated[float | None, Within("(0, inf]")] = None
     """Largest difference (nats) between engine and learner on a token before a run is stopped; None: 1e-3 in
     float32, else by the learner's own rounding (docs/sync.md)."""
     sleep: bool = False
     """Whether vLLM frees its memory while the learner trains (CUDA only)."""
-    max_rows: int = 256
+    max_rows: Annotated[int, Within("[1, inf)")] = 256
     """Sequences that the built-in engine decodes at once."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_model_len` ...)."""
@@ -73,6 +78,9 @@ class PolicyConfig:
     """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one."""
     server: Mapping[str, Any] = field(default_factory=dict)
     """How servers are used (`folder` for weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "policy")
 
 
 @dataclass(frozen=True)
@@ -99,23 +107,23 @@ class TrainConfig:
     chat_template: str | None = None
     """For a model without chat template (most base models), or over its own: `plain`, `chatml` or a .jinja file, whose
     text then stands here. It is saved with the model."""
-    seed: int = 0
+    seed: Annotated[int, Within("[0, 18446744073709551616)")] = 0
     """Decides the tasks, the sampling and everything random."""
-    steps: int = 120
+    steps: Annotated[int, Within("[1, inf)")] = 120
     """Rollouts, each followed by `minibatches` * `epochs` optimizer steps."""
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, Within("[1, inf)")] = 16
     """Tasks (groups) per step."""
-    group_size: int = 8
+    group_size: Annotated[int, Within("[1, inf)")] = 8
     """Episodes per task."""
-    minibatches: int = 1
+    minibatches: Annotated[int, Within("[1, inf)")] = 1
     """Batches that a step's tasks are dealt into, with an optimizer step each."""
-    epochs: int = 1
+    epochs: Annotated[int, Within("[1, inf)")] = 1
     """Passes over a step's episodes; old log-probabilities stay as they were sampled."""
     advantage: str = "group_norm"
     """A row of `advantages.ADVANTAGES`, or "package.module:function"."""
     truncated: Literal["train", "mask"] = "train"
     """Episodes cut by length or time: `train` on them, or `mask` them out of the loss (they stay in baselines)."""
-    overlong: float = 0.0
+    overlong: Annotated[float, Within("[0, 1]")] = 0.0
     """Share of the completion limit over which a penalty grows from 0 to -1 (DAPO: 0.2); 0: none."""
     sampling: Sampling = field(default_factory=Sampling)
     """How training episodes are sampled."""
@@ -133,13 +141,13 @@ class TrainConfig:
     """The engine that samples."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes share the work (`llmgym train --nproc`)."""
-    token_budget: int | Literal["auto"] = 16384
+    token_budget: Annotated[int | Literal["auto"], Within("[1, inf)")] = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
-    threads: int | None = None
+    threads: Annotated[int | None, Within("[1, inf)")] = None
     """CPU threads of torch; None: torch's own choice, but one for a model as small as the embedded one."""
-    time_limit: float | None = None
+    time_limit: Annotated[float | None, Within("(0, inf)")] = None
     """Seconds an episode may take."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation on unseen problems."""
@@ -149,17 +157,10 @@ class TrainConfig:
     """Where rows of metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        if self.token_budget != "auto" and self.token_budget < 1:
-            raise ConfigError(f"token_budget: got {self.token_budget}, want at least 1, or auto.")
-        for name in ("steps", "prompts_per_step", "group_size", "minibatches", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
+        check_bounds(self)
         if self.minibatches > self.prompts_per_step:
             raise ConfigError(f"minibatches: got {self.minibatches}, want at most the {self.prompts_per_step} prompts.")
-        if not 0 <= self.overlong <= 1:
-            raise ConfigError(f"overlong: got {self.overlong}, want a value in [0, 1].")
-        if self.device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", self.device):
-            raise ConfigError(unknown("device", self.device, ("auto", "cpu", "cuda")))
+        check_device_name(self.device)
         if not self.sampling.full_support:
             raise ConfigError(
                 "sampling: training needs the full distribution (temperature > 0, top_k=0, top_p=1, min_p=0), "
@@ -190,11 +191,12 @@ class TrainConfig:
 
         Raises:
             CheckpointError: that run has saved nothing yet.
-            ConfigError: no such template.
+            ConfigError: no such model or template.
         """
+        config_of(model := model_path(self.model))
         return dataclasses.replace(
             self,
-            model=model_path(self.model),
+            model=model,
             chat_template=read_template(self.chat_template),
             optimizer=self.rates.fill(self.optimizer),
         )
@@ -216,12 +218,13 @@ def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (),
     """
     data = _read(Path(file)) if file is not None else {}
     data |= {key: value for key, value in given.items() if value is not None}
-    for assignment in sets:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: got {assignment!r}, want key=value such as loss.clip_high=0.28.")
-        _assign(data, key.strip().split("."), parse_scalar(text))
-    return from_dict(cls, _with_preset(cls, data))
+    assigned = [_assignment(text) for text in sets]
+    named = [value for path, value in assigned if path == ["preset"]]
+    data = _with_preset(cls, data | ({"preset": named[-1]} if named else {}))
+    for path, value in assigned:
+        if path != ["preset"] or "preset" in data:  # a class without presets does not know it
+            _assign(data, path, value)
+    return from_dict(cls, data)
 
 
 def parse_scalar(text: str) -> Any:
@@ -291,23 +294,25 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _with_preset(cls: type[Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings over those of the preset they name, if they name one."""
+def _assignment(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` as a path and a value."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set: got {text!r}, want key=value such as loss.clip_high=0.28.")
+    return key.strip().split("."), parse_scalar(value)
+
+
+def _with_preset(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings over those of the preset that they name: sections setting by setting, all else (`filters`) whole."""
     presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "presets", {})
     if "preset" not in data or not presets:
-        return data
+        return dict(data)
     name = data["preset"]
     if name not in presets:
         raise ConfigError(unknown("preset", name, presets))
-    return _merge(presets[name], {key: value for key, value in data.items() if key != "preset"})
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`, section by section."""
-    both = {
-        k: _merge(under[k], v) for k, v in over.items() if isinstance(v, Mapping) and isinstance(under.get(k), Mapping)
-    }
-    return {**under, **over, **both}
+    under, over = presets[name], {key: value for key, value in data.items() if key != "preset"}
+    both = [key for key in _section_defaults(cls) if isinstance(over.get(key), Mapping) and key in under]
+    return {**under, **over, **{key: {**under[key], **over[key]} for key in both}}
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
@@ -361,26 +366,34 @@ def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in options:
         return None
     concrete = [option for option in options if option is not type(None)]
-    for option in concrete[:-1]:
-        try:
+    if len(concrete) == 1:
+        return _coerce(value, concrete[0], where)
+    for option in concrete:
+        with suppress(ConfigError):
             return _coerce(value, option, where)
-        except ConfigError:
-            continue
-    return _coerce(value, concrete[-1], where)
+    raise ConfigError(f"{where}: got {value!r}, want {' or '.join(map(_words, concrete))}.")
 
 
 def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float:
         value = _number(value) if isinstance(value, str) else value
-        _require(isinstance(value, int | float) and not isinstance(value, bool), where, value, "a number")
+        _require(isinstance(value, int | float) and not isinstance(value, bool), where, value, _words(hint))
         return float(value)
     if hint is int:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        _require(whole and not isinstance(value, bool), where, value, "a whole number")
+        _require(whole and not isinstance(value, bool), where, value, _words(hint))
         return int(value)
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # what YAML read as a number, such as the layers -4
     if hint in (bool, str):
-        _require(isinstance(value, hint), where, value, {bool: "true or false", str: "text"}[hint])
+        _require(isinstance(value, hint), where, value, _words(hint))
     return value
+
+
+def _words(hint: Any) -> str:
+    """What a person is to give for a type."""
+    known = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    return known.get(hint) or ", ".join(o for o in typing.get_args(hint) if isinstance(o, str)) or "a list"
 
 
 def _require(ok: bool, where: str, value: Any, want: str) -> None:

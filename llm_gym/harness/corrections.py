@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llm_gym.errors import ConfigError, unknown
-from llm_gym.harness.named import by_name
+from llm_gym.harness.named import by_name, want_shape
 from llm_gym.harness.streams import same_shape, sequence_sum
 
 LEVELS = ("token", "sequence")
@@ -92,5 +92,7 @@ def importance_weights(
     same_shape(proximal, sampler, sequence)
     log_ratio = (proximal - sampler).detach()
     ratio = torch.exp(log_ratio if config.level == "token" else sequence_sum(log_ratio, sequence))
-    weight: Tensor = by_name("loss.correction.name", config.name, CORRECTIONS)(ratio, config.low, config.high)
+    correct = by_name("loss.correction.name", config.name, CORRECTIONS)
+    weight: Tensor = correct(ratio, config.low, config.high)
+    want_shape("loss.correction.name", correct, weight, ratio.shape, "a weight of each token [M]")
     return weight, {"sampler/weight_mean": weight, "sampler/weight_cut_fraction": (weight != ratio).to(ratio.dtype)}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_gym.errors import ConfigError
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.named import by_name
 
 Floats = npt.NDArray[np.float64]
@@ -27,21 +28,17 @@ class CurriculumConfig:
     name: str = "uniform"
     """`uniform` (each group draws its own), `epochs` (every row once, then all again in another order) or `difficulty`
     (rows near a pass rate first), or "package.module:function"."""
-    target: float = 0.5
+    target: Annotated[float, Within("(0, 1)")] = 0.5
     """`difficulty`: the pass rate that is looked for."""
-    explore: float = 0.1
+    explore: Annotated[float, Within("[0, 1]")] = 0.1
     """`difficulty`: the share of draws in which every row is as likely as the others."""
-    memory: float = 0.8
+    memory: Annotated[float, Within("[0, 1]")] = 0.8
     """`difficulty`: what earlier results of a row weigh when it is played again."""
     pass_reward: float = 1.0
     """`difficulty`: the least return of an episode that passed."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.target < 1:
-            raise ConfigError(f"curriculum.target: got {self.target}, want a pass rate between 0 and 1.")
-        for name in ("explore", "memory"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"curriculum.{name}: got {getattr(self, name)}, want a value in [0, 1].")
+        check_bounds(self, "curriculum")
 
 
 class Curriculum(Protocol):

@@ -19,14 +19,21 @@ from llm_gym.core import Group
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import Batch, MicroBatch
 from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.devices import device_of
 from llm_gym.harness.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.logprobs import token_logprobs
 from llm_gym.harness.losses import LossConfig
+from llm_gym.harness.model import config_of
 from llm_gym.harness.teacher import DistillConfig, Indifferent, LocalTeacher, ServedTeacher, Teacher, check_tokenizers
-from llm_gym.harness.trainer import Trainer, device_of
+from llm_gym.harness.trainer import Trainer
 from llm_gym.tokenizer import load_tokenizer
+
+NO_TEACHER = (
+    "distill.teacher: got nothing, want a folder, a hub id or addresses of vLLM servers (--teacher); without "
+    "one it would be `llmgym train`."
+)
 
 
 class Distiller(Trainer):
@@ -125,7 +132,7 @@ def make_teacher(settings: DistillConfig, config: TrainConfig) -> Teacher:
     if settings.served:
         k = settings.top_k if settings.kl == "top_k" else 0
         return ServedTeacher(settings.teacher, load_tokenizer(config.model), k=k)
-    device = device_of(config)
+    device = device_of(config.device)
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     return LocalTeacher(settings.teacher, device=device, dtype=dtype, temperature=config.sampling.temperature)
@@ -139,7 +146,7 @@ def check_distill(config: TrainConfig) -> DistillConfig:
     """
     settings = config.distill
     if settings is None or not settings.teacher:
-        raise ConfigError("distill.teacher: got nothing, want a folder, a hub id or addresses of vLLM servers.")
+        raise ConfigError(NO_TEACHER)
     plain = TrainConfig()
     for name in ("advantage", "overlong"):
         if getattr(config, name) != getattr(plain, name):
@@ -160,6 +167,9 @@ def check_distill(config: TrainConfig) -> DistillConfig:
         return settings
     settings = replace(settings, teacher=str(model_path(settings.teacher, "distill.teacher")))
     check_tokenizers(model_path(config.model), settings.teacher)
+    vocabulary = config_of(settings.teacher).get_text_config().vocab_size
+    if settings.kl == "top_k" and settings.top_k > vocabulary:
+        raise ConfigError(f"distill.top_k: got {settings.top_k}, but the teacher knows {vocabulary} tokens.")
     return settings
 
 

@@ -18,11 +18,11 @@ import torch
 
 from llm_gym.errors import LLMGymError
 from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.devices import device_of
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.model import load_model
 from llm_gym.harness.parity import Parity, measure
 from llm_gym.harness.sync import MODES
-from llm_gym.harness.trainer import device_of
 from llm_gym.policies import ENGINES, Policy, make_policy
 from llm_gym.policies.model import set_threads
 
@@ -165,7 +165,7 @@ def parity(setting: Setting) -> Iterator[Finding]:
     """Engine against learner, for every engine that was asked for."""
     config = setting.config
     setting.tell("loading the learner")
-    model = load_model(config.model, device=device_of(config))
+    model = load_model(config.model, device=device_of(config.device))
     set_threads(model, config.threads)
     learner = Learner(model, config.optimizer)
     for engine in setting.engines:

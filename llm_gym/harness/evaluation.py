@@ -7,20 +7,23 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 
 from llm_gym.core import Episode, Sampling, StopReason
 from llm_gym.envs import make, resolve
 from llm_gym.envs.parameters import environment_class
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, LLMGymError, SettingError, place
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.statistics import summary
 from llm_gym.policies import Completer
 from llm_gym.rollout import Driver
 
 EVAL_SEED = 2**32
 """Evaluation seeds start here; training seeds are below, so that no seed is ever both."""
+TRIES = 16
+"""Episodes that are begun to see whether one can."""
 TRANSCRIPTS = 64
 """Greedy episodes of each environment kept in the run folder."""
 STOPS = (StopReason.ANSWERED, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT, StopReason.TIME_LIMIT)
@@ -54,13 +57,13 @@ class EvalConfig:
 
     every: int = 0
     """Also after every so many steps; 0: only first and last."""
-    episodes: int = 512
+    episodes: Annotated[int, Within("[0, inf)")] = 512
     """Problems, each played once greedily and `k` times sampled: unseen seeds, or the first rows of an environment that
     has rows. 0 switches evaluation off."""
-    k: int = 1
+    k: Annotated[int, Within("[1, inf)")] = 1
     """Sampled completions of each problem: the reward is their mean (mean@k), and pass@1 ... pass@k are estimated."""
-    temperature: float = 1.0
-    """Of the sampled completions."""
+    temperature: Annotated[float, Within("(0, inf)")] = 1.0
+    """Of the sampled completions; greedy ones are always there too."""
     pass_reward: float = 1.0
     """Return from which an episode passes, for pass@k."""
     env_args: Mapping[str, Any] = field(default_factory=dict)
@@ -69,10 +72,7 @@ class EvalConfig:
     """Further environments, such as `{env: GSM8K-v0, env_args: {dataset: test.jsonl}, name: gsm8k}`."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"eval.k: got {self.k}, want at least 1.")
-        if not self.temperature > 0:
-            raise ConfigError(f"eval.temperature: got {self.temperature}, want a value > 0; greedy is always there.")
+        check_bounds(self, "eval")
         seen = set[str]()
         for i, title in enumerate(env.title for env in self.envs):
             if not re.fullmatch(r"[\w.-]+", title) or title in _TAKEN or title in seen:
@@ -106,6 +106,32 @@ class Exam:
         return Driver(self.make, policy, time_limit=time_limit)
 
 
+def try_env(env: gymnasium.Env[Any, Any], env_id: str) -> None:
+    """Looks whether episodes can begin, and a data set's rewards be given, before an engine is up.
+
+    An environment with tools is not asked: to begin may take a server.
+
+    Raises:
+        SettingError: none of `TRIES` episodes can; the sentence says why, and where.
+    """
+    if hasattr(env.unwrapped, "tools"):
+        return
+    if rehearse := getattr(env.unwrapped, "rehearse", None):
+        rehearse()
+    first: Exception | None = None
+    for seed in range(TRIES):
+        try:
+            env.reset(seed=seed)
+            return
+        except SettingError:
+            raise
+        except Exception as error:
+            first = first or error
+    said = str(first) if isinstance(first, LLMGymError) else f"{type(first).__name__}: {first}"
+    where = "" if isinstance(first, LLMGymError) else f" at {place(env.unwrapped.open, first)}"  # type: ignore[attr-defined]
+    raise SettingError(f"{said.rstrip('.')}{where}; no episode of {env_id} can begin.")
+
+
 def exam(env: str, env_args: Mapping[str, Any], name: str = "") -> Exam:
     """An exam; its environment is made once, and closed, so that a bad setting is found before a model is loaded.
 
@@ -114,6 +140,7 @@ def exam(env: str, env_args: Mapping[str, Any], name: str = "") -> Exam:
     """
     full = resolve(env)
     made = make(full, **env_args)
+    try_env(made, full)
     rows = getattr(made.unwrapped, "num_tasks", None)
     made.close()
     return Exam(full, dict(env_args), name, rows)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm_gym.harness.named import by_name
+from llm_gym.harness.named import by_name, want_shape
 from llm_gym.harness.streams import same_shape, to_go
 
 
@@ -51,7 +51,9 @@ def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kin
     What a token does to the KL of LATER states is left out; `kl_to_go` has it.
     """
     same_shape(logprobs, old_logprobs, ref_logprobs)
-    estimate: Tensor = by_name("loss.kl", kind, KL)(logprobs, ref_logprobs)
+    estimator = by_name("loss.kl", kind, KL)
+    estimate: Tensor = estimator(logprobs, ref_logprobs)
+    want_shape("loss.kl", estimator, estimate, logprobs.shape, "a value of each token [M]")
     ratio = torch.exp(logprobs - old_logprobs)
     if kind not in KL:
         return ratio * estimate

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import logging
+import re
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.layers import decoder_layers, parse_layers
 from llm_gym.harness.optimizers import require
 from llm_gym.policies.folding import base_of, beneath, places, plain_tensors
@@ -37,8 +39,8 @@ SAME_NUMBERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.da
 class LoraConfig:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Annotated[int, Within("[1, inf)")] = 16
+    alpha: Annotated[float, Within("(0, inf)")] = 32.0
     """The adapter's output is scaled by alpha / rank; for `rslora` by alpha / sqrt(rank)."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers that get an adapter; `all-linear`: every one but the head."""
@@ -58,10 +60,15 @@ class LoraConfig:
         for name, valid in (("kind", KINDS), ("base", HELD)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"lora.{name}", getattr(self, name), valid))
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank: got {self.rank!r}, want a value >= 1.")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"lora.alpha: got {self.alpha!r}, want a value > 0.")
+        check_bounds(self, "lora")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ConfigError(
+                    f"lora.target_modules: got {self.target_modules!r}, want all-linear, a list of names, or a pattern "
+                    f"({error})."
+                ) from error
         if self.modules_to_save and self.base != "float32":
             raise ConfigError(
                 f"lora.modules_to_save: got {list(self.modules_to_save)} with lora.base {self.base!r}, want 'float32': "
@@ -72,6 +79,14 @@ class LoraConfig:
                 f"lora.dropout: got {self.dropout!r}, want 0: with dropout, old and new log-probabilities "
                 "would be of two different functions."
             )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The layers that are asked for by name."""
+        if isinstance(self.target_modules, str):
+            whole = re.fullmatch(r"[\w.]+", self.target_modules) and self.target_modules != "all-linear"
+            return (self.target_modules,) if whole else ()
+        return self.target_modules
 
     @property
     def served_apart(self) -> bool:
@@ -92,6 +107,27 @@ class LoraConfig:
         require("bitsandbytes" if self.base == "nf4" else None, f"lora.base: {self.base!r}")
 
 
+def _not_of_kernels(record: logging.LogRecord) -> bool:
+    """Not the advice to install a faster kernel for 4 bits, which comes with every adapter."""
+    return "kernels-community" not in str(record.msg)
+
+
+def check_targets(model: Any, lora: LoraConfig) -> None:
+    """Looks whether a model (of no weights, perhaps) has every layer that is asked for by name.
+
+    Raises:
+        ConfigError: it has not; the nearest is named.
+    """
+    if any(parameter.ndim > 2 for parameter in model.parameters()):
+        return  # fused experts go by names that are no layer's
+    leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if not m._modules and m._parameters}
+    every = {name for name, _ in model.named_modules()}
+    for setting, wanted in (("target_modules", lora.named), ("modules_to_save", lora.modules_to_save)):
+        for name in wanted:
+            if not any(n == name or n.endswith(f".{name}") for n in every):
+                raise ConfigError(unknown(f"lora.{setting}", name, leaves))
+
+
 def add_adapters(model: Any, lora: LoraConfig) -> Any:
     """A peft model around the model; the adapters are float32 and change nothing yet.
 
@@ -100,7 +136,7 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
     """
     import peft
 
-    targets: Any = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    targets: Any = list(lora.named) or lora.target_modules
     numbers, unfit = None, read_directly(model)
     named = {name for name in unfit if isinstance(targets, list) and name.rpartition(".")[2] in targets}
     if named:
@@ -116,6 +152,7 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
             targets = sorted(found - {name.rpartition(".")[2] for name in unfit})
         elif isinstance(targets, str):
             targets = [targets]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)  # peft imports it
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -10,17 +10,20 @@ Every loss of the table but `sft` is 0, and has no gradient, where the advantage
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import wraps
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, place, unknown
+from llm_gym.harness.batching import NORMALISERS
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig
 from llm_gym.harness.kl import KL
-from llm_gym.harness.named import by_name
+from llm_gym.harness.named import by_name, want_shape
 from llm_gym.harness.streams import Streams, same_shape, sequence_mean
 
 
@@ -30,19 +33,19 @@ class LossConfig:
 
     name: str = "ppo_clip"
     """A row of `LOSSES`, or `package.module:function`."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Within("[0, 1]")] = 0.2
     """The ratio counts down to 1 - clip_low; 1: no bound."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Within("[0, inf]")] = 0.2
     """The ratio counts up to 1 + clip_high (DAPO: 0.28)."""
-    clip_dual: float = 3.0
+    clip_dual: Annotated[float, Within("(1, inf]")] = 3.0
     """`dual_clip`: the ratio counts up to this where the advantage is negative."""
-    tau_positive: float = 1.0
+    tau_positive: Annotated[float, Within("(0, inf)")] = 1.0
     """`sapo`: how fast the gate closes where the advantage is positive."""
-    tau_negative: float = 1.05
+    tau_negative: Annotated[float, Within("(0, inf)")] = 1.05
     """`sapo`: how fast it closes where it is negative."""
     kl: str = "none"
     """`none`, `k1`, `k2` or `k3`: the term that pulls towards the reference model (see `kl`)."""
-    kl_weight: float = 0.0
+    kl_weight: Annotated[float, Within("[0, inf)")] = 0.0
     """Its weight."""
     kl_in: Literal["loss", "reward"] = "loss"
     """`loss`: each state's own KL. `reward`: a token also answers for the KL of the states it leads to; `k1` only."""
@@ -52,23 +55,14 @@ class LossConfig:
     """How tokens are weighted for the mismatch between sampler and learner."""
     normaliser: str = "token_global"
     """`token_global`, `sequence`, `constant`, or `package.module:function` (see `batching`)."""
-    constant_length: int = 256
+    constant_length: Annotated[int, Within("[1, inf)")] = 256
     """Tokens that the `constant` normaliser divides an episode by; Dr. GRPO uses the longest completion allowed."""
 
     def __post_init__(self) -> None:
-        for name, ok, want in (
-            ("clip_low", 0 <= self.clip_low <= 1, "in [0, 1]"),
-            ("clip_high", self.clip_high >= 0, ">= 0"),
-            ("clip_dual", self.clip_dual > 1, "> 1"),
-            ("tau_positive", self.tau_positive > 0, "> 0"),
-            ("tau_negative", self.tau_negative > 0, "> 0"),
-            ("kl_weight", self.kl_weight >= 0, ">= 0"),
-            ("constant_length", self.constant_length >= 1, ">= 1"),
-        ):
-            if not ok:
-                raise ConfigError(f"loss.{name}: got {getattr(self, name)!r}, want a value {want}.")
+        check_bounds(self, "loss")
         loss_function(self.name)
         by_name("loss.kl", self.kl, {**KL, "none": None})
+        by_name("loss.normaliser", self.normaliser, NORMALISERS)
         if self.kl_in not in ("loss", "reward"):
             raise ConfigError(unknown("loss.kl_in", self.kl_in, ("loss", "reward")))
         if self.kl_in == "reward" and self.kl not in ("none", "k1"):
@@ -275,4 +269,21 @@ def loss_function(name: str) -> LossFn:
         ConfigError: neither.
     """
     fn: LossFn = by_name("loss.name", name, LOSSES)
-    return fn
+    return fn if name in LOSSES else _shaped(fn)
+
+
+def _shaped(fn: LossFn) -> LossFn:
+    """A user's loss whose shapes are looked at each time: one of another shape would be broadcast, and train."""
+
+    @wraps(fn)
+    def checked(streams: Streams, config: LossConfig) -> tuple[Tensor, Metrics]:
+        found = fn(streams, config)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+            raise ConfigError(f"loss.name: {place(fn)} gave {type(found).__name__}, want (loss [M], metrics by name).")
+        shape = streams.logprobs.shape
+        want_shape("loss.name", fn, found[0], shape, "a loss of each token [M]")
+        for name, stream in found[1].items():
+            want_shape(f"loss.name: metric {name!r}", fn, stream, shape, "a value of each token [M]")
+        return found
+
+    return checked

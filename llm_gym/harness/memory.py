@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.activations import thin
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.layers import NAMED, decoder_layers, parse_layers, train_only
 from llm_gym.harness.lora import LoraConfig
 
@@ -17,7 +18,7 @@ from llm_gym.harness.lora import LoraConfig
 class MemoryConfig:
     """What memory is spent on."""
 
-    checkpointing: int = 0
+    checkpointing: Annotated[int, Within("[0, inf)")] = 0
     """Every so many decoder layers one is computed again in backward instead of kept; 0: none, 1: all."""
     offload: bool = False
     """Whether what is kept for backward waits in CPU memory (only for a model on another device)."""
@@ -26,8 +27,7 @@ class MemoryConfig:
     `norms`, joined by commas; empty: all (or the adapters)."""
 
     def __post_init__(self) -> None:
-        if self.checkpointing < 0:
-            raise ConfigError(f"memory.checkpointing: got {self.checkpointing}, want 0 (none), 1 (all layers) or more.")
+        check_bounds(self, "memory")
 
 
 def check_memory(

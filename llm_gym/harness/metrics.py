@@ -11,12 +11,16 @@ import numpy as np
 
 from llm_gym.core import Episode, StopReason
 
+CUT = (StopReason.TOKEN_LIMIT, StopReason.TIME_LIMIT)
+"""Ends of episodes that were cut by length or time."""
+
 
 def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     """Rewards, lengths and ends of episodes; NaN where no episode can say (all failed).
 
     `episode/failed_fraction` counts the ends that are not the policy's doing, `episode/reward_failed_fraction` those
-    among them where the reward function failed; those episodes take no part in the reward metrics.
+    among them where the reward function failed; those episodes take no part in the reward metrics. Of the others,
+    `episode/cut_fraction` counts those that were cut by length or time.
     """
     sound = [episode for episode in episodes if not episode.stop_reason.failed]
     rewards = np.array([episode.reward for episode in sound])
@@ -26,13 +30,21 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
         "reward/mean": _mean(rewards),
         "reward/std": float(rewards.std()) if len(rewards) else float("nan"),
         **parts,
+        **_tools(episodes),
         "episode/turns_mean": _mean([len(e.turns) for e in sound]),
         "episode/tokens_mean": _mean([e.tokens_generated for e in sound]),
         "episode/truncated_fraction": _mean([not e.stop_reason.terminated for e in sound]),
+        "episode/cut_fraction": _mean([e.stop_reason in CUT for e in sound]),
         "episode/failed_fraction": 1 - len(sound) / len(episodes) if episodes else float("nan"),
         "episode/reward_failed_fraction": _mean([e.stop_reason is StopReason.REWARD_ERROR for e in episodes]),
         "tokens/generated": float(sum(e.tokens_generated for e in episodes)),
     }
+
+
+def _tools(episodes: Sequence[Episode]) -> dict[str, float]:
+    """The share of calls that were answered with an error (refused ones too), where any were made."""
+    results = [str(m.get("content")) for e in episodes for m in e.messages if m.get("role") == "tool"]
+    return {"tools/error_fraction": _mean([text.startswith("Error") for text in results])} if results else {}
 
 
 def staleness(episodes: Sequence[Episode], version: int) -> float:
@@ -52,11 +64,13 @@ def speeds(learned: Mapping[str, float], generated: float, times: Mapping[str, f
 def combine(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One row of learner metrics for a rollout's optimizer steps.
 
-    Means, but: tokens are summed, the learning rate is the last, and `sampler/...` is that of the first step, when
-    sampler and learner still had the same weights.
+    Means, but: tokens are summed, the learning rate is the last, and `sampler/...` is that of the first step with a
+    token to compute, when sampler and learner still had the same weights.
     """
-    row = {name: _known_mean([u[name] for u in updates if name in u]) for name in {**updates[-1], **updates[0]}}
-    row |= {name: value for name, value in updates[0].items() if name.startswith("sampler/")}
+    names = {name: None for update in updates for name in update}
+    row = {name: _known_mean([u[name] for u in updates if name in u]) for name in names}
+    samplers = [{n: value for n, value in update.items() if n.startswith("sampler/")} for update in updates]
+    row |= next((s for s in samplers if not any(map(math.isnan, s.values()))), samplers[0])
     return row | {
         "policy/lr": updates[-1]["policy/lr"],
         "tokens/trained": math.fsum(u["tokens/trained"] for u in updates),

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.envs import NAMESPACE, make, resolve
 from llm_gym.errors import ConfigError
-from llm_gym.harness.curriculum import CurriculumConfig, curriculum
-from llm_gym.harness.evaluation import Exam, exam, exams
+from llm_gym.harness.curriculum import CURRICULA, CurriculumConfig, curriculum
+from llm_gym.harness.evaluation import Exam, exam, exams, try_env
 from llm_gym.harness.metrics import describe
 from llm_gym.harness.selection import Selection
 from llm_gym.harness.tasks import Task, Tasks
+from llm_gym.harness.trials import try_curriculum
 from llm_gym.policies import Completer
 from llm_gym.policies.running import run_here
 from llm_gym.rollout import Driver, OnEpisode
@@ -85,7 +86,10 @@ def arenas(config: TrainConfig) -> list[Arena]:
     found = [_arena(config, entry) for entry in entries(config)]
     for name, count in Counter(arena.name for arena in found).items():
         if count > 1:
-            raise ConfigError(f"envs: {count} are called {name!r}; give each a name of its own (envs[i].name).")
+            raise ConfigError(
+                f"envs: {count} are called {name!r}; give each a name of its own in a --config file: "
+                f"envs: [{{env: {name}, name: one}}, {{env: {name}, name: other}}]."
+            )
     for arena in found[1:]:
         if not _same_tokens(found[0].chat, arena.chat):
             raise ConfigError(f"envs: {arena.name!r} has another tokenizer than {found[0].name!r}; a policy has one.")
@@ -104,6 +108,9 @@ def selection_of(config: TrainConfig, found: Sequence[Arena]) -> Selection:
     Raises:
         ConfigError: an unknown curriculum or filter, or one that cannot work here.
     """
+    for i, arena in enumerate(found):
+        if arena.curriculum.name not in CURRICULA and arena.rows is not None:
+            try_curriculum(arena.curriculum, arena.rows, (config.seed, i))
     tasks = Tasks(
         config.seed,
         [arena.weight for arena in found],
@@ -224,6 +231,7 @@ def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
     template = {} if config.chat_template is None else {"chat_template": config.chat_template}
     args = {"tokenizer": config.model, **template, **entry.env_args}
     made = make(env_id, **args)
+    try_env(made, env_id)
     inner, most = made.unwrapped, config.sampling.max_tokens
     eval_args = args | dict(getattr(inner, "eval_args", {})) | dict(config.eval.env_args)
     arena = Arena(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from llm_gym import embedded
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, LLMGymError
 from llm_gym.harness.backbone import Body as Body
 from llm_gym.harness.lora import LoraConfig as LoraConfig
-from llm_gym.harness.lora import add_adapters, check_folding
+from llm_gym.harness.lora import add_adapters, check_folding, check_targets
 from llm_gym.harness.memory import MemoryConfig, check_memory, economise
 from llm_gym.harness.mlps import fuse_mlps
 from llm_gym.harness.norms import fuse_norms
+from llm_gym.hub import offline_if_unreachable
 from llm_gym.policies.folding import plain_tensors as plain_tensors
 from llm_gym.policies.folding import whole
 from llm_gym.policies.plain import is_adapter, load_base, recorded_base
@@ -50,12 +53,56 @@ def load_model(
     Raises:
         ConfigError: `path` is no model, said before anything is loaded.
     """
-    config = _config(embedded.PATH if path is None else path)
-    check_memory(memory, lora, layers=config.get_text_config().num_hidden_layers, device=device)
+    config = check_model(path, lora=lora, memory=memory, device=device)
     hf_logging.disable_progress_bar()
     held, kind = ("float32", dtype) if lora is None or lora.base == "float32" else (lora.base, None)
-    model = load_base(embedded.PATH if path is None else path, held, dtype=kind, device=device, config=config)
+    source = embedded.PATH if path is None else path
+    try:
+        model = load_base(source, held, dtype=kind, device=device, config=config)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, LLMGymError | torch.OutOfMemoryError):
+            raise
+        raise ConfigError(f"model: {str(source)!r} cannot be loaded ({' '.join(str(error).split()):.300}).") from error
+    check_numbers(model, source)
     return prepare(model, device=device, lora=lora, memory=memory)
+
+
+def check_model(
+    path: str | Path | None,
+    *,
+    lora: LoraConfig | None = None,
+    memory: MemoryConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Looks at a model's config, and whether it has what adapters and thrift ask for; loads no weights.
+
+    Returns:
+        The config, a transformers one.
+
+    Raises:
+        ConfigError: there is no such model, or a setting that it cannot have.
+    """
+    config = config_of(path)
+    check_memory(memory, lora, layers=config.get_text_config().num_hidden_layers, device=device)
+    if lora is not None and (lora.named or lora.modules_to_save):
+        empty = None
+        with suppress(ValueError, KeyError, ImportError), torch.device("meta"):  # else loading it will say why
+            empty = AutoModelForCausalLM.from_config(config)
+        if empty is not None:
+            check_targets(empty, lora)
+    return config
+
+
+@torch.no_grad()
+def check_numbers(model: Any, source: str | Path) -> None:
+    """Looks at every weight.
+
+    Raises:
+        ConfigError: one is NaN or infinite: whatever is computed with it would be, too.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter.sum(dtype=torch.float32)):
+            raise ConfigError(f"model: weights of {str(source)!r} are not finite, {name!r} first; load another file.")
 
 
 def new_model(config: Mapping[str, Any], *, seed: int, device: torch.device | str = "cpu") -> Any:
@@ -96,17 +143,23 @@ def prepare(
     return model
 
 
-def _config(path: str | Path) -> Any:
-    """The model's config; one sentence if there is none."""
+def config_of(path: str | Path | None) -> Any:
+    """The model's config, a transformers one; None: of the embedded model.
+
+    Raises:
+        ConfigError: there is no such model, or no way to it.
+    """
+    path = embedded.PATH if path is None else path
     folder = Path(path)
     local = folder.exists() or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
     if local and not (folder / "config.json").is_file():
         if is_adapter(folder):
-            return _config(recorded_base(folder)[0] or embedded.PATH)
+            return config_of(recorded_base(folder)[0] or embedded.PATH)
         what = "no such folder" if not folder.exists() else "it has no config.json"
         raise ConfigError(f"model: {str(path)!r} is not a model folder: {what}.")
     try:
-        return AutoConfig.from_pretrained(str(path))
+        with offline_if_unreachable(str(path)):
+            return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

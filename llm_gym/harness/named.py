@@ -1,12 +1,12 @@
-"""A setting that names a function: a row of a table, or an import path."""
+"""A setting that names a function: a row of a table, or an import path; one of a user's own is called with care."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, LLMGymError, place, unknown
 
 
 def by_name(argument: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -24,3 +24,39 @@ def by_name(argument: str, name: str, table: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{argument}: cannot import {name!r} ({error}).") from error
+
+
+def attempt(argument: str, function: Callable[..., Any], *args: Any, form: str, passing: tuple[Any, ...] = ()) -> Any:
+    """What a user's function gives; None where it raised one of `passing`.
+
+    Args:
+        argument: the setting that named it.
+        function: it.
+        args: what it is called with.
+        form: how it is called, and what it must give, for the sentence.
+        passing: kinds of errors that prove nothing.
+
+    Raises:
+        ConfigError: it raised; names file and line.
+    """
+    try:
+        return function(*args)
+    except LLMGymError:
+        raise
+    except Exception as error:
+        if isinstance(error, passing):
+            return None
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{argument}: {place(function, error)} raised {said}; it is called as {form}.") from error
+
+
+def want_shape(argument: str, function: Any, value: Any, shape: Sequence[int], words: str) -> None:
+    """Looks at the shape of what a function gave.
+
+    Raises:
+        ConfigError: another one; names file and line.
+    """
+    got = getattr(value, "shape", None)
+    if got is None or tuple(got) != tuple(shape):
+        kind = f"something of shape {tuple(got)}" if got is not None else f"{value!r:.80}"
+        raise ConfigError(f"{argument}: {place(function)} gave {kind}, want {words}, here {tuple(shape)}.")

@@ -6,12 +6,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, Diverged, unknown
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.sharding import whole, whole_steps
 
 
@@ -21,23 +22,23 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """A row of `OPTIMIZERS`: `adamw`, `adamw8bit`, `adafactor` or `muon` (docs/memory.md)."""
-    lr: float | None = None
+    lr: Annotated[float | None, Within("[0, inf)")] = None
     """Peak learning rate; None: chosen by what is trained (`rates`; docs/memory.md), and said when a run starts."""
-    muon_lr: float | None = None
+    muon_lr: Annotated[float | None, Within("[0, inf)")] = None
     """Peak learning rate of Muon's matrices; None: that with which they move as far as AdamW's would at `lr`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Within("[0, 1)")] = (0.9, 0.999)
     """AdamW's decay rates, in 8 bits as well."""
-    eps: float = 1e-8
+    eps: Annotated[float, Within("[0, inf)")] = 1e-8
     """AdamW's."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Within("[0, inf)")] = 0.0
     """Decay of weight matrices; norms, biases and adapters are never decayed."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Within("[0, inf]")] = 1.0
     """The gradient is scaled down to this global L2 norm; 0 turns clipping off."""
     schedule: str = "constant"
     """After the warm-up: `constant`, `linear` or `cosine`."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Within("[0, inf)")] = 0
     """Optimizer steps of linear warm-up."""
-    floor: float = 0.0
+    floor: Annotated[float, Within("[0, 1]")] = 0.0
     """Share of the peak at which `linear` and `cosine` end."""
     dtype: str = "float32"
     """Computation: `float32`, or `bfloat16` (autocast; the weights that are trained stay as they are)."""
@@ -46,10 +47,7 @@ class OptimizerConfig:
         for name, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"optimizer.{name}", getattr(self, name), valid))
-        for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "warmup_steps", "floor"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"optimizer.{name}: got {value!r}, want a value >= 0.")
+        check_bounds(self, "optimizer")
 
     @property
     def peak(self) -> float:
@@ -87,12 +85,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> float:
     """Scales all gradients down to a global norm of at most `bound` (0: leaves them); returns the norm before.
 
     Raises:
-        FloatingPointError: the norm is not finite, so the step would ruin the weights.
+        Diverged: the norm is not finite, so the step would ruin the weights.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = float(whole(nn.utils.clip_grad_norm_(with_gradient, bound or math.inf)))
     if not math.isfinite(norm):
-        raise FloatingPointError(f"learner: the gradient norm is {norm}; the weights were left as they are.")
+        raise Diverged(
+            f"learner: the gradient norm is {norm}; the weights were left as they are. Go on from the newest "
+            "checkpoint with a smaller optimizer.lr (or max_grad_norm, loss.kl_weight); if it is so from the first "
+            "step, look at what the loss and the advantages give."
+        )
     return norm
 
 

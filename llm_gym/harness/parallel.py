@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,9 @@ from torch import nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from llm_gym.errors import ConfigError, PolicyError, RankError
+from llm_gym.errors import PolicyError, RankError
 from llm_gym.harness.batching import Batch, MicroBatch, Sample, pack
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.watch import Watch
 
 T = TypeVar("T")
@@ -46,12 +47,11 @@ class ParallelConfig:
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every process holds the whole model. `fsdp`: each holds a part of every weight (FSDP2)."""
-    timeout: float = 1800.0
+    timeout: Annotated[float, Within("(0, inf)")] = 1800.0
     """Seconds that a process waits for the others; the slowest rollout of a step must fit."""
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise ConfigError(f"parallel.timeout: got {self.timeout!r}, want a value > 0.")
+        check_bounds(self, "parallel")
 
 
 class World:

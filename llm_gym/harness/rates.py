@@ -27,6 +27,7 @@ from llm_gym.errors import CheckpointError
 from llm_gym.harness.lineage import locate
 from llm_gym.harness.lora import LoraConfig
 from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.hub import offline_if_unreachable
 
 FULL: Mapping[str, tuple[tuple[int, float], ...]] = {
     # 128: benchmarks/defaults.py. 896 (0.5B) and more: https://arxiv.org/abs/2402.03300 (7B), 2503.14476 (32B),
@@ -118,7 +119,9 @@ def hidden_size(model: str | Mapping[str, Any] | None) -> int:
         if isinstance(model, Mapping):
             config = AutoConfig.for_model(**model)
         else:
-            config = AutoConfig.from_pretrained(str(embedded.PATH) if model is None else _under_adapter(model))
+            name = str(embedded.PATH) if model is None else _under_adapter(model)
+            with offline_if_unreachable(name):
+                config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError):
         return UNKNOWN
     return int(getattr(config.get_text_config(), "hidden_size", UNKNOWN))

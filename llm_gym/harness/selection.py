@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_gym.core import Episode, Group
-from llm_gym.errors import CheckpointError, ConfigError
-from llm_gym.harness.named import by_name
+from llm_gym.errors import CheckpointError, ConfigError, place
+from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.named import attempt, by_name
 from llm_gym.harness.tasks import Task, Tasks
 
 Floats = npt.NDArray[np.float64]
@@ -44,16 +45,13 @@ SMOOTHING = 0.5
 class OversampleConfig:
     """How groups that do not pass the filters are replaced."""
 
-    max_factor: float = 1.0
+    max_factor: Annotated[float, Within("[1, inf)")] = 1.0
     """Most groups played in a step, as a multiple of `prompts_per_step`; 1: none are replaced."""
-    max_age: int = 1
+    max_age: Annotated[int, Within("[0, inf)")] = 1
     """Steps for which groups that passed and found no slot are kept; 0: they are dropped."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_factor < math.inf:
-            raise ConfigError(f"oversample.max_factor: got {self.max_factor}, want a number of at least 1.")
-        if self.max_age < 0:
-            raise ConfigError(f"oversample.max_age: got {self.max_age}, want at least 0 steps.")
+        check_bounds(self, "oversample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ FILTERS: dict[str, Filter] = {
 }
 
 
-def filters(chosen: Mapping[str, Any]) -> Mapping[str, Callable[[Group], bool]]:
+def filters(chosen: Mapping[str, Any]) -> Mapping[str, Callable[..., bool]]:
     """The filters of a configuration, by name.
 
     Args:
@@ -274,8 +272,11 @@ class Selection:
         return row | {"groups/played": float(len(played))}
 
 
-def _call(function: Filter, limit: Any, group: Group) -> bool:
-    return bool(function(group, limit))
+def _call(function: Filter, limit: Any, group: Group, passing: tuple[type[Exception], ...] = ()) -> bool:
+    passed = attempt("filters", function, group, limit, form="(group, limit) -> true or false", passing=passing)
+    if np.ndim(passed):
+        raise ConfigError(f"filters: {place(function)} gave {passed!r:.80}, want true or false.")
+    return bool(passed)
 
 
 def _group(episodes: Iterable[Mapping[str, Any]]) -> Group:

@@ -32,10 +32,12 @@ from llm_gym.harness.budget import Budget
 from llm_gym.harness.chats import Example, encode, encode_all, load_examples
 from llm_gym.harness.checkpoint import Follower, RunFolder
 from llm_gym.harness.config import dump
+from llm_gym.harness.devices import device_of
 from llm_gym.harness.layers import base_of
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.model import load_model, merged, new_model
+from llm_gym.harness.model import check_model, load_model, merged, new_model
+from llm_gym.harness.optimizers import check_optimizer
 from llm_gym.harness.parallel import World, connect
 from llm_gym.harness.resuming import Opened, open_run
 from llm_gym.harness.sft_config import SFTConfig as SFTConfig
@@ -85,10 +87,11 @@ def sft(
         CheckpointError: the folder already holds a run, and `resume` is not set.
         RankError: another process is gone or stuck.
     """
-    world, run = connect(config.parallel, _device(config)), None
+    world, run = connect(config.parallel, device_of(config.device)), None
     try:
         config = world.first(config.as_begun, "reading the run's settings") if resume else config
         said, config = config.rates(model).words(config.optimizer), config.resolved(model)
+        check_sft(config, model, world.device)
         tokenizer = load_tokenizer(config.tokenizer or config.model, config.chat_template)
         data = prepare(config, examples, tokenizer, world)
         run, opened = _open(config, resume, data.steps, world)
@@ -183,6 +186,17 @@ def prepare(config: SFTConfig, examples: Any, tokenizer: Any, world: World | Non
     )
 
 
+def check_sft(config: SFTConfig, model: Any = None, device: torch.device | str = "cpu") -> None:
+    """Looks at all that needs neither data nor weights.
+
+    Raises:
+        SettingError: a model, a layer or an optimizer that is not there.
+    """
+    check_optimizer(config.optimizer)
+    if model is None and not config.init:
+        check_model(config.model, lora=config.lora, memory=config.memory, device=device)
+
+
 def held_out_loss(learner: Learner, batch: Batch) -> dict[str, float]:
     """Cross-entropy per trained token over a whole set, in nats, and its exponential, the perplexity.
 
@@ -256,10 +270,6 @@ def _held_out(config: SFTConfig, tokenizer: Any) -> list[Row]:
 def _pack(budget: Budget, rows: Sequence[Row]) -> Batch:
     """This process's share of the rows, packed."""
     return budget.learner.world.pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget.tokens)
-
-
-def _device(config: SFTConfig) -> str:
-    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(config: SFTConfig, world: World, model: Any) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from llm_gym.errors import ConfigError
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.config import CheckpointConfig
+from llm_gym.harness.devices import check_device_name
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.memory import MemoryConfig
-from llm_gym.harness.model import LoraConfig
+from llm_gym.harness.model import LoraConfig, config_of
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
@@ -57,17 +59,17 @@ class SFTConfig:
     text then stands here. It is saved with the model."""
     out: str | None = None
     """Run folder: config.yaml, metrics.jsonl, checkpoints and, at the end, the model in model/; None: write nothing."""
-    steps: int = 200
+    steps: Annotated[int, Within("[1, inf)")] = 200
     """Optimizer steps."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, Within("(0, inf)")] = None
     """Passes over the data, instead of `steps`."""
-    examples_per_step: int = 64
+    examples_per_step: Annotated[int, Within("[1, inf)")] = 64
     """Chats per optimizer step; the data is shuffled anew in every pass."""
-    max_length: int = 4096
+    max_length: Annotated[int, Within("[1, inf)")] = 4096
     """Most tokens of a chat."""
     long: Literal["drop", "cut"] = "drop"
     """Longer chats are dropped, or cut at the end; both are counted and said."""
-    seed: int = 0
+    seed: Annotated[int, Within("[0, 18446744073709551616)")] = 0
     """Decides the initial weights and the order of the data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the weights move."""
@@ -77,25 +79,20 @@ class SFTConfig:
     """What memory is spent on."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes share the work (`llmgym sft --nproc`)."""
-    token_budget: int | Literal["auto"] = 16384
+    token_budget: Annotated[int | Literal["auto"], Within("[1, inf)")] = 16384
     """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     eval: SFTEvalConfig = field(default_factory=SFTEvalConfig)
     """Loss on chats that are not trained on."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=100, keep=1))
     """When the run is saved, to go on from."""
-    save_dtype: str = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights written at the end."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
-        if self.token_budget != "auto" and self.token_budget < 1:
-            raise ConfigError(f"token_budget: got {self.token_budget}, want at least 1, or auto.")
-        for name in ("steps", "examples_per_step", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, want at least 1.")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ConfigError(f"epochs: got {self.epochs}, want a value > 0.")
+        check_bounds(self)
+        check_device_name(self.device)
         if self.init and self.model:
             raise ConfigError(f"init: starts from random weights, but model={self.model!r} was given; set one of them.")
 
@@ -107,9 +104,12 @@ class SFTConfig:
 
     def resolved(self, model: Any = None) -> SFTConfig:
         """With the learning rates settled, and a run folder as model by what it trained."""
+        path = model_path(self.model)
+        if model is None and not self.init:
+            config_of(path)
         return replace(
             self,
-            model=model_path(self.model),
+            model=path,
             chat_template=read_template(self.chat_template),
             optimizer=self.rates(model).fill(self.optimizer),
         )

@@ -23,13 +23,13 @@ import yaml
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
 from llm_gym.harness.checkpoint import RunFolder, step_of, write_atomically
 from llm_gym.harness.config import TrainConfig, load, to_dict
+from llm_gym.harness.devices import device_of
 from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.lineage import STAGES, locate, model_path
-from llm_gym.harness.mixture import arenas
 from llm_gym.harness.parallel import ParallelConfig, World, connect, here
-from llm_gym.harness.sft import MODEL, SFTConfig, prepare, sft
-from llm_gym.harness.sync import check
+from llm_gym.harness.preparation import prepare_run
+from llm_gym.harness.sft import MODEL, SFTConfig, check_sft, prepare, sft
 from llm_gym.harness.trainer import Observer
 from llm_gym.templates import read_template
 from llm_gym.tokenizer import load_tokenizer
@@ -105,11 +105,13 @@ def check_plan(plan: Plan) -> None:
         config = replace(stage.config, chat_template=template)
         config = config if getattr(config, "init", None) else replace(config, model=plan.model)
         try:
+            world = World(*here(), config.parallel, device=device_of(config.device))
+            config = config.resolved()
             if stage.kind == "sft":
+                check_sft(config, device=world.device)
                 prepare(config, None, load_tokenizer(config.tokenizer or plan.model, template))
                 continue
-            check(config, World(*here(), config.parallel))
-            arenas(config)
+            prepare_run(config, world)
             if stage.kind == "distill":
                 check_distill(config)
         except SettingError as error:

@@ -183,6 +183,9 @@ def check(config: TrainConfig, world: World | None = None) -> None:
     """
     engine, world = engine_of(config), world or World()
     modes_of(config, engine, sharded=world.sharded)
+    for name, owner in (("vllm", "vllm"), ("server", "server")):
+        if (given := getattr(config.policy, name)) and engine != owner:
+            raise ConfigError(f"policy.{name}: got {dict(given)}, but engine {engine!r} takes none of it.")
     if config.policy.sleep and not (engine == "vllm" and torch.cuda.is_available()):
         raise ConfigError("policy.sleep: only vLLM on a CUDA device can give its memory back while the learner trains.")
     if engine == "vllm":
@@ -221,7 +224,7 @@ class Sync:
     def __init__(
         self, config: TrainConfig, learner: Learner, *, folder: Path, version: int, tell: Callable[[str], None]
     ) -> None:
-        self.config, self.learner, self.world = config, learner, learner.world
+        self.config, self.learner, self.world, self.tell = config, learner, learner.world, tell
         self.folder = folder.with_name(f"{folder.name}-{self.world.rank}") if self.world.rank else folder
         modes = modes_of(config, engine_of(config), sharded=learner.world.sharded)
         if config.policy.sync == "auto" and config.lora is not None and not apart(learner.model):
@@ -318,7 +321,8 @@ class Sync:
         source: Any = config.model
         if engine == "transformers":
             source = model if mode == "shared" else prepare(merged(model), device=self.learner.device)
-        options = engine_options(config, mode) | ({"ranks": self.world} if engine == "server" else {})
+        shared = {"ranks": self.world, "on_wait": self.tell} if engine == "server" else {}
+        options = engine_options(config, mode) | shared
         # An engine reads from its folder whether embedding and head are one.
         other = engine == "vllm" and untied(model) and not MODES[mode].over_base
 

@@ -11,13 +11,14 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.batching import MicroBatch
+from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.divergence import Head, top_logprobs
 from llm_gym.harness.logprobs import token_logprobs
 from llm_gym.harness.model import Body, load_model
@@ -44,14 +45,13 @@ class DistillConfig:
     kl: Literal["sampled", "top_k", "full"] = "sampled"
     """`full`: the exact reverse KL of every position (a local teacher). `top_k`: over the teacher's likeliest tokens
     and all others as one. `sampled`: the policy gradient with advantage log q - log p of each sampled token."""
-    top_k: int = 16
+    top_k: Annotated[int, Within("[1, inf)")] = 16
     """Tokens of `top_k`; vLLM servers give 20 at most unless started with a larger `max_logprobs`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a local teacher's weights; `auto`: bfloat16 on CUDA."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"distill.top_k: got {self.top_k}, want at least 1.")
+        check_bounds(self, "distill")
         if self.served and self.kl == "full":
             raise ConfigError(
                 "distill.kl: 'full' needs the teacher's whole distribution, which no server sends; "

@@ -16,28 +16,28 @@ import numpy as np
 import torch
 
 from llm_gym.core import Episode, Group, Sampling, group
-from llm_gym.errors import CheckpointError
+from llm_gym.errors import CheckpointError, TrainingError
 from llm_gym.harness import loggers, mixture, provenance
-from llm_gym.harness.advantages import advantage
 from llm_gym.harness.batching import Batch, Floats, samples
 from llm_gym.harness.budget import Budget
 from llm_gym.harness.checkpoint import Follower, RunFolder
 from llm_gym.harness.config import TrainConfig, dump, to_dict
+from llm_gym.harness.devices import device_of
 from llm_gym.harness.distance import kl_from_start
 from llm_gym.harness.evaluation import Evaluation
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.metrics import clock, combine, describe, speeds, staleness
-from llm_gym.harness.mixture import Drivers, arenas, describe_each, exams_of, scoring, selection_of
+from llm_gym.harness.mixture import Drivers, describe_each, scoring
 from llm_gym.harness.model import load_model
-from llm_gym.harness.optimizers import check_optimizer
 from llm_gym.harness.parallel import connect
+from llm_gym.harness.preparation import prepare_run
 from llm_gym.harness.randomness import reseed
 from llm_gym.harness.resuming import open_run
 from llm_gym.harness.rewards import RewardWatch, rewards_of
 from llm_gym.harness.selection import Harvest
-from llm_gym.harness.sync import Sync, check
+from llm_gym.harness.sync import Sync
 from llm_gym.harness.tasks import Task
-from llm_gym.harness.verdict import MOVED
+from llm_gym.harness.verdict import MOVED, alarms
 from llm_gym.harness.weights import restore, save
 from llm_gym.policies.model import set_threads
 from llm_gym.rollout import Driver, OnEpisode
@@ -97,6 +97,7 @@ class Trainer:
         resume: go on from the folder's newest checkpoint, or from the start if there is none yet.
         observer: is told what happens.
         play: whether to start the engine and the environments; without them it can only `learn` (see `replay`).
+        learns: whether it will train; without it settings that teach nothing are accepted.
 
     Raises:
         SettingError: something that cannot work, before the model is loaded.
@@ -111,17 +112,13 @@ class Trainer:
         resume: bool = False,
         observer: Observer | None = None,
         play: bool = True,
+        learns: bool = True,
     ) -> None:
         self.config = config = config.resolved()
-        self.weigh = advantage(config.advantage)
-        self.world = connect(config.parallel, device_of(config))
+        self.world = connect(config.parallel, device_of(config.device))
         self.observer = observer if observer is not None and self.world.rank == 0 else Silent()
-        check(config, self.world)
-        check_optimizer(config.optimizer)
-        loggers.check(config.log)
-        self.arenas = arenas(config)
-        papers = exams_of(config, self.arenas)
-        self.selection = selection_of(config, self.arenas)
+        ready = prepare_run(config, self.world, learns=learns)
+        self.arenas, self.selection, self.weigh = ready.arenas, ready.selection, ready.weigh
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
         path = self.world.first(lambda: out or default_folder(self.arenas[0].env_id), "naming the run folder")
         self.run = RunFolder(path) if self.world.rank == 0 else Follower(path)
@@ -131,6 +128,7 @@ class Trainer:
         self.step = opened.step
         if opened.checkpoint is not None:
             self.selection.restore(opened.checkpoint)
+        self.alarmed = set[str]()  # what a person was warned of
         self.observer.on_start(config, self.run.path, self.step)
         self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step, self.world.size))
         tell = self.observer.on_note
@@ -159,7 +157,8 @@ class Trainer:
         self.run.write_config(dump(self.config))
         self.drivers = Drivers(self.arenas, self.policy, time_limit=config.time_limit)
         most = config.sampling.max_tokens
-        self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=config.time_limit)
+        papers, limit = ready.exams, config.time_limit
+        self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=limit)
 
     def make_learner(self) -> Learner:
         """What turns batches into steps of `self.model`."""
@@ -224,6 +223,8 @@ class Trainer:
     def collect(self) -> Harvest:
         """The step's groups: played, filtered, and replaced where they did not pass."""
         harvest = self.selection.harvest(self.step, self.play)
+        if harvest.played and all(episode.stop_reason.failed for episode in harvest.played):
+            self._give_up(harvest.played)
         if not harvest.groups:
             self.observer.on_note(f"step {self.step + 1}: no group passed the filters; the weights stay as they are.")
         return harvest
@@ -310,6 +311,17 @@ class Trainer:
             part.close()
         self.run.release()
 
+    def _give_up(self, episodes: Sequence[Episode]) -> None:
+        """Ends a run whose episodes all fail, with nothing lost: they are written, and what was learned before."""
+        self.run.write_episodes(f"failed_{self.step + 1:06d}", episodes)
+        if self.step and not self._due(self.config.checkpoint.every):
+            self.save()
+        first = episodes[0]
+        raise TrainingError(
+            f"step {self.step + 1}: each of its {len(episodes)} episodes failed: nothing can be learned; the "
+            f"first ended with {first.stop_reason} ({first.error}). All are in {self.run.path / 'episodes'}."
+        )
+
     def _save_to(self, folder: Path) -> None:
         save(self.learner, load_tokenizer(self.config.model, self.config.chat_template), folder)
         if self.world.rank == 0:
@@ -344,15 +356,13 @@ class Trainer:
         self.run.log(row)
         self.loggers.log(row)
         self.observer.on_row(row)
+        for name, text in alarms(row).items():
+            if name not in self.alarmed:
+                self.observer.on_note(f"Warning: step {self.step}: {text}")
+        self.alarmed |= alarms(row).keys()
 
 
 def default_folder(env: str) -> Path:
     """`runs/<env>-<time>`, in the current folder."""
     name = re.sub(r"[^\w.-]+", "-", env.rpartition("/")[2])
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    """The device asked for; `auto` is the GPU if there is one."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if config.device == "auto" else config.device)

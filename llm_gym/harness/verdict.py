@@ -20,14 +20,55 @@ ALIKE = 0.9
 """Share of groups without spread from which on there was nothing to compare."""
 
 
-def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What went wrong in a run of reinforcement learning, and what to try; nothing of one that learned, or is short.
+ALARMS: Mapping[str, tuple[float, str]] = {
+    "tools/error_fraction": (
+        0.5,
+        "{:.0%} of the calls of tools were answered with an error: look at what they say in the report, and try one by "
+        "hand.",
+    ),
+    "episode/reward_failed_fraction": (
+        0.1,
+        "the reward failed on {:.0%} of the episodes, which are then left out: look at their errors in the run's "
+        "episodes, and mend the reward.",
+    ),
+    "episode/failed_fraction": (
+        0.5,
+        "{:.0%} of the episodes failed, and are left out: look at their errors in the run's episodes.",
+    ),
+    "episode/cut_fraction": (
+        0.5,
+        "{:.0%} of the episodes were cut by length or time: raise sampling.max_tokens, the environment's max_tokens or "
+        "max_context, or time_limit, or ask for shorter replies.",
+    ),
+}
+"""Metric of a step -> the share from which on a person is warned, and in which words."""
 
-    The mean training reward of the last third of the steps is compared with that of the first, each with the
-    standard error that its steps show.
+
+def alarms(row: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with a step's episodes, whatever they teach: metric -> a sentence."""
+    found = {name: row[name] for name in ALARMS if row.get(name) is not None}
+    if found.get("episode/reward_failed_fraction", 0.0) >= ALARMS["episode/reward_failed_fraction"][0]:
+        found.pop("episode/failed_fraction", None)  # the same episodes
+    return {name: ALARMS[name][1].format(share) for name, share in found.items() if share >= ALARMS[name][0]}
+
+
+def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What went wrong in a run, and what to try: with its episodes, on the mean of all steps, and in what it learned.
 
     Args:
         rows: of metrics.jsonl.
+    """
+    steps = [row for row in rows if row.get("step")]
+    known = {name: [row[name] for row in steps if row.get(name) is not None] for name in ALARMS}
+    told = alarms({name: float(np.mean(values)) for name, values in known.items() if values})
+    return [f"{text[0].upper()}{text[1:]}" for text in told.values()] + _untaught(rows)
+
+
+def _untaught(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run of reinforcement learning lacked, and what to try; nothing of one that learned, or is short.
+
+    The mean training reward of the last third of the steps is compared with that of the first, each with the
+    standard error that its steps show.
     """
     trained = [row for row in rows if row.get("policy/lr") is not None and row.get("reward/mean") is not None]
     if len(trained) < LEAST or any("distill/kl" in row for row in trained):

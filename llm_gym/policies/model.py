@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llm_gym.embedded import PATH
@@ -35,7 +36,7 @@ def load_model(source: str | Path | None, device: str | None = None, dtype: torc
             model: Any = None if is_adapter(source or PATH) else _numbers(source or PATH, dtype)
             if model is None or hasattr(model, "peft_config"):  # the second: an adapter of the hub
                 model = fold(source or PATH).to(dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
     loaded: nn.Module = model.to(device).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from llm_gym.chat import Chat
 
 URL = "https://api.openai.com/v1"
+SAY = 15.0
+"""Seconds between two lines about an endpoint that does not answer."""
+log = logging.getLogger(__name__)
+
 _TEXT_ONLY = "engine 'openai': it gives text only, without token ids and their log-probabilities; it cannot be trained."
 _HOPELESS = frozenset({401, 403, 404})
 """No key, no permission, no such model: every episode would meet it."""
@@ -55,6 +60,7 @@ class OpenAIPolicy:
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"base_url: got {base_url!r}, want a URL such as {URL!r}.")
         self.model, self.max_rows, self._retry = model, max_rows, retry_seconds
+        self._said = -SAY
         key = api_key or os.environ.get("OPENAI_API_KEY")
         self._remote = Remote(base_url, headers={"Authorization": f"Bearer {key}"} if key else {}, proxies=True)
         self._limit = "max_completion_tokens" if base_url.rstrip("/") == URL else "max_tokens"  # OpenAI's new name
@@ -118,6 +124,9 @@ class OpenAIPolicy:
                     raise ConfigError(f"engine 'openai': {error}.") from error
                 if not error.passing or time.monotonic() > until:
                     raise PolicyError(f"A request failed: {error}") from error
+                if time.monotonic() - self._said > SAY:
+                    self._said = time.monotonic()
+                    log.warning("no answer yet, trying for %.0f s more: %s", until - self._said, error)
             await asyncio.sleep(delay(attempt))
         raise AssertionError
 

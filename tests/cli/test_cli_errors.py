@@ -1,46 +1,187 @@
-"""Every bad setting is one sentence on standard error, exit code 2, and nothing else."""
+"""Every bad setting is one sentence on standard error, exit code 2, and nothing else: a table of command lines."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from llm_gym import embedded
 from llm_gym.cli.group import llmgym
 
 QA = "train --env Dataset-v0 --env-arg dataset={tmp}/qa.jsonl --env-arg prompt=question"
 
+MINE = """
+import gymnasium, torch
+from llm_gym import Reply, TextEnv
+
+def one_argument(only): return 0.0
+def scalar(streams, config): return streams.logprobs.mean(), {}
+def no_metrics(streams, config): return -streams.logprobs
+def cut_metrics(streams, config): return -streams.logprobs, {"mine": streams.logprobs.mean()}
+def raises(*args): raise KeyError("nothing")
+def per_task(rewards): return rewards.returns[:, 0]
+def one_weight(counts, length): return 1.0
+def one_ratio(ratio, low, high): return ratio.mean()
+def one_kl(logprobs, ref): return (logprobs - ref).mean()
+def many(group, limit): return group.rewards
+def nothing(*args): return None
+def far(rows, seed, config): return Far()
+class Far:
+    def draw(self, count, avoid=()): return [10 ** 6] * count
+    def learn(self, row, passed, failed): pass
+    def state_dict(self): return {}
+    def load_state_dict(self, state): pass
+class Long(TextEnv):
+    def open(self): return [{"role": "user", "content": "word " * 400}]
+    def reply(self, text): return Reply(reward=1.0, done=True)
+class Broken(Long):
+    def open(self): return self.nothing
+gymnasium.register("me/Long-v0", Long)
+gymnasium.register("me/Broken-v0", Broken)
+"""
+
 BAD = {
     "an environment": ("train --env Arithmetc-v0", ("env", "'Arithmetc-v0'", "'Arithmetic-v0'")),
     "an environment's module": ("train --env no_such_module:me/X-v0", ("env", "'no_such_module'")),
+    "an environment without its module": ("envs me/Hangman-v0", ("env", "'me/Hangman-v0'", "module:me/Hangman-v0")),
+    "an environment without text": ("train --env CartPole-v1", ("env", "CartPole-v1", "token ids")),
+    "one environment twice": ("train --env Arithmetic-v0 --env Arithmetic-v0", ("envs", "Arithmetic-v0", "name: ")),
     "an environment argument": ("train --env-arg digit_max=3", ("'digit_max'", "'digits_max'")),
-    "an argument's type": ("train --env-arg digits_max=x", ("Arithmetic-v0", "'digits_max': 'x'")),
+    "an argument's type": ("train --env-arg digits_max=x", ("digits_max", "'x'", "whole number", "Arithmetic-v0")),
     "an argument's value": ("train --env-arg split=tset", ("split", "'tset'", "'test'")),
     "an argument's form": ("train --env-arg digits_max", ("--env-arg", "'digits_max'", "key=value")),
     "a missing argument": ("train --env Dataset-v0", ("needs dataset", "--env-arg dataset=")),
     "a data set": ("train --env GSM8K-v0 --env-arg dataset={tmp}/qb.jsonl", ("dataset", "qb.jsonl", "qa.jsonl")),
-    "a column": (QA.replace("question", "questin") + " --env-arg reward=math:sqrt", ("'questin'", "'question'")),
+    "a column": (QA.replace("question", "questin") + " --env-arg reward=math:sqrt", ("'questin'", "prompt=question")),
+    "a column of another name": (
+        "train --env Dataset-v0 --env-arg dataset={tmp}/qa.jsonl",
+        ("'prompt'", "question, answer", "prompt=question"),
+    ),
+    "a context": ("train --env-arg max_context=10", ("max_context", "10", "Arithmetic-v0")),
+    "a context for long prompts": ("train --env mine:me/Long-v0 --env-arg max_context=300", ("max_context", "300")),
+    "a first message": ("train --env mine:me/Broken-v0", ("me/Broken-v0", "AttributeError", "mine.py", "line 26")),
     "a reward's module": (QA + " --env-arg reward=no_such_module:f", ("reward", "'no_such_module:f'")),
     "a reward's function": (QA + " --env-arg reward=math:sqr", ("reward", "'sqr'", "'sqrt'")),
+    "no reward": (QA + " --env-arg reward={{}}", ("reward", "at least one")),
+    "a reward's arguments": (QA + " --env-arg reward=mine:one_argument", ("'one_argument'", "row 0", "mine.py", "5")),
+    "a reward that raises": (QA + " --env-arg reward=mine:raises", ("'raises'", "KeyError", "mine.py", "9", "row 0")),
+    "a reward that gives nothing": (QA + " --env-arg reward=mine:nothing", ("'nothing'", "None", "mine.py", "row 0")),
     "a model": ("train --model {tmp}/model", ("{tmp}/model", "no such folder")),
+    "a model's name": ("train --model nosuch", ("model", "'nosuch'")),
+    "a model's name for chats": ("sft --data {tmp}/chats.jsonl --model nosuch", ("model", "'nosuch'")),
     "a key": ("train --set stepz=3", ("'stepz'", "'steps'")),
     "a nested key": ("train --set loss.clip_hig=0.3", ("'loss.clip_hig'", "'loss.clip_high'")),
     "a value": ("train --set steps=many", ("steps", "'many'", "whole number")),
     "a range": ("train --steps 0", ("steps", "got 0")),
     "an assignment": ("train --set steps", ("--set", "'steps'")),
+    "a preset": ("train --preset dapoo", ("preset", "'dapoo'", "'dapo'")),
     "a name": ("train --set advantage=grupo", ("advantage", "'grupo'", "'group_norm'")),
+    "a normaliser": ("train --set loss.normaliser=nope", ("loss.normaliser", "'nope'", "token_global")),
+    "one episode a group": ("train --set group_size=1", ("group_size", "1", "'group_norm'", "none")),
+    "a negative seed": ("train --seed -1", ("seed", "-1")),
+    "a huge seed": ("train --seed 99999999999999999999", ("seed", "99999999999999999999")),
+    "no threads": ("train --set threads=0", ("threads", "got 0", "at least 1")),
+    "no rows": ("train --set policy.max_rows=0", ("policy.max_rows", "got 0", "at least 1")),
+    "a canary's limit": ("train --set policy.canary_limit=-1", ("policy.canary_limit", "-1.0")),
+    "episodes of evaluation": ("train --set eval.episodes=-1", ("eval.episodes", "got -1", "at least 0")),
+    "checkpoints to keep": ("train --set checkpoint.keep=-1", ("checkpoint.keep", "got -1", "at least 0")),
+    "no time": ("train --set time_limit=0", ("time_limit", "0.0", "> 0")),
+    "negative time": ("train --set time_limit=-1", ("time_limit", "-1.0", "> 0")),
+    "time that is no number": ("train --set time_limit=.nan", ("time_limit", "nan", "> 0")),
+    "a rate without end": ("train --set optimizer.lr=.inf", ("optimizer.lr", "inf", "finite")),
+    "a floor above the peak": ("train --set optimizer.floor=2", ("optimizer.floor", "2.0", "[0, 1]")),
+    "a decay rate": ("train --set optimizer.betas=[2,.9]", ("optimizer.betas", "(2.0, 0.9)", "[0, 1)")),
+    "a negative eps": ("train --set optimizer.eps=-1", ("optimizer.eps", "-1.0", "at least 0")),
+    "a token budget": ("train --set token_budget=lots", ("token_budget", "'lots'", "whole number or auto")),
+    "an optimizer": ("train --set optimizer.name=adam", ("optimizer.name", "'adam'", "'adamw'")),
+    "a device": ("train --set device=gpu", ("device", "'gpu'", "cuda")),
+    "a device that is not here": ("train --set device=cuda:99", ("device", "'cuda:99'", "here")),
+    "a device for chats": ("sft --data {tmp}/chats.jsonl --set device=cuda:99", ("device", "'cuda:99'", "here")),
+    "adapters": ("train --set lora=3", ("lora", "got 3", "mapping")),
+    "a layer to adapt": ("train --set lora.target_modules=nope", ("lora.target_modules", "'nope'")),
+    "one layer of two": ("train --set lora.target_modules=[q_proj,nope]", ("lora.target_modules", "'nope'")),
+    "a pattern of layers": ("train --set lora.target_modules=(q_proj", ("lora.target_modules", "'(q_proj'", "pattern")),
+    "modules to save": ("train --set lora.modules_to_save=[nope]", ("lora.modules_to_save", "'nope'")),
+    "a layer's number": ("train --set lora.layers=9", ("lora.layers", "'9'", "0 to 3")),
+    "a layer to train": ("train --set memory.train_layers=-9", ("memory.train_layers", "'-9'", "0 to 3")),
     "an engine to train with": ("train --policy vlm", ("policy.engine", "'vlm'", "'vllm'")),
     "a text-only engine": ("train --policy openai", ("policy.engine", "'openai'", "new weights")),
+    "another engine's arguments": ("train --set policy.vllm={{x:1}}", ("policy.vllm", "'x:1'", "'transformers'")),
+    "no server's arguments": (
+        "train --set policy.server={{folder:x}}",
+        ("policy.server", "'folder:x'", "'transformers'"),
+    ),
     "a synchronisation": ("train --set policy.sync=shard", ("policy.sync", "'shard'", "'shared'")),
     "an engine's synchronisation": ("train --policy vllm --set policy.sync=file", ("'file'", "'vllm'", "tensors")),
     "a sampling": ("train --set sampling.top_p=2", ("sampling.top_p", "2.0")),
+    "a temperature that is no number": ("train --set sampling.temperature=.nan", ("sampling.temperature", "nan")),
+    "a loss's arguments": ("train --set loss.name=mine:one_argument", ("loss.name", "mine.py", "line 5", "TypeError")),
+    "a loss of another shape": ("train --set loss.name=mine:scalar", ("loss.name", "mine.py", "line 6", "()", "[M]")),
+    "a loss without metrics": ("train --set loss.name=mine:no_metrics", ("loss.name", "mine.py", "line 7", "metrics")),
+    "a loss's metric": ("train --set loss.name=mine:cut_metrics", ("loss.name", "mine.py", "'mine'", "()", "[M]")),
+    "a loss that raises": ("train --set loss.name=mine:raises", ("loss.name", "KeyError", "mine.py", "line 9")),
+    "an advantage's arguments": ("train --set advantage=mine:many", ("advantage", "mine.py", "line 14", "TypeError")),
+    "an advantage of another shape": (
+        "train --set advantage=mine:per_task",
+        ("advantage", "mine.py", "(2,)", "[P, G]"),
+    ),
+    "a filter's arguments": ("train --set filters.mine:one_argument=1", ("filters", "mine.py", "line 5", "TypeError")),
+    "a filter that gives many": ("train --set filters.mine:many=1", ("filters", "mine.py", "line 14", "true or false")),
+    "a normaliser of another shape": (
+        "train --set loss.normaliser=mine:one_weight",
+        ("loss.normaliser", "mine.py", "line 11", "[E]"),
+    ),
+    "a correction of another shape": (
+        "train --set loss.correction.name=mine:one_ratio",
+        ("loss.correction.name", "mine.py", "line 12", "[M]"),
+    ),
+    "a kl of another shape": (
+        "train --set loss.kl=mine:one_kl --set loss.kl_weight=.1",
+        ("loss.kl", "mine.py", "line 13", "[M]"),
+    ),
+    "a curriculum's arguments": (
+        QA.replace("question", "question --set curriculum.name=mine:one_argument"),
+        ("curriculum.name", "mine.py", "line 5", "TypeError"),
+    ),
+    "a curriculum beyond the data": (
+        QA.replace("question", "question --set curriculum.name=mine:far"),
+        ("curriculum.name", "mine.py", "1000000", "row"),
+    ),
     "a configuration file": ("train --config {tmp}/none.yaml", ("none.yaml", "No such file")),
     "broken YAML": ("train --config {tmp}/bad.yaml", ("bad.yaml", "not YAML")),
     "a used folder": ("train --out {tmp}/used", ("used", "--resume")),
+    "a file as folder": ("train --out {tmp}/qa.jsonl", ("out", "qa.jsonl", "is a file")),
+    "a file as folder for chats": (
+        "sft --data {tmp}/chats.jsonl --out {tmp}/qa.jsonl",
+        ("out", "qa.jsonl", "is a file"),
+    ),
     "nothing to resume": ("train --resume", ("--resume", "--out")),
+    "no teacher": ("distill", ("distill.teacher", "--teacher")),
+    "a teacher's tokens": (
+        "distill --teacher {tmp}/used --kl top_k --set distill.top_k=100000",
+        ("distill.teacher", "used", "no checkpoint"),
+    ),
+    "more tokens than there are": (
+        "distill --teacher {tmp}/nan --kl top_k --set distill.top_k=100000",
+        ("distill.top_k", "100000", "576"),
+    ),
+    "an advantage for a teacher": ("distill --teacher {tmp}/nan --set advantage=rloo", ("advantage", "'rloo'")),
+    "a stage after a good one": ("run {tmp}/plan.yaml", ("2-train", "loss.name", "mine.py", "line 6")),
+    "a stage's layers": ("run {tmp}/layers.yaml", ("2-train", "lora.target_modules", "'nope'")),
     "an environment to measure": ("eval --env GSM8k-v0", ("'GSM8k-v0'", "'GSM8K-v0'")),
     "a model to measure": ("eval --model {tmp}/model", ("{tmp}/model", "no such folder")),
+    "a model's name to measure": ("eval --model nosuch", ("model", "'nosuch'")),
+    "a reward to measure": (
+        QA.replace("train", "eval") + " --env-arg reward=mine:raises",
+        ("'raises'", "mine.py", "row 0"),
+    ),
     "an engine": ("eval --engine vlm", ("engine", "'vlm'", "'vllm'")),
     "an engine's option": ("eval --engine server --option server=http://x", ("'server'", "'servers'")),
     "an option's form": ("eval --engine server --option servers", ("--option", "'servers'", "key=value")),
@@ -54,24 +195,58 @@ BAD = {
     "an unfinished run": ("eval --model {tmp}/used", ("used", "checkpoint")),
     "no chats": ("sft", ("data",)),
     "chats": ("sft --data {tmp}/none.jsonl", ("none.jsonl",)),
+    "a number of steps for chats": ("sft --data {tmp}/chats.jsonl --steps 0", ("steps", "got 0", "at least 1")),
+    "a type to save": ("sft --data {tmp}/chats.jsonl --set save_dtype=int4", ("save_dtype", "'int4'", "float16")),
+    "a layer to adapt to chats": (
+        "sft --data {tmp}/chats.jsonl --set lora.target_modules=[nope]",
+        ("lora.target_modules", "'nope'"),
+    ),
     "a run": ("view {tmp}/nowhere", ("nowhere", "does not exist")),
     "an environment to describe": ("envs Guess-v0", ("'Guess-v0'", "'GuessNumber-v0'")),
 }
 
+LATE = {
+    "a cut file of weights": ("train --model {tmp}/cut --out {tmp}/new", ("model", "cut", "cannot be loaded")),
+    "weights that are no numbers": (
+        "train --model {tmp}/nan --out {tmp}/new",
+        ("model", "nan", "embed_tokens", "not finite"),
+    ),
+    "a cut file to measure": ("eval --model {tmp}/cut", ("model", "cut")),
+    "a cut file for chats": ("sft --data {tmp}/chats.jsonl --model {tmp}/cut --out {tmp}/new", ("model", "cut")),
+}
+"""What only the weights can show."""
 
-@pytest.fixture
-def tmp(tmp_path: Path) -> Path:
-    (tmp_path / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    (tmp_path / "bad.yaml").write_text("a: [")
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "config.yaml").write_text("steps: 3\n")
-    (tmp_path / "used" / "metrics.jsonl").write_text("")
-    return tmp_path
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with good and bad things in it, which is the current one."""
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "mine.py").write_text(MINE)
+    (tmp / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    (tmp / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    (tmp / "bad.yaml").write_text("a: [")
+    for name, second in {"plan": "loss: {name: mine:scalar}", "layers": "lora: {target_modules: [nope]}"}.items():
+        (tmp / f"{name}.yaml").write_text(f"stages:\n- sft: {{dataset: chats.jsonl}}\n- train: {{{second}}}\n")
+    (tmp / "used").mkdir()
+    (tmp / "used" / "config.yaml").write_text("steps: 3\n")
+    (tmp / "used" / "metrics.jsonl").write_text("")
+    for name in ("cut", "nan"):
+        shutil.copytree(embedded.PATH, tmp / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    whole = tmp / "cut" / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:1_000_000])
+    weights = load_file(tmp / "nan" / "model.safetensors")
+    weights[min(weights)].view(-1)[7] = torch.nan
+    save_file(weights, tmp / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(tmp)
+        here.syspath_prepend(str(tmp))
+        here.setattr("sys.dont_write_bytecode", True)
+        yield tmp
 
 
 @pytest.mark.parametrize(("line", "words"), BAD.values(), ids=BAD)
-def test_one_sentence(tmp: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: tuple[str, ...]) -> None:
-    monkeypatch.chdir(tmp)
+def test_one_sentence(tmp: Path, line: str, words: tuple[str, ...]) -> None:
     before = sorted(tmp.rglob("*"))
     done = CliRunner().invoke(llmgym, line.format(tmp=tmp).split())
     assert done.stderr.startswith("Error: "), (done.stderr, done.exception)
@@ -80,6 +255,18 @@ def test_one_sentence(tmp: Path, monkeypatch: pytest.MonkeyPatch, line: str, wor
         assert word.format(tmp=tmp) in done.stderr
     assert (done.exit_code, done.stdout) == (2, "")
     assert sorted(tmp.rglob("*")) == before, "a refused run leaves nothing behind"
+
+
+@pytest.mark.parametrize(("line", "words"), LATE.values(), ids=LATE)
+def test_one_sentence_of_what_only_the_weights_show(tmp: Path, line: str, words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(llmgym, line.format(tmp=tmp).split())
+    shutil.rmtree(tmp / "new", ignore_errors=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: "), (done.stderr, done.exception)
+    for word in words:
+        assert word.format(tmp=tmp) in last
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
