@@ -77,8 +77,6 @@ class RunFolder:
         Raises:
             CheckpointError: the folder already holds one that has begun (a configuration alone is none).
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"out: {str(self.path)!r} is a file, want a folder.")
         if self.metrics_file.exists():
             raise CheckpointError(f"out: {str(self.path)!r} already holds a run; pass --resume, or another folder.")
         self.hold()

@@ -114,6 +114,7 @@ def test_a_negative_number_of_checkpoints_to_keep_deletes_nothing(tmp_path: Path
     with pytest.raises(ConfigError, match=r"checkpoint\.keep: got -1, want at least 0"):
         load(TrainConfig, sets=["checkpoint.keep=-1"])
     run = RunFolder(tmp_path)
+    run.start("steps: 4\n")
     for step in (1, 2, 3):
         run.save(step, lambda folder: None, keep=0)
     assert len(run.checkpoints()) == 3
