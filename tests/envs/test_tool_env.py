@@ -68,6 +68,15 @@ def called(name: str, **arguments: Any) -> str:
     return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
 
 
+def test_a_call_in_the_wrong_form_is_answered_and_not_graded() -> None:
+    env = Sums()
+    env.reset(seed=3)
+    reward, done, info = say(env, f"```tool_code\ncalculator(expression='{env.a}*{env.b}')\n```")
+    assert (reward, done) == (-0.1, False)
+    assert result(info).startswith("Error: The call cannot be read; calls are written in this form:\n<tool_call>")
+    assert say(env, str(env.a * env.b))[:2] == (1.0, True)
+
+
 def test_a_call_its_result_and_the_answer() -> None:
     env = Sums(render_mode="ansi")
     obs, info = env.reset(seed=3)

@@ -136,6 +136,11 @@ def test_values_that_hold_their_own_closing_tag() -> None:
             'to=functions.f <|constrain|>json<|message|>{"text": "a"}<|call|>',
             {"text": "a"},
         ),
+        ("harmony", '<|channel|>analysis to=functions.f code<|message|>{"text": "a"}', {"text": "a"}),
+        ("harmony", '<|channel|>commentary to=f <|constrain|>json<|message|>{"text": "a"}<|call|>', {"text": "a"}),
+        ("llama", '<function=f>{"text": "a"}</function>', {"text": "a"}),
+        ("llama", '{"type": "function", "function": "f", "parameters": {"text": "a"}}', {"text": "a"}),
+        ("hermes", '<tool_calls>\n{"name": "f", "arguments": {"text": "a"}}\n</tool_calls>', {"text": "a"}),
         ("deepseek", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"text": "a"}<｜tool▁call▁end｜>', {"text": "a"}),
         ("kimi", '<|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{"text": "a"}<|tool_call_end|>', {"text": "a"}),
         ("qwen_xml", "<function=f>\n<parameter=count>\n3\n</parameter>\n<parameter=sure>\nTrue\n</parameter></function>", {"count": 3, "sure": True}),
@@ -145,6 +150,12 @@ def test_values_that_hold_their_own_closing_tag() -> None:
         ("invoke", '<｜DSML｜invoke name="f"><｜DSML｜parameter name="count" string="false">3</｜DSML｜parameter></｜DSML｜invoke>', {"count": 3}),
         ("pythonic", "<|python_start|>[f(text='a', deep=[1, {'k': None}], sure=true,)]<|python_end|>", {"text": "a", "deep": [1, {"k": None}], "sure": True}),
         ("pythonic", "[f(text='two\nlines', ratio=-1_0.5e1)]", {"text": "two\nlines", "ratio": -105.0}),
+        ("pythonic", "f(text='a', count=1)", {"text": "a", "count": 1}),
+        ("pythonic", "Let me see.\n[f(text='a')]", {"text": "a"}),
+        ("pythonic", "So: <|python_start|>f(text='a')<|python_end|>", {"text": "a"}),
+        ("pythonic", "<|tool_call_start|>[f(text='a')]<|tool_call_end|>", {"text": "a"}),
+        ("pythonic", "```tool_code\nf(text='a')\n```", {"text": "a"}),
+        ("gemma", "<start_function_call>call:f{text:<escape>a<escape>,count:1}<end_function_call>", {"text": "a", "count": 1}),
         ("gemma", '<|tool_call>call:f{deep:{k:[None,<|"|>x<|"|>]}}<tool_call|>', {"deep": {"k": [None, "x"]}}),
     ],
 )  # fmt: skip
@@ -168,6 +179,17 @@ def test_spellings_that_models_use(name: str, text: str, expected: dict[str, Any
         ("qwen_xml", "<function=f><parameter=text>a", "the argument 'text' is not closed"),
         ("qwen_xml", "<function=f><parameter=text>a</parameter><parameter=text>b</parameter></function>", "given twice"),
         ("glm", "<tool_call>f<arg_key>text</arg_key><arg_value>a</tool_call>", "'text' is not closed"),
+        ("glm", "<tool_call>f\n", "want an argument or the end of the call, but the text ends"),
+        ("glm", '<tool_call>{"name": "f"}</tool_call>', """got '{"name": "f"}</tool_"""),
+        ("harmony", "<|channel|>commentary to=f<|message|>{}{}", "one JSON object of arguments, got 2"),
+        ("llama", "<|python_tag|>print(1)", "not valid JSON"),
+        ("llama", 'I call {"name": "f", "parameters": {"text": "a}', "not valid JSON"),
+        ("llama", 'I call {"name": "f", "text": "a"}', "must have the form"),
+        ("pythonic", "f(2)", "want a name or a value"),
+        ("pythonic", "```tool_code\nprint(f(text='a'))\n```", "the form is [name("),
+        ("pythonic", "<|tool_call_start|>[]<|tool_call_end|>", "want a call"),
+        ("python_block", "```python print(1)```", "on the line below"),
+        ("python_block", "```python", "not closed by a line of ```"),
         ("pythonic", "[f(1)]", "want a name or a value, got '1)]'; the form is [name("),
         ("pythonic", "[f(text=g)]", "want a value, got 'g)]'"),
         ("pythonic", "[f(text='a', text='b')]", "only once"),
@@ -192,8 +214,65 @@ def test_plain_answers_are_no_calls(name: str) -> None:
         "I would call f(text='a').",
         "```python\nprint(1)\n```",
         "<function> <tool>",
+        "f(x) = 2x, so the slope is 2",
+        '{"names": ["f"], "parameters": 3}',
     ):
-        assert FORMATS[name].notation.read(text, SCHEMAS) == []
+        assert read(FORMATS[name], text, "", SCHEMAS) == []
+
+
+def test_what_harmony_says_to_itself_is_no_call() -> None:
+    thought = "<|channel|>analysis<|message|>Like <tool_call>, or functions.f, or [TOOL_CALLS]f?<|end|>"
+    text = f"{thought}<|start|>assistant<|channel|>final<|message|>4"
+    assert read(FORMATS["harmony"], text, "", SCHEMAS) == []
+
+
+CALL = ToolCall("f", {"text": "a"})
+ELSEWHERE = {name: FORMATS[name].notation.write([CALL]) for name in NATIVE} | {
+    "JSON without a tag": '{"name": "f", "arguments": {"text": "a"}}',
+    "Gemma 3": "```tool_code\nprint(f(text='a'))\n```",
+    "FunctionGemma": "<start_function_call>call:f{text:<escape>a<escape>}<end_function_call>",
+    "a tag and nothing that can be read": "<|tool_call_begin|>f(a)",
+}
+
+
+@every_format
+@pytest.mark.parametrize("written", ELSEWHERE)
+def test_a_call_written_as_elsewhere_is_no_final_answer(name: str, written: str) -> None:
+    """It is read where that is this format's too (a block of Python is code); else the model is told how to write it."""
+    found = read(FORMATS[name], ELSEWHERE[written], "", SCHEMAS)
+    assert found
+    for call in found:
+        assert call.error or (call.name, call.arguments) == (CALL.name, CALL.arguments) or name == "python_block"
+
+
+def test_several_calls_in_one_tag() -> None:
+    one, two = '{"name": "f", "arguments": {"text": "a"}}', '{"name": "f", "arguments": {"text": "b"}}'
+    for joint in ("\n", ",", ";\n"):
+        text = f"<tool_call>\n{one}{joint}{two}\n</tool_call>"
+        found = FORMATS["hermes"].notation.read(text, SCHEMAS)
+        assert as_data(found) == [("f", {"text": "a"}), ("f", {"text": "b"})]
+        assert without_calls(text, found) == ""
+    first, second = FORMATS["hermes"].notation.read(f'<tool_call>{one}\n{{"name": </tool_call>', SCHEMAS)
+    assert first.error == ""
+    assert "not valid JSON" in second.error
+    assert as_data(FORMATS["pythonic"].notation.read("f(text='a')\nf(text='b')", SCHEMAS)) == [
+        ("f", {"text": "a"}),
+        ("f", {"text": "b"}),
+    ]
+
+
+@pytest.mark.parametrize("name", TAG_FORMATS)
+def test_an_argument_that_is_not_closed_takes_nothing_of_what_follows(name: str) -> None:
+    """Not the next argument, and not the next call."""
+    notation = FORMATS[name].notation
+    ends = notation.ends.replace("{ns}", "")
+    argument = notation.write([ToolCall("f", {"text": "a", "count": 3})]).replace(ends, "", 1)
+    (call,) = notation.read(argument, SCHEMAS)
+    assert "the argument 'text' is not closed" in call.error
+    broken, whole = notation.write([CALL]).replace(ends, ""), notation.write([ToolCall("f", {"text": "b"})])
+    first, second = notation.read(f"{broken}\nAnd then:\n{whole}", SCHEMAS)
+    assert "the argument 'text' is not closed" in first.error
+    assert as_data([second]) == [("f", {"text": "b"})]
 
 
 @every_format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,6 +73,15 @@ FORMATS: dict[str, Format] = {
 QUESTION = {"role": "user", "content": "q"}
 MARK = "SYSTEMqzTEXT"
 """Stands for a system message in a dummy render."""
+_TAGS = re.compile(
+    r"<tool_calls?>|<function=|invoke name=\"|\[TOOL_CALLS\]|<\|python_(?:tag|start)\|>"
+    r"|<\|tool_call(?:_start|_begin)?\|?>|<start_function_call>|<｜tool▁call▁begin｜>|commentary to=functions"
+)
+"""What no text but a call holds."""
+_BARE = ("llama", "pythonic")
+"""Formats whose calls may have no tag."""
+_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>.*?(?=<\|(?:end|start|channel)\|>|\Z)", re.S)
+"""Harmony's thinking; a call from there names its recipient in front of the message."""
 PROBE: dict[str, Any] = {"text": 'a "b"\n<c>', "count": 3}
 """Arguments that tell the formats apart."""
 
@@ -207,8 +217,27 @@ def _say(text: str) -> None:
 
 
 def read(used: Format, text: str, closing: str, schemas: Schemas) -> list[ToolCall]:
-    """The calls in a reply, none of them from its thinking; `closing` is the tag that ends the thinking it is in."""
-    return used.notation.read(without_thinking(text, closing), schemas)
+    """The calls in a reply, none of them from its thinking; `closing` is the tag that ends the thinking it is in.
+
+    A reply that holds none but was meant to has one that cannot be read: it is no final answer.
+    """
+    text = without_thinking(text, closing)
+    return used.notation.read(text, schemas) or misplaced(used, text, schemas)
+
+
+def misplaced(used: Format, text: str, schemas: Schemas) -> list[ToolCall]:
+    """A call that says how to write it, if a reply without calls in the format `used` has those of another.
+
+    What shows it is a tag of any format, or a tool's own name where the formats without tags have it.
+    """
+    text = _ANALYSIS.sub(lambda thought: " " * len(thought[0]), text)
+    bare = [call for one in _BARE for call in FORMATS[one].notation.read(text, schemas) if call.name in schemas]
+    starts = [found.start() for found in [_TAGS.search(text)] if found] + [call.start for call in bare]
+    if not starts:
+        return []
+    form = used.notation.write([ToolCall("name_of_the_tool", {"name_of_the_argument": "value"})])
+    why = f"The call cannot be read; calls are written in this form:\n{form}"
+    return [ToolCall(bare[0].name if bare else "", {}, min(starts), len(text), why)]
 
 
 PROBE_TOOL: dict[str, Any] = {

@@ -14,6 +14,11 @@ from llm_gym.envs.tools.literals import decode, loads
 WANTED = '{"name": ..., "arguments": {...}}'
 NAME = r"(?P<name>[\w.-]{1,200})"
 _SPACE = re.compile(r"\s*")
+_JOINT = re.compile(r"\s*[,;]?\s*")
+"""What may stand between two calls behind one marker."""
+_NAMED = re.compile(
+    r'\{\s{0,9}(?:"type"\s{0,9}:\s{0,9}"function"\s{0,9},\s{0,9})?"(?:name|function)"\s{0,9}:\s{0,9}"' + NAME + '"'
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class JsonCalls:
         closes: what may stand behind it.
         pattern: how a call is written, with `{name}` (JSON text), `{tool}` (the bare name) and `{arguments}`.
         joint: what is written between two calls.
-        bare: there is no marker, so JSON of another form is ordinary text.
+        bare: where there is no marker, JSON of another form is ordinary text, unless it names a tool.
     """
 
     opens: re.Pattern[str]
@@ -42,7 +47,7 @@ class JsonCalls:
             marker = self.opens.search(text, at)
             if marker is None:
                 break
-            calls = list(self._at(text, marker))
+            calls = list(self._at(text, marker, schemas))
             at = max([marker.end() + 1, *(call.stop for call in calls)])  # a bare call's marker is empty
             found += calls
         return found[:MOST_CALLS]
@@ -56,23 +61,34 @@ class JsonCalls:
             for call in calls
         )
 
-    def _at(self, text: str, marker: re.Match[str]) -> Iterator[ToolCall]:
-        """The calls behind one marker: several where the JSON is a list."""
+    def _at(self, text: str, marker: re.Match[str], schemas: Schemas) -> Iterator[ToolCall]:
+        """The calls behind one marker: several where the JSON is a list, or where more JSON follows."""
         groups = marker.groupdict()
-        name = groups.get("name") or ""
-        start = _past_space(text, marker.end())
-        try:
-            value, stop = decode(text, start)
-        except ValueError as error:
-            if not self.bare or not text[: marker.start()].strip():
-                yield ToolCall(name, {}, marker.start(), self._end(text, start), f"The call is not valid JSON: {error}")
-            return
+        name, identity = groups.get("name") or "", groups.get("id") or ""
+        bare = self.bare and not marker[0]
+        at = stop = _past_space(text, marker.end())
+        values: list[Any] = []
+        why = ""
+        while True:
+            try:
+                value, stop = decode(text, at)
+            except ValueError as error:
+                why, stop = f"The call is not valid JSON: {error}", self._end(text, at)
+                break
+            values += value if isinstance(value, list) and not name else [value]
+            at = _past(_JOINT, text, stop)
+            if bare or len(values) >= MOST_CALLS or not text.startswith("{", at):
+                break
         closing = self.closes.match(text, _past_space(text, stop))
-        stop = closing.end() if closing else stop
-        for one in value if isinstance(value, list) and not name else [value]:
-            call = as_call(one, name, marker.start(), stop, groups.get("id") or "")
-            if not (self.bare and call.error):
+        stop = closing.end() if closing and not why else stop
+        if name and len(values) > 1:
+            values, why = [], f"A call has one JSON object of arguments, got {len(values)} of them."
+        for value in values:
+            call = as_call(value, name, marker.start(), stop, identity)
+            if not (bare and call.error) or call.name in schemas:
                 yield call
+        if why and (not bare or not text[: marker.start()].strip() or _named(text, at) in schemas):
+            yield ToolCall(name or _named(text, at), {}, marker.start(), stop, why)
 
     def _end(self, text: str, start: int) -> int:
         """Where a call that cannot be read ends: behind its closing marker, before the next call, or at the end."""
@@ -89,7 +105,7 @@ def as_call(value: Any, name: str, start: int, stop: int, identity: str = "") ->
     if isinstance(value, dict) and not name:
         inner = value.get("function")
         value = inner if isinstance(inner, dict) else value
-        name = value["name"] if isinstance(value.get("name"), str) else ""
+        name = next((text for text in (value.get("name"), inner) if isinstance(text, str)), "")
         keys = [key for key in ("arguments", "parameters") if key in value]
         if not name or (not keys and len(value) > 1):
             return ToolCall(name, {}, start, stop, f"The call must have the form {WANTED}.")
@@ -106,20 +122,30 @@ def as_call(value: Any, name: str, start: int, stop: int, identity: str = "") ->
     return ToolCall(name, value, start, stop, id=identity)
 
 
+def _named(text: str, at: int) -> str:
+    """The tool that JSON at `at` names at its beginning, whether or not the rest can be read."""
+    found = _NAMED.match(text, at)
+    return found["name"] if found else ""
+
+
 def _past_space(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    assert space is not None
-    return space.end()
+    return _past(_SPACE, text, at)
+
+
+def _past(pattern: re.Pattern[str], text: str, at: int) -> int:
+    passed = pattern.match(text, at)
+    assert passed is not None
+    return passed.end()
 
 
 HERMES = JsonCalls(
-    re.compile(r"<tool_call>"),
-    re.compile(r"</tool_call>"),
+    re.compile(r"<tool_call>|<tool_calls>(?!\s{0,99}<)"),
+    re.compile(r"</tool_calls?>"),
     '<tool_call>\n{"name": {name}, "arguments": {arguments}}\n</tool_call>',
 )
 LLAMA = JsonCalls(
-    re.compile(r'(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type|parameters|arguments|function)")'),
-    re.compile(r";|<\|eom_id\|>"),
+    re.compile(r"<\|python_tag\|>|<function=" + NAME + r'>|(?=\{\s*"(?:name|type|parameters|arguments|function)")'),
+    re.compile(r";|</function>|<\|eom_id\|>"),
     '{"name": {name}, "parameters": {arguments}}',
     joint="; ",
     bare=True,
@@ -134,7 +160,8 @@ MISTRAL = JsonCalls(
 )
 HARMONY = JsonCalls(
     re.compile(
-        r"(?:(?:\A|<\|start\|>assistant)(?:<\|channel\|>commentary)?|<\|channel\|>commentary) {0,2}to=functions\."
+        r"(?:(?:\A|<\|start\|>assistant)(?:<\|channel\|>\w{1,20})?|<\|channel\|>\w{1,20}) {0,2}"
+        r"to=(?!(?:user|assistant|all)\b)(?:functions\.)?"
         + NAME
         + r"[^<]{0,99}(?:<\|(?:channel|constrain)\|>[^<]{0,99}){0,3}<\|message\|>"
     ),

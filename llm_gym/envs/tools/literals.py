@@ -15,7 +15,9 @@ DEEPEST = 40
 _SPACE = re.compile(r"\s*")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]{0,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][-+]?\d{1,4})?")
 _WORD = re.compile(r"[^\W\d][\w.-]*")
-_QUOTES = ('<|"|>', '"""', "'''", '"', "'")
+_RAW = ('<|"|>', "<escape>")
+"""Quotes between which nothing is escaped: Gemma 4's, FunctionGemma's."""
+_QUOTES = (*_RAW, '"""', "'''", '"', "'")
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([0-7]{1,3})|(.))", re.S)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
@@ -135,12 +137,12 @@ class Literals:
             stop = self.text.find(quote, stop)
             if stop < 0:
                 raise self.error(f"a closing {quote}")
-            if quote == '<|"|>' or not self._escaped(start, stop):
+            if quote in _RAW or not self._escaped(start, stop):
                 break
             stop += 1
         self.at = stop + len(quote)
         body = self.text[start:stop]
-        return body if quote == '<|"|>' or "\\" not in body else _unescaped(body)
+        return body if quote in _RAW or "\\" not in body else _unescaped(body)
 
     def number(self, text: str) -> int | float:
         """An int, or a float that is finite."""
@@ -161,6 +163,10 @@ class Literals:
             return False
         self.at += len(text)
         return True
+
+    def ends(self, text: str) -> bool:
+        """Whether `text` comes next, which is passed over, or nothing if it is empty."""
+        return self.skip(text) and (bool(text) or self.at == len(self.text))
 
     def want(self, *texts: str) -> None:
         """Passes over the first of `texts`.

@@ -71,13 +71,14 @@ class TagCalls:
             if closed := closes.match(text, at):
                 return ToolCall(name, arguments, opened.start(), closed.end())
             if not (tag := argument.match(text, at)):
-                error = f"want an argument or the end of the call, got {text[at : at + 20]!r}."
+                got = f"got {text[at : at + 20]!r}" if at < len(text) else "but the text ends"
+                error = f"want an argument or the end of the call, {got}."
                 break
-            if not (end := ends.search(text, tag.end())):
-                error = f"the argument {tag['key'].strip()!r} is not closed."
+            key, end = tag["key"].strip(), ends.search(text, tag.end())
+            if end is None or self._goes_on(text[tag.end() : end.start()], argument, closes, properties):
+                error = f"the argument {key!r} is not closed."
                 at = tag.end()
                 break
-            key = tag["key"].strip()
             if key in arguments:
                 error = f"the argument {key!r} is given twice."
                 break
@@ -89,6 +90,18 @@ class TagCalls:
         following = self.opens.search(text, max(at, opened.end()))
         stop = min(stop, following.start()) if following else stop
         return ToolCall(name, {}, opened.start(), stop, f"The call cannot be read: {error}")
+
+    def _goes_on(
+        self, value: str, argument: re.Pattern[str], closes: re.Pattern[str], properties: Mapping[str, Any]
+    ) -> bool:
+        """Whether a value holds what stands behind it: another argument of the tool, or the call's end and a call.
+
+        Its own closing tag is then missing, and the one that was found is a later argument's.
+        """
+        if any(tag["key"].strip() in properties for tag in argument.finditer(value)):
+            return True
+        closed = closes.search(value)
+        return closed is not None and self.opens.search(value, closed.end()) is not None
 
     def _value(self, text: str) -> str:
         return text.removeprefix("\n").removesuffix("\n") if self.padded else text
@@ -154,7 +167,7 @@ QWEN_XML = TagCalls(
     padded=True,
 )
 GLM = TagCalls(
-    opens=re.compile(r"<tool_call>\s*(?P<name>[\w.-]{1,200})\s*(?=<arg_key>|</tool_call>)"),
+    opens=re.compile(r"<tool_call>\s*(?P<name>[\w.-]{0,200})"),
     closes=r"</tool_call>",
     argument=r"<arg_key>(?P<key>[^<\n]{1,200})</arg_key>\s{0,9}<arg_value>",
     ends=r"</arg_value>",
