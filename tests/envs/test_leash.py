@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a 
 SLOWLY = """
 import ctypes, os, platform, subprocess, sys, threading, time
 leash, folder = sys.argv[1:]
-command = [sys.executable, "-I", "-S", leash, str(os.getpid()), "PATH", folder, "sh", "-c", "echo begun; exec sleep 1000"]
+command = [sys.executable, "-I", "-S", leash, str(os.getpid()), "PATH", folder, "9", "sh", "-c", "echo begun; exec sleep 1000"]
 server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 server.stdout.readline()
 def last():
@@ -48,9 +48,37 @@ def test_a_trainer_that_died_before_its_server_started_leaves_no_folder(tmp_path
     folder = tmp_path / "scratch"
     folder.mkdir()
     command = ["touch", str(tmp_path / "started")]
-    leashed = [sys.executable, "-I", "-S", leash.__file__, str(gone.pid), "PATH", str(folder), *command]
+    leashed = [sys.executable, "-I", "-S", leash.__file__, str(gone.pid), "PATH", str(folder), "9", *command]
     assert subprocess.run(leashed, stdin=subprocess.DEVNULL, check=False, timeout=60).returncode == 1
     assert not list(tmp_path.iterdir())
+
+
+def leashed(code: str, longest: int) -> subprocess.CompletedProcess[bytes]:
+    """A server of a few lines on a leash of ours, until it ends."""
+    command = [sys.executable, "-I", "-S", "-c", f"import os, sys, time\n{code}"]
+    leash_of = [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), "PATH", "", str(longest), *command]
+    with subprocess.Popen(leash_of, stdin=-1, stdout=-1, stderr=-1) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        out, err = server.stdout.read(), server.stderr.read()  # its input stays open meanwhile
+    return subprocess.CompletedProcess(leash_of, server.returncode, out, err)
+
+
+def test_what_a_server_says_is_passed_on_to_its_last_byte() -> None:
+    said = leashed("sys.stdout.write('ab\\n' * 300_000 + 'end')", longest=3)
+    assert (said.stdout, said.stderr) == (b"ab\n" * 300_000 + b"end", b"")
+
+
+def test_a_server_that_writes_too_long_a_line_is_ended() -> None:
+    """It would have gone on for a thousand seconds; the line does not reach the trainer as a whole."""
+    said = leashed("print('a'); sys.stdout.write('x' * (9 << 20)); sys.stdout.flush(); time.sleep(1000)", 4 << 20)
+    assert said.stdout.startswith(b"a\nxxx")
+    assert len(said.stdout) <= len("a\n") + (4 << 20)
+    assert said.stderr == b"it sent a message of more than 4 MiB\n"
+
+
+def test_a_server_that_says_nothing_more_is_ended() -> None:
+    assert leashed("os.close(1); time.sleep(1000)", 9).stdout == b""
 
 
 def _ended(pidfd: int) -> bool:

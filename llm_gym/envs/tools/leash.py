@@ -1,12 +1,14 @@
 """Starts a server so that it and everything it starts end with us.
 
-    python -I -S leash.py TRAINER NAMES FOLDER COMMAND ...
+    python -I -S leash.py TRAINER NAMES FOLDER LONGEST COMMAND ...
 
 The leash stands between the trainer and a server that speaks on its standard input and output. It gives the server
 an environment of exactly the variables listed in NAMES (separated by commas), adopts whatever loses its parent
 (Linux: a sub-reaper), and when the trainer closes the input, ends or dies, kills every descendant, those that made
 sessions of their own included. If the trainer (TRAINER is its pid) died, even before the server was started, it also
-removes FOLDER, which nobody else will. Only the standard library, and little of it: it starts in a few milliseconds.
+removes FOLDER, which nobody else will. What the server says is passed on; one that writes a line of more than LONGEST
+bytes is ended, because the trainer would read it in a loop that others share. Only the standard library, and little of
+it: it starts in a few milliseconds.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 def main() -> int:
     """Runs the server until it ends or is to end; returns its exit code."""
-    trainer, names, folder, *command = sys.argv[1:]
+    trainer, names, folder, longest, *command = sys.argv[1:]
     parent = int(trainer)  # not getppid(), which may already be another
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -46,14 +48,18 @@ def main() -> int:
     environment = {name: os.environ[name] for name in names.split(",") if name in os.environ}
     try:
         server = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the trainer must see the server's output end
     try:
-        _watch(server, wake, parent)
+        _watch(server, Output(server, int(longest)), wake, parent)
     finally:
         _kill_all(server)
     if _orphaned(parent):
@@ -87,20 +93,79 @@ def _dying(pid: int) -> bool:
     return state in b"ZX" or bool(int(flags) & PF_EXITING or int(pending, 16) & SIGKILL_PENDING)
 
 
-def _watch(server: "subprocess.Popen[bytes]", wake: int, parent: int) -> None:
-    """Returns when the server has ended, or has had its grace after the trainer let go."""
+class Output:
+    """What the server writes, on its way to the trainer; neither side can make us wait for it."""
+
+    def __init__(self, server: "subprocess.Popen[bytes]", longest: int) -> None:
+        assert server.stdout is not None
+        self.source, self._longest = server.stdout.fileno(), longest
+        self._line, self._waiting = 0, b""
+        for descriptor in (self.source, 1):
+            os.set_blocking(descriptor, False)
+
+    def wait_for(self) -> "tuple[int, int]":
+        """Descriptor and event to wait for: that the trainer takes what is waiting, else that the server says more."""
+        return (1, select.POLLOUT) if self._waiting else (self.source, select.POLLIN)
+
+    def move(self) -> bool:
+        """Moves what can be moved; whether there may be more to come."""
+        if not self._waiting:
+            try:
+                self._waiting = os.read(self.source, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not self._waiting or self._too_long(self._waiting):
+                return False
+        try:
+            self._waiting = self._waiting[os.write(1, self._waiting) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # the trainer reads no more
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Moves what the server left when it ended, as far as the trainer takes it in time."""
+        deadline = time.monotonic() + PATIENCE
+        poll = select.poll()
+        while (left := deadline - time.monotonic()) > 0:
+            descriptor, event = self.wait_for()
+            poll.register(descriptor, event)
+            ready = poll.poll(1000 * left if self._waiting else 0)
+            poll.unregister(descriptor)
+            if not ready or not self.move():
+                return
+
+    def _too_long(self, data: bytes) -> bool:
+        """Whether the line that is being written has become too long, `data` included."""
+        first, last = data.find(b"\n"), data.rfind(b"\n")
+        longest = self._line + (first if first >= 0 else len(data))
+        self._line = len(data) - last - 1 if last >= 0 else longest
+        if longest > self._longest:
+            print(f"it sent a message of more than {self._longest >> 20} MiB", file=sys.stderr, flush=True)
+        return longest > self._longest
+
+
+def _watch(server: "subprocess.Popen[bytes]", output: Output, wake: int, parent: int) -> None:
+    """Passes on what the server writes until it has ended, or has had its grace after the trainer let go."""
     poll = select.poll()
     poll.register(0, 0)  # nothing but the other end's closing
     poll.register(wake, select.POLLIN)
     while server.poll() is None and os.getppid() == parent:
-        for descriptor, _ in poll.poll(1000):
-            if descriptor == 0:
+        awaited, event = output.wait_for()
+        poll.register(awaited, event)
+        ready = poll.poll(1000)
+        poll.unregister(awaited)
+        for descriptor, _ in ready:
+            if descriptor == wake:
+                if set(os.read(wake, 64)) - {signal.SIGCHLD}:
+                    return
+            elif descriptor == 0 or not output.move():
                 deadline = time.monotonic() + GRACE
                 while server.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.005)
                 return
-            if set(os.read(wake, 64)) - {signal.SIGCHLD}:
-                return
+    output.flush()
 
 
 def _kill_all(server: "subprocess.Popen[bytes]") -> None:

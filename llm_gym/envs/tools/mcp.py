@@ -95,7 +95,7 @@ class MCPTool(QuestionEnv):
 
     def _call(self, tool: str, /, **arguments: Any) -> str:
         assert self._pool is not None
-        if self._session is None:
+        if self._session is None or (self._session.lost and self._pool.shared):
             self._session = self._pool.take()
         return self._pool.call(self._session, tool, arguments, self.call_timeout)
 

@@ -6,8 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_gym.envs.tools.literals import DEEPEST
+
 DROPPED = frozenset({"$schema", "$id", "$defs", "definitions", "title"})
 """Keywords of a schema that say nothing about an argument."""
+MOST_PARTS = 10_000
+"""Parts of a schema after which its references are no longer put in place."""
+LONGEST = 8 << 20
+"""Bytes of one message from a server: it is read in the loop that all sessions share."""
+TOO_LONG = f"it sent a message of more than {LONGEST >> 20} MiB"
+CONTENT = frozenset({"text", "image", "audio", "resource", "resource_link"})
+"""Types of content that MCP knows."""
 
 
 def result_text(result: Any) -> str:
@@ -35,6 +44,16 @@ def _block_text(block: Any) -> str:
     return f"[{kind}]"
 
 
+def not_mcp(error: Any) -> str:
+    """What is wrong with a message that the protocol's types refused (a pydantic `ValidationError`), in a few words."""
+    errors = error.errors()
+    unknown = {str(one["input"]) for one in errors if one["type"] == "literal_error"} - CONTENT
+    if unknown:
+        return f"unknown type {', '.join(map(repr, sorted(unknown)))}"
+    first = next((one for one in errors if one["type"] != "literal_error"), errors[0])
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def _size(base64: str) -> int:
     """Bytes that a base64 text stands for."""
     return len(base64) * 3 // 4 - base64[-2:].count("=")
@@ -49,33 +68,37 @@ def tool_schema(name: str, tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def resolved(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...] = ()) -> Any:
+def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     """A JSON schema with its local references put in place and what no model needs dropped.
 
-    A schema that contains itself (`inside` are the references being followed) accepts anything there.
+    A schema that contains itself accepts anything there, and so does a reference that leads through more than
+    `DEEPEST` others, or that comes when `MOST_PARTS` are in place: a few definitions that use each other twice are
+    more than any model can read.
     """
-    if isinstance(schema, list):
-        return [resolved(item, root, inside) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if "$ref" in schema:
-        reference = str(schema["$ref"])
-        if reference in inside:
-            return {}
-        rest = {key: value for key, value in schema.items() if key != "$ref"}
-        return resolved({**_find(reference, root), **rest}, root, (*inside, reference))
-    return {
-        key: _each(value, root, inside) if key in ("properties", "patternProperties") else resolved(value, root, inside)
-        for key, value in schema.items()
-        if key not in DROPPED
-    }
+    left = MOST_PARTS
 
+    def placed(part: Any, inside: tuple[str, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(part, list):
+            return [placed(item, inside) for item in part]
+        if not isinstance(part, Mapping):
+            return part
+        if "$ref" in part:
+            reference = str(part["$ref"])
+            if reference in inside or len(inside) >= DEEPEST or left < 0:
+                return {}
+            rest = {key: value for key, value in part.items() if key != "$ref"}
+            return placed({**_find(reference, root), **rest}, (*inside, reference))
+        return {
+            key: {name: placed(item, inside) for name, item in value.items()}  # a property may be called `title`
+            if key in ("properties", "patternProperties") and isinstance(value, Mapping)
+            else placed(value, inside)
+            for key, value in part.items()
+            if key not in DROPPED
+        }
 
-def _each(properties: Any, root: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
-    """The schemas of named properties; a property may be called `title`."""
-    if not isinstance(properties, Mapping):
-        return properties
-    return {name: resolved(schema, root, inside) for name, schema in properties.items()}
+    return placed(schema, ())
 
 
 def _find(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any]:

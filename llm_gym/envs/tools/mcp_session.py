@@ -1,7 +1,8 @@
 """Sessions with MCP servers, all in one event loop of their own, for environments that block.
 
 Every await has a deadline that is kept from outside too, so a server that is silent, prints garbage or dies ends a
-call as an error and never as a hang. A server started by us runs on a leash (see `leash.py`), in a folder of its own.
+call as an error and never as a hang. A server started by us runs on a leash (see `leash.py`), in a folder of its own;
+what one sends is bounded before it comes into the loop, there or in `mcp_http.py`.
 """
 
 from __future__ import annotations
@@ -9,79 +10,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import CancelledError, Future
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from llm_gym.envs.tools.mcp_results import public_names, result_text
+from llm_gym.envs.tools.mcp_loop import CLOSING, MARGIN, Loop
+from llm_gym.envs.tools.mcp_results import LONGEST, not_mcp, public_names, result_text
 from llm_gym.errors import ToolError, ToolFailure
 
 T = TypeVar("T")
 LEASH = Path(__file__).with_name("leash.py")
-MARGIN = 5.0
-"""Seconds beyond a deadline after which the loop itself is not waited for."""
-CLOSING = 10.0
-"""Seconds in which a session must be closed."""
+PING = 10.0
+"""Seconds in which a server that somebody else runs should say that it knows a session."""
 SCRATCH = "{scratch}"
 """Stands for the session's own folder in a server's arguments, environment and directory."""
-
-
-class Loop:
-    """An event loop in a thread, shared by whoever uses it; it ends when nobody does."""
-
-    _lock = threading.Lock()
-    _shared: Loop | None = None
-
-    def __init__(self) -> None:
-        self.users = 0
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="llm_gym-mcp", daemon=True)
-        self.thread.start()
-
-    @classmethod
-    def enter(cls) -> Loop:
-        """The process's loop, with one more user."""
-        with cls._lock:
-            if cls._shared is None or not cls._shared.thread.is_alive():  # a forked child has no thread
-                cls._shared = cls()
-            cls._shared.users += 1
-            return cls._shared
-
-    def leave(self) -> None:
-        """One user less; the last one ends the loop."""
-        with self._lock:
-            self.users -= 1
-            if self.users or Loop._shared is not self:
-                return
-            Loop._shared = None
-        with contextlib.suppress(TimeoutError):
-            self.wait(self.submit(_drain()), CLOSING)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts a coroutine in the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-
-    def wait(self, future: Future[T], timeout: float) -> T:
-        """What the coroutine returns or raises.
-
-        Raises:
-            TimeoutError: there is nothing within `timeout` seconds and a margin.
-        """
-        try:
-            return future.result(timeout + MARGIN)
-        except (TimeoutError, CancelledError):
-            future.cancel()
-            raise TimeoutError from None
 
 
 class Session:
@@ -103,6 +53,8 @@ class Session:
         """Where `start` is under way or done."""
         self.tools: dict[str, tuple[str, Any]] = dict(tools or {})
         """Name shown to the model -> (server, MCP tool)."""
+        self.lost = False
+        """Whether it was found to be broken."""
 
     async def start(self) -> None:
         """Starts the servers and lists their tools.
@@ -125,15 +77,16 @@ class Session:
             raise ToolFailure(f"MCP server {name!r} {why}: {details or type(error).__name__}.") from error
         self.tools = self.tools or public_names(listed)
 
-    async def call(self, name: str, arguments: dict[str, Any], timeout: float) -> str:
-        """The result of a tool as text.
+    async def call(self, name: str, arguments: dict[str, Any], timeout: float) -> Any:
+        """The result of a tool, a `CallToolResult`.
 
         Raises:
-            ToolError: the tool says so, or there is no result in time.
-            ToolFailure: the server is gone.
+            ToolError: there is no result in time, or none that MCP knows.
+            ToolFailure: the server is gone, or no longer knows the session.
         """
         from mcp.shared.exceptions import MCPError
-        from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
+        from mcp_types import CONNECTION_CLOSED, PARSE_ERROR, REQUEST_TIMEOUT
+        from pydantic import ValidationError
 
         server, tool = self.tools[name]
         client = self._clients.get(server)
@@ -142,21 +95,42 @@ class Session:
         late = f"{name} gave no result within {timeout:g} seconds."
         try:
             async with asyncio.timeout(timeout + 1):
-                result = await client.call_tool_mcp(tool.name, arguments, timeout=timeout)
+                return await client.call_tool_mcp(tool.name, arguments, timeout=timeout)
         except TimeoutError:
             raise ToolError(late) from None
         except MCPError as error:
             if error.error.code == REQUEST_TIMEOUT:
                 raise ToolError(late) from None
-            if error.error.code != CONNECTION_CLOSED:
+            if error.error.code not in (CONNECTION_CLOSED, PARSE_ERROR):
                 raise ToolError(str(error.error.message)) from None
-            raise ToolFailure(f"MCP server {server!r} is gone: {self._last_words(server) or error}.") from error
+            how = "failed" if remote(self._servers[server]) else "is gone"
+            raise ToolFailure(f"MCP server {server!r} {how}: {self._last_words(server) or _words(error)}.") from error
+        except ValidationError as error:
+            raise ToolError(f"{name} gave a result that is not valid MCP ({not_mcp(error)}).") from None
         except Exception as error:  # whatever the transport raises
+            if "structured content" in str(error):  # the tool broke a promise, the session is well
+                raise ToolError(f"{name} gave a result that is not valid MCP ({_words(error)}).") from None
             raise ToolFailure(f"MCP server {server!r} failed: {_words(error)}.") from error
-        text = result_text(result)
-        if result.is_error:
-            raise ToolError(text)
-        return text
+
+    async def known(self) -> bool:
+        """Whether servers that somebody else runs still know the session: they may have been restarted meanwhile."""
+        from mcp.shared.exceptions import MCPError
+        from mcp_types import CONNECTION_CLOSED
+
+        for name, client in self._clients.items():
+            if not remote(self._servers[name]):
+                continue
+            try:
+                async with asyncio.timeout(PING):
+                    await client.ping()
+            except MCPError as error:
+                if error.error.code == CONNECTION_CLOSED:
+                    return False
+            except TimeoutError:  # slow is not gone
+                pass
+            except Exception:
+                return False
+        return True
 
     async def close(self) -> None:
         """Ends the session, the servers started for it, and their folder; also while it starts."""
@@ -185,12 +159,18 @@ class Session:
         from fastmcp.client.transports import infer_transport
         from fastmcp.mcp_config import MCPConfig
 
+        transport: Any
         if not isinstance(entry, Mapping):
             transport = infer_transport(entry() if callable(entry) else entry)
         elif "command" in entry:
             transport = self._leashed(name, entry)
         else:
-            transport = MCPConfig.from_dict({"mcpServers": {name: dict(entry)}}).mcpServers[name].to_transport()
+            from llm_gym.envs.tools.mcp_http import client_factory
+
+            found = MCPConfig.from_dict({"mcpServers": {name: dict(entry)}}).mcpServers[name]
+            transport = found.to_transport()
+            transport.httpx_client_factory = client_factory(getattr(transport, "verify", None))
+            transport.max_sse_event_size = LONGEST
         return fastmcp.Client(transport, mode="legacy", init_timeout=self._start_timeout, log_handler=_ignore)
 
     def _leashed(self, name: str, entry: Mapping[str, Any]) -> Any:
@@ -205,7 +185,7 @@ class Session:
         command = [entry["command"], *entry.get("args", ())]
         return StdioTransport(
             sys.executable,
-            ["-I", "-S", str(LEASH), str(os.getpid()), names, scratch]
+            ["-I", "-S", str(LEASH), str(os.getpid()), names, scratch, str(LONGEST)]
             + [str(part).replace(SCRATCH, scratch) for part in command],
             env=env,
             cwd=str(entry.get("cwd") or scratch).replace(SCRATCH, scratch),
@@ -246,9 +226,11 @@ class Pool:
         import fastmcp.client.transports  # here, because it may take seconds, which are no server's
         import fastmcp.mcp_config  # noqa: F401
 
+        _hush()
         self.users = 0
         self._servers, self._start_timeout = servers, start_timeout
-        self._ahead, self._shared = 1 if shared else ahead, shared
+        self._ahead, self.shared = 1 if shared else ahead, shared
+        self._remote = any(map(remote, servers.values()))
         self._loop = Loop.enter()
         self._lock = threading.Lock()
         self._tools: dict[str, tuple[str, Any]] | None = None
@@ -285,7 +267,7 @@ class Pool:
         if self._tools is None:
             session = self.take()
             self._tools = session.tools
-            if not self._shared:
+            if not self.shared:
                 with self._lock:
                     self._ready.appendleft(session)
         return self._tools
@@ -296,36 +278,51 @@ class Pool:
         Raises:
             ToolFailure: the servers do not start.
         """
-        with self._lock:
-            session = self._ready.popleft() if self._ready else self._start()
-            if self._shared:
-                self._ready.append(session)
-        assert session.started is not None
-        try:
-            self._wait(session.started, self._start_timeout + CLOSING, "starting")
-        except ToolFailure:
+        while True:
+            with self._lock:
+                waiting = bool(self._ready)
+                session = self._ready.popleft() if waiting else self._start()
+                if self.shared:
+                    self._ready.append(session)
+            assert session.started is not None
+            try:
+                self._wait(session.started, self._start_timeout + CLOSING, "starting")
+            except ToolFailure:
+                self._forget(session)
+                raise
+            if not (waiting and self._remote) or self._wait(self._loop.submit(session.known()), PING, "asking"):
+                break
             self._forget(session)
-            raise
         with self._lock:
             while len(self._ready) < self._ahead:
                 self._ready.append(self._start())
         return session
 
     def call(self, session: Session, name: str, arguments: dict[str, Any], timeout: float) -> str:
-        """`Session.call`, waited for; a shared session whose server is gone is started anew for the next taker."""
+        """The result of a tool as text, waited for; a session whose server is gone is nobody's any more.
+
+        Raises:
+            ToolError: the tool says so, or as `Session.call`.
+            ToolFailure: as `Session.call`.
+        """
         try:
-            return self._wait(self._loop.submit(session.call(name, arguments, timeout)), timeout + 1, name)
+            result = self._wait(self._loop.submit(session.call(name, arguments, timeout)), timeout + 1, name)
         except ToolFailure:
             self._forget(session)
             raise
+        text = result_text(result)  # here, not in the loop that everybody shares
+        if result.is_error:
+            raise ToolError(text)
+        return text
 
     def give_back(self, session: Session) -> None:
         """Ends a session that was taken, unless others have it too; nobody waits for it."""
-        if not self._shared:
+        if not self.shared:
             self._end(session)
 
     def _forget(self, session: Session) -> None:
-        """Lets nobody have a session that is broken."""
+        """Lets nobody have a session that is broken; who has it already takes another, if it is shared."""
+        session.lost = True
         with self._lock, contextlib.suppress(ValueError):
             self._ready.remove(session)
         self._end(session)
@@ -357,28 +354,35 @@ class Pool:
             raise ToolFailure(f"MCP: {what} took more than {timeout + MARGIN:g} seconds.") from None
 
 
-async def _drain() -> None:
-    """Ends what is left in the loop, its helper threads too."""
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    if left:
-        await asyncio.wait(left, timeout=CLOSING)
-    await asyncio.get_running_loop().shutdown_default_executor()
-
-
 async def _ignore(message: Any) -> None:
     """A server's log messages are its own affair."""
 
 
+def remote(entry: Any) -> bool:
+    """Whether a server is one that somebody else runs, at a URL."""
+    return isinstance(entry, Mapping) and "url" in entry
+
+
+def _hush() -> None:
+    """Keeps the tracebacks of the protocol's libraries out of the log: what fails is said by who called.
+
+    LLMGYM_DEBUG=1 lets them.
+    """
+    if not os.environ.get("LLMGYM_DEBUG"):
+        for name in ("mcp", "fastmcp"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
 def _words(error: BaseException) -> str:
-    """The first line of an error's text."""
+    """The first line of an error's text, or what is wrong with a message that is not as MCP has it."""
+    if hasattr(error, "errors"):
+        return f"what it sent is not valid MCP ({not_mcp(error)})"
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")[:300]
 
 
 def _after_fork() -> None:
-    """A forked child starts with locks that nobody holds; whoever held them is not here to let go."""
-    Loop._lock, Pool._pools_lock = threading.Lock(), threading.Lock()
+    """A forked child starts with a lock that nobody holds; whoever held it is not here to let go."""
+    Pool._pools_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
