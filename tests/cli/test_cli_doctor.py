@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from rich.console import Console
 
 from llm_gym.cli.doctor import progress, show
 from llm_gym.cli.group import llmgym
-from llm_gym.harness.doctor import CHECKS, Finding
+from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.doctor import CHECKS, Finding, Setting
 from llm_gym.policies import ENGINES
 from llm_gym.policies.transformers import TransformersPolicy
 
@@ -52,6 +54,21 @@ class Blind(Crooked):
 def crooked(monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in (Crooked, Blind):
         monkeypatch.setitem(ENGINES, engine.__name__.lower(), f"{__name__}:{engine.__name__}")
+
+
+def test_servers_that_all_episodes_share_are_named(tmp_path: Path) -> None:
+    """No server is started, and nothing else has to be looked at."""
+    own = tmp_path / "servers.json"
+    own.write_text(json.dumps({"mcpServers": {"notes": {"command": "notes"}, "far": {"url": "https://far.example"}}}))
+    config = TrainConfig(env="MCPTool-v0", env_args={"servers": str(own)})
+    notes, far = CHECKS["servers"](Setting(config, ()))
+    assert (notes.what, notes.found, notes.verdict) == ("notes", "one for each episode", "ok")
+    assert (far.what, far.found, far.verdict) == ("far", "at https://far.example", "note")
+    assert "one for all episodes, so that one can see what another did" in far.advice
+    (none,) = CHECKS["servers"](Setting(TrainConfig(), ()))
+    assert (none.found, none.verdict) == ("none named by the settings", "ok")
+    (bad,) = CHECKS["servers"](Setting(TrainConfig(env="MCPTool-v0", env_args={"servers": "nowhere.json"}), ()))
+    assert (bad.verdict, bad.advice.partition(":")[0]) == ("off", "servers")
 
 
 def test_the_built_in_engine_agrees_with_the_learner() -> None:

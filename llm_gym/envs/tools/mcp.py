@@ -25,7 +25,8 @@ class MCPTool(QuestionEnv):
         servers: an `mcpServers` JSON file or its content, a URL, or a server object of this process (or a function
             that makes one); None: a calculator, in this process. In a file, `{scratch}` in `args`, `env` and `cwd`
             stands for a folder of the session's own. A server gets the environment that its entry names, `PATH`,
-            and that folder as `HOME` and `TMPDIR`; nothing else of the trainer's.
+            and that folder as `HOME` and `TMPDIR`; nothing else of the trainer's. What a server at a URL keeps beyond
+            a session is shared by all episodes.
         session: `episode`: every episode has servers of its own, started when it first calls a tool; `shared`: all
             episodes of the process use the same ones, and whatever state they keep.
         ahead: sessions started ahead of need.
@@ -34,8 +35,9 @@ class MCPTool(QuestionEnv):
         deny: names of tools not shown.
         kwargs: the arguments of `QuestionEnv`: which questions, and how tools are called.
 
-    Reward components: `correct`, 1 or 0, and `format` and `tool_calls` of `ToolEnv`. A server that dies or does not
-    start ends the episode with `tool_failure`; a call that takes too long is answered with an error.
+    Reward components: `correct`, 1 or 0, and `format` and `tool_calls` of `ToolEnv`. A server that dies, does not
+    start, no longer knows the session or sends a message of more than 8 MiB ends the episode with `tool_failure`; a
+    call that takes too long, or whose result is not valid MCP, is answered with an error.
 
     Raises:
         ConfigError: the servers do not start, have no such tool, or the file cannot be read.
