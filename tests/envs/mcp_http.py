@@ -19,6 +19,10 @@ class Hosted:
         self.url = url
         self.status = 0
         """The HTTP status of every answer; 0: as it should be."""
+        self.full = False
+        """Whether it opens no more sessions."""
+        self.turned_away = threading.Semaphore(0)
+        """Counts those that it did not open."""
         self.tools: list[dict[str, Any]] = [ACT]
         self.opened = 0
         """Sessions opened so far."""
@@ -35,6 +39,9 @@ class Hosted:
         method, identity = message["method"], message.get("id")
         if self.status:
             return self.status, "no", ""
+        if method == "initialize" and self.full:
+            self.turned_away.release()
+            return 503, "full", ""
         if method == "initialize":
             self.opened += 1
             session = f"session-{self.opened}"

@@ -66,6 +66,21 @@ def test_a_server_that_restarts_costs_the_episode_that_it_served_and_no_other(se
         assert two.say("e") == "e", "a restart between two episodes costs none"
 
 
+def test_sessions_that_could_not_start_meanwhile_cost_no_episode(server: Hosted) -> None:
+    """Those started ahead while the server was away; it is there again when they are taken."""
+    with closing(Episode(server, ahead=2)) as episode:
+        server.full = True
+        for _ in range(3):
+            assert episode.say("a") == "a", "its session was ready"
+            episode.again()
+        for _ in range(2):
+            assert server.turned_away.acquire(timeout=60)
+        server.full = False
+        for _ in range(3):
+            assert episode.say("b") == "b"
+            episode.again()
+
+
 def test_a_shared_session_that_is_lost_is_lost_once(server: Hosted) -> None:
     with ExitStack() as stack:
         episodes = [stack.enter_context(closing(Episode(server, session="shared"))) for _ in range(3)]

@@ -209,12 +209,13 @@ def test_our_own_server_over_stdio(tmp_path: Path) -> None:
 
 
 def test_over_http() -> None:
-    """A server that somebody else runs; when it goes away the episode ends, and says so."""
+    """A server that somebody else runs; when it goes away the episode ends and says so, and the next has it again."""
     port = free_port()
     code = "import sys; from llm_gym.envs.tools.mcp_server import build; build().run('http', port=int(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(port)]
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = lambda: subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: E731
+    server = start()
     try:
         env = until_up(f"http://127.0.0.1:{port}/mcp")
         with closing(env):
@@ -224,6 +225,17 @@ def test_over_http() -> None:
             server.wait()
             assert player.call("calculator", expression="6*7").startswith("Error: MCP server 'server'")
             assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
+            server = start()
+            until_up(f"http://127.0.0.1:{port}/mcp").close()
+            player = Player(env, seed=1)
+            assert player.call("calculator", expression="6*7") == "42"
+            server.kill()
+            server.wait()
+            server = start()
+            until_up(f"http://127.0.0.1:{port}/mcp").close()
+            assert "no longer knows the session" in player.call("calculator", expression="6*7")
+            assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
+            assert Player(env, seed=2).call("calculator", expression="6*7") == "42"
     finally:
         server.kill()
         server.wait()
@@ -352,6 +364,17 @@ def test_a_server_killed_from_outside() -> None:
         os.kill(pid, signal.SIGKILL)
         assert player.call("act", text="x").startswith("Error: MCP server 'it' is gone")
         assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
+
+
+def test_fifty_megabytes_cost_the_session_that_sent_them() -> None:
+    server = odd("say(message, 'x' * (50_000_000 if text == 'flood' else 3))")
+    with playing(server) as player, closing(MCPTool(servers={"it": server}, start_timeout=START, ahead=0)) as env:
+        other = Player(env)
+        assert other.call("act", text="x") == "xxx"
+        said = player.call("act", text="flood")
+        assert said == "Error: MCP server 'it' is gone: it sent a message of more than 8 MiB."
+        assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
+        assert other.call("act", text="x") == "xxx"
 
 
 def test_a_flood_and_an_answer_that_is_no_text() -> None:

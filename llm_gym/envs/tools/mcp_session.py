@@ -289,6 +289,8 @@ class Pool:
                 self._wait(session.started, self._start_timeout + CLOSING, "starting")
             except ToolFailure:
                 self._forget(session)
+                if waiting:  # what failed earlier says nothing of now
+                    continue
                 raise
             if not (waiting and self._remote) or self._wait(self._loop.submit(session.known()), PING, "asking"):
                 break
