@@ -226,13 +226,13 @@ def test_over_http() -> None:
             assert player.call("calculator", expression="6*7").startswith("Error: MCP server 'server'")
             assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
             server = start()
-            until_up(f"http://127.0.0.1:{port}/mcp").close()
+            until_up(f"http://127.0.0.1:{port}/mcp", ahead=1).close()  # not the pool that has seen it up
             player = Player(env, seed=1)
             assert player.call("calculator", expression="6*7") == "42"
             server.kill()
             server.wait()
             server = start()
-            until_up(f"http://127.0.0.1:{port}/mcp").close()
+            until_up(f"http://127.0.0.1:{port}/mcp", ahead=1).close()  # not the pool that has seen it up
             assert "no longer knows the session" in player.call("calculator", expression="6*7")
             assert player.info["stop_reason"] is StopReason.TOOL_FAILURE
             assert Player(env, seed=2).call("calculator", expression="6*7") == "42"
@@ -249,11 +249,11 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def until_up(url: str) -> MCPTool:
+def until_up(url: str, **kwargs: Any) -> MCPTool:
     patience = time.monotonic() + START
     while True:
         try:
-            return MCPTool(servers=url, start_timeout=START, call_timeout=30)
+            return MCPTool(servers=url, start_timeout=START, call_timeout=30, **kwargs)
         except ConfigError:
             if time.monotonic() > patience:
                 raise
