@@ -31,7 +31,21 @@ from mutations_of_tools import TOOLS
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
 ROOT = Path(__file__).parents[2].resolve()
-EVERY = (*MUTANTS, *CHATS, *DEFAULTS, *ENGINES, *FOLDING, *GRADING, *KILLING, *LOOPS, *MODELS, *SANDBOX, *SETTINGS, *TEMPLATES, *TOOLS)
+EVERY = (
+    *MUTANTS,
+    *CHATS,
+    *DEFAULTS,
+    *ENGINES,
+    *FOLDING,
+    *GRADING,
+    *KILLING,
+    *LOOPS,
+    *MODELS,
+    *SANDBOX,
+    *SETTINGS,
+    *TEMPLATES,
+    *TOOLS,
+)
 IN_CI = {mutant.file: mutant for mutant in EVERY}
 """One for each source file."""
 CONTROL = Mutant("none", "", "", "", tuple(sorted({t for m in IN_CI.values() for t in m.tests})))
