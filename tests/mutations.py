@@ -362,8 +362,8 @@ MUTANTS = (
     Mutant(
         "a resumed run plays rows again, or skips some",
         "harness/curriculum.py",
-        '        """Goes on behind them."""\n        self.drawn = state["drawn"]\n',
-        '        """Goes on behind them."""\n',
+        '        """Goes on behind them."""\n        same_rows(self.rows, state)\n        self.drawn = state["drawn"]\n',
+        '        """Goes on behind them."""\n        same_rows(self.rows, state)\n',
         ("harness/test_curriculum.py::test_state_goes_on_exactly[Epochs]",),
     ),
     Mutant(

@@ -86,15 +86,9 @@ def command(
         file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
     named = {"eval.every": eval_every, "policy.engine": engine}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
-    fields: dict[str, Any] = {
-        "model": model,
-        "chat_template": chat_template,
-        "preset": preset,
-        "steps": steps,
-        "seed": seed,
-    }
+    fields = {"chat_template": chat_template, "preset": preset, "steps": steps, "seed": seed}
     with settings():
-        config = configuration(file, [*more, *sets], env_args, **chosen(envs), **fields)
+        config = configuration(file, [*more, *sets], env_args, model=model, **chosen(envs), **fields)
     if taught and config.distill is None:
         raise SettingError(NO_TEACHER)
     rank, size = here()

@@ -194,12 +194,8 @@ class TrainConfig:
             ConfigError: no such model or template.
         """
         config_of(model := model_path(self.model))
-        return dataclasses.replace(
-            self,
-            model=model,
-            chat_template=read_template(self.chat_template),
-            optimizer=self.rates.fill(self.optimizer),
-        )
+        template, optimizer = read_template(self.chat_template), self.rates.fill(self.optimizer)
+        return dataclasses.replace(self, model=model, chat_template=template, optimizer=optimizer)
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:

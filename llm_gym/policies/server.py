@@ -23,7 +23,8 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import handover
 from llm_gym.policies.remote import Loop, RemoteError, delay
 from llm_gym.policies.routing import choose, pieces
-from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server, Weights, new_run
+from llm_gym.policies.server_labels import Weights, new_run
+from llm_gym.policies.server_state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server
 
 if TYPE_CHECKING:
     import torch

@@ -32,7 +32,7 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import make_policy, server_state
 from llm_gym.policies.remote import Loop, RemoteError
 from llm_gym.policies.server import ServerPolicy, addresses
-from llm_gym.policies.server_state import Weights, new_run, read
+from llm_gym.policies.server_labels import Weights, new_run, read
 from llm_gym.policies.serving import reserved
 
 MODEL = "a/model"
