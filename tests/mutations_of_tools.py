@@ -50,6 +50,13 @@ TOOLS = (
         (f"{_FAULTS}a_server_that_restarts_costs_the_episode_that_it_served_and_no_other",),
     ),
     Mutant(
+        "a session that failed to start earlier is handed out",
+        "envs/tools/mcp_session.py",
+        "                if waiting:  # what failed",
+        "                if False:  # what failed",
+        (f"{_FAULTS}sessions_that_could_not_start_meanwhile_cost_no_episode",),
+    ),
+    Mutant(
         "a line of any length comes to the trainer",
         "envs/tools/leash.py",
         "return longest > self._longest",

@@ -21,8 +21,8 @@ class Hosted:
         """The HTTP status of every answer; 0: as it should be."""
         self.full = False
         """Whether it opens no more sessions."""
-        self.turned_away = threading.Semaphore(0)
-        """Counts those that it did not open."""
+        self.let_in, self.turned_away = threading.Semaphore(0), threading.Semaphore(0)
+        """Count those that it opened and did not open."""
         self.tools: list[dict[str, Any]] = [ACT]
         self.opened = 0
         """Sessions opened so far."""
@@ -44,6 +44,7 @@ class Hosted:
             return 503, "full", ""
         if method == "initialize":
             self.opened += 1
+            self.let_in.release()
             session = f"session-{self.opened}"
             self._sessions.add(session)
         elif session not in self._sessions:

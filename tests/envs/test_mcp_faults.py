@@ -69,6 +69,8 @@ def test_a_server_that_restarts_costs_the_episode_that_it_served_and_no_other(se
 def test_sessions_that_could_not_start_meanwhile_cost_no_episode(server: Hosted) -> None:
     """Those started ahead while the server was away; it is there again when they are taken."""
     with closing(Episode(server, ahead=2)) as episode:
+        for _ in range(3):
+            assert server.let_in.acquire(timeout=60)
         server.full = True
         for _ in range(3):
             assert episode.say("a") == "a", "its session was ready"
