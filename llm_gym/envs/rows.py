@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llm_gym.errors import DataError
+from llm_gym.errors import DataError, unknown
 from llm_gym.hub import offline_if_unreachable
 
 Row = Mapping[str, Any]
@@ -62,10 +62,8 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     for argument, column in columns.items():
         if column not in rows[0]:
             near = get_close_matches(column, rows[0], n=1, cutoff=0.5) or list(rows[0])
-            raise DataError(
-                f"{argument}: there is no column {column!r} among {', '.join(rows[0])}; name it, as in "
-                f"{argument}={near[0]!s} (--env-arg {argument}={near[0]!s})."
-            )
+            said = unknown(argument, column, rows[0]).rstrip(".")
+            raise DataError(f"{said} (columns: {', '.join(rows[0])}); name it, as in {argument}={near[0]}.")
 
 
 def slice_of(split: str, size: int) -> slice:

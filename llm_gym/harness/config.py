@@ -28,7 +28,7 @@ from llm_gym.harness.loggers import LogConfig
 from llm_gym.harness.losses import LossConfig
 from llm_gym.harness.memory import MemoryConfig
 from llm_gym.harness.mixture import EnvConfig
-from llm_gym.harness.model import LoraConfig, config_of
+from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.presets import PRESETS
@@ -191,9 +191,9 @@ class TrainConfig:
 
         Raises:
             CheckpointError: that run has saved nothing yet.
-            ConfigError: no such model or template.
+            ConfigError: no such template.
         """
-        config_of(model := model_path(self.model))
+        model = model_path(self.model)
         template, optimizer = read_template(self.chat_template), self.rates.fill(self.optimizer)
         return dataclasses.replace(self, model=model, chat_template=template, optimizer=optimizer)
 

@@ -15,7 +15,7 @@ from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.devices import check_device_name
 from llm_gym.harness.lineage import model_path
 from llm_gym.harness.memory import MemoryConfig
-from llm_gym.harness.model import LoraConfig, config_of
+from llm_gym.harness.model import LoraConfig
 from llm_gym.harness.optimizers import OptimizerConfig
 from llm_gym.harness.parallel import ParallelConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
@@ -104,12 +104,9 @@ class SFTConfig:
 
     def resolved(self, model: Any = None) -> SFTConfig:
         """With the learning rates settled, and a run folder as model by what it trained."""
-        path = model_path(self.model)
-        if model is None and not self.init:
-            config_of(path)
         return replace(
             self,
-            model=path,
+            model=model_path(self.model),
             chat_template=read_template(self.chat_template),
             optimizer=self.rates(model).fill(self.optimizer),
         )

@@ -9,7 +9,7 @@ import socket
 import gymnasium
 import pytest
 
-from llm_gym.envs import rows as rows_module
+from llm_gym import hub
 from llm_gym.envs.grading import verify
 from llm_gym.envs.gsm8k import GSM8K
 from llm_gym.envs.rows import load_rows, slice_of
@@ -152,7 +152,7 @@ def test_offline_one_sentence_says_how_to_pass_a_file(monkeypatch, capfd, tmp_pa
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    monkeypatch.setattr(rows_module, "getproxies", dict)
+    monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
