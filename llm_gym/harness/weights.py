@@ -15,7 +15,7 @@ from llm_gym.errors import CheckpointError
 from llm_gym.harness.learner import Learner
 from llm_gym.harness.sharding import load_parts, save_parts, split_as, split_state, whole_state
 from llm_gym.policies.model import copy_weights
-from llm_gym.policies.plain import record_base
+from llm_gym.policies.plain import no_progress_bar, plain_class, plain_config, record_base
 
 STATE, PARTS = "trainer.pt", "trainer"
 """The optimizer's file; for a learner that is split over processes, the folder with each one's part."""
@@ -56,7 +56,8 @@ def save(learner: Learner, tokenizer: Any, folder: Path) -> None:
 def restore(learner: Learner, folder: Path) -> None:
     """Reads back what `save` wrote, into the learner's own tensors; more or fewer processes may have written it.
 
-    Rates, betas and decay are no state: they stay as the learner's settings say.
+    Peak rates, betas and decay are no state: they stay as the learner's settings say. The rate of the last step is,
+    for a step that trains nothing leaves it.
 
     Raises:
         CheckpointError: a file is missing or of another model.
@@ -64,13 +65,14 @@ def restore(learner: Learner, folder: Path) -> None:
     options = [[dict(group) for group in optimizer.param_groups] for optimizer in learner.optimizers]
     try:
         like = next(learner.model.parameters())
-        tensors = {name: split_as(tensor, like) for name, tensor in read_tensors(folder).items()}
         if hasattr(learner.model, "peft_config"):
             import peft
 
+            tensors = {name: split_as(tensor, like) for name, tensor in read_tensors(folder).items()}
             peft.set_peft_model_state_dict(learner.model, tensors)
         else:
-            copy_weights(learner.model, tensors.items())
+            read = in_memory(learner.model, read_tensors(folder))
+            copy_weights(learner.model, ((name, split_as(tensor, like)) for name, tensor in read.items()))
         if (folder / PARTS).is_dir():
             load_parts(learner, folder / PARTS)
         else:
@@ -79,9 +81,29 @@ def restore(learner: Learner, folder: Path) -> None:
                 split_state(optimizer)
         for optimizer, own in zip(learner.optimizers, options, strict=True):
             for group, option in zip(optimizer.param_groups, own, strict=True):
-                group.update({name: value for name, value in option.items() if name != "params"})
+                group.update({name: value for name, value in option.items() if name not in ("params", "lr")})
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint: {str(folder)!r} cannot be read ({error}).") from error
+
+
+def in_memory(model: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights as `save_pretrained` wrote them, by the names and in the form that they have in memory.
+
+    These differ for some models: experts are fused in memory, and stand apart on disk.
+
+    Raises:
+        ValueError: they are not all of the model's.
+    """
+    if tensors.keys() <= model.state_dict().keys():
+        return tensors
+    kind = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
+    how = {"config": plain_config(model), "state_dict": dict(tensors), "dtype": kind, "output_loading_info": True}
+    with no_progress_bar():
+        plain, found = plain_class(model).from_pretrained(None, **how)
+    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        raise ValueError(f"{wrong[0]!r} and {len(wrong) - 1} more weights are missing, or another model's")
+    read: dict[str, Tensor] = plain.state_dict()
+    return read
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

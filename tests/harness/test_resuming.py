@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from random_configurations import COUNT, KillAfter, Killed
+from tiny_models import tiny
 
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import ConfigError
@@ -16,6 +17,8 @@ from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.replay import replay
 from llm_gym.harness.resuming import changed, check_changes
+from llm_gym.harness.weights import restore, save
+from llm_gym.tokenizer import load_tokenizer
 
 SMALL = ["steps=2", "prompts_per_step=2", "group_size=2", "sampling.max_tokens=4", "eval.episodes=0"]
 SMALL += ["checkpoint.every=1", "checkpoint.keep=9", "optimizer.lr=0.001"]
@@ -186,3 +189,31 @@ def test_there_must_be_something_to_go_on_with(words: str, run: Path) -> None:
     if not words.startswith("run"):
         assert f"did you mean '{run}'?" in result.stderr
     assert not wrong.exists()
+
+
+def test_a_mixture_of_experts_that_is_trained_whole_goes_on_and_is_replayed(tmp_path: Path) -> None:
+    """Its experts are fused in memory, and stand apart in a checkpoint."""
+    base = tmp_path / "base"
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    tiny("Mixtral", vocab_size=4096, **sizes).save_pretrained(base)
+    load_tokenizer(None).save_pretrained(base)
+    settings = config(f"model={base}", "sampling.max_tokens=12", "group_size=4", "seed=1")
+    want = Trainer(settings, out=tmp_path / "whole").train()[-1]
+    with pytest.raises(Killed):
+        Trainer(settings, out=tmp_path / "run", observer=KillAfter(2)).train()
+    got = Trainer(settings, out=tmp_path / "run", resume=True).train()[-1]
+    assert got["policy/kl_from_start"] == want["policy/kl_from_start"] > 0
+    (one,) = replay(tmp_path / "run", 2)
+    assert one.tensors
+    assert not one.differences
+
+
+def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
+    """The rate of the last step too: it stays where the next step has nothing to train."""
+    first, second = (Trainer(config(), out=tmp_path / name, play=False).learner for name in "ab")
+    first.optimizers[0].param_groups[0]["lr"] = 2e-4
+    (tmp_path / "checkpoint").mkdir()
+    save(first, None, tmp_path / "checkpoint")
+    restore(second, tmp_path / "checkpoint")
+    assert second.optimizers[0].param_groups[0]["lr"] == 2e-4
+    assert second.state_dict()["optimizers"] == first.state_dict()["optimizers"]
