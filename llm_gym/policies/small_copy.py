@@ -116,7 +116,7 @@ def _small_config(model: Any, heads: int | None) -> tuple[Any, dict[int, int]]:
 def _lengths(config: Any) -> Iterator[tuple[Any, str, int]]:
     """(where it stands, its name, its value) of every length at which something switches; lists have several."""
     every = [config] if not isinstance(config, dict) else []
-    places = [vars(part) for part in every] + [r for part in every for r in _ropes(part)]
+    places = [vars(part) for part in every] + [r for part in every for r in ropes(part)]
     for place in places:
         for field, value in list(place.items()):
             field_ = field.removeprefix("_")
@@ -126,7 +126,7 @@ def _lengths(config: Any) -> Iterator[tuple[Any, str, int]]:
                         yield place, field, number
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
     """The settings of its rotary embeddings; some models have one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(inner for inner in rope.values() if isinstance(inner, dict))] if isinstance(rope, dict) else []
@@ -134,7 +134,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 def is_dynamic(config: Any) -> bool:
     """Whether the angles of its rotary embedding depend on the longest row (dynamic NTK)."""
-    return any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config))
+    return any("dynamic" in str(rope.get("rope_type")) for rope in ropes(config))
 
 
 def _shorten(config: Any) -> dict[int, int]:
