@@ -184,7 +184,8 @@ def _bound(model: Any, name: str, way: Callable[[Any, Sequence[Tensor]], list[Te
     key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), name
     if key not in _BOUNDS:
         try:
-            _BOUNDS[key] = SelfTest(model).bound(way)
+            with evaluating(model):  # it may stand in for its copy
+                _BOUNDS[key] = SelfTest(model).bound(way)
         except Exception as error:
             log.debug("self-test of the engine: %r", error)
             _BOUNDS[key] = 0

@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, contexts, teacher_forced, tiny, worst_gap
 
 from llm_gym.core import Sampling
 from llm_gym.errors import PolicyError, SettingError
-from llm_gym.policies import engine
+from llm_gym.policies import engine, probing, selftest
 from llm_gym.policies.transformers import TransformersPolicy
 
 STOPS = (1, 2, 3)
@@ -422,6 +422,17 @@ class TestWeights:
         assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
         model.zero_grad()
         model.eval()
+
+    @pytest.mark.parametrize(("family", "changes"), [("Qwen3", {}), ("Bloom", UNCACHED["Bloom"])])
+    def test_a_learner_with_dropout_is_served_where_no_small_copy_can_be_built(self, monkeypatch, family, changes):
+        monkeypatch.setattr(selftest, "small_copy", lambda model: None)
+        monkeypatch.setattr(probing, "_BOUNDS", {})
+        served = tiny(family, attention_dropout=0.5, hidden_dropout=0.5, **changes).train()
+        policy = TransformersPolicy(served)
+        assert served.training
+        start = contexts(4)
+        done = policy.generate(start, SAMPLING, seeds=range(4))
+        assert worst_gap(served.eval(), list(zip(start, done, strict=True))) < 2e-5
 
     def test_broken_weights_fail_the_request(self):
         served = tiny()
