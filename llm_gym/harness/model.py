@@ -160,8 +160,8 @@ def config_of(path: str | Path | None) -> Any:
     try:
         with offline_if_unreachable(str(path)):
             return AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # each config checks its fields in its own way
+        reason = " ".join(str(error).strip().splitlines()[:2])
         raise ConfigError(
             f"model: {str(path)!r} is neither a model folder nor a hub id that can be read ({reason})."
         ) from error

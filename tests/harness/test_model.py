@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -19,7 +20,7 @@ from transformers import (
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching import MicroBatch, pack
-from llm_gym.harness.model import Body, LoraConfig, export, load_model, merged, new_model, prepare
+from llm_gym.harness.model import Body, LoraConfig, check_model, export, load_model, merged, new_model, prepare
 from llm_gym.harness.packing import Layout
 
 SMALL = {
@@ -292,3 +293,10 @@ def test_new_models_are_a_function_of_the_seed() -> None:
         new_model({"model_type": "qwen33"}, seed=0)
     with pytest.raises(ConfigError, match="model_type"):
         new_model({}, seed=0)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "longrope"}, "none"])
+def test_a_config_that_transformers_refuses_is_said_in_a_sentence(tmp_path: Path, rope: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "rope_scaling": rope}))
+    with pytest.raises(ConfigError, match="is neither a model folder nor a hub id that can be read"):
+        check_model(tmp_path)
