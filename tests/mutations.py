@@ -390,7 +390,7 @@ MUTANTS = (
     Mutant(
         "a resumed run serves the weights it started from",
         "harness/weights.py",
-        "copy_weights(learner.model, tensors.items())",
+        "copy_weights(learner.model, ((name, split_as(tensor, like)) for name, tensor in read.items()))",
         "pass",
         ("harness/test_trainer.py::test_interrupted_and_resumed_is_uninterrupted[4-2-extra1]",),
     ),

@@ -10,7 +10,7 @@ KILLING = (
     Mutant(
         "a checkpoint's rates win over the settings of the run that goes on",
         "harness/weights.py",
-        'if name != "params"}',
+        'if name not in ("params", "lr")}',
         "if False}",
         (_GOES_ON,),
     ),
