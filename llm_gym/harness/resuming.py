@@ -98,10 +98,10 @@ def open_run(run: RunFolder, config: T, *, resume: bool, steps: int) -> Opened[T
         CheckpointError: the folder holds a run, and `resume` is not set; or another process is at work on it.
         ConfigError: settings that cannot change, or that would change nothing any more.
     """
-    run.hold()
     if not resume or not run.config_file.exists():
         run.start(dump(config))
         return Opened(None, config)
+    run.hold()
     begun: Any = load(type(config), run.config_file)
     given: Any = config
     if given.token_budget == "auto":

@@ -78,5 +78,6 @@ def test_it_runs(line: str, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     command, *words = shlex.split(line)[1:]
     if command == "run":
         shutil.rmtree("runs/x")  # it makes a new one
-    done = CliRunner().invoke(llmgym, [command, *words, *MORE.get(command, [])])
+    more = ["--steps", "13", *SMALL] if "--resume" in words else MORE.get(command, [])
+    done = CliRunner().invoke(llmgym, [command, *words, *more])
     assert done.exit_code == 0, done.output[-2000:] + repr(done.exception)
