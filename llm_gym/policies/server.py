@@ -343,6 +343,7 @@ class ServerPolicy:
 
     async def _disconnect(self) -> None:
         for server in getattr(self, "_servers", []):
+            await server.leave()
             await server.remote.close()
 
     def _changed(self) -> None:

@@ -31,6 +31,8 @@ CHANGING = "changing"
 """The label of weights that are half loaded."""
 CONTROL, LOADING = 30.0, 900.0
 """Most seconds for a question about the server, and for new weights."""
+LEAVING = 2.0
+"""Most seconds that a server is waited for at the end."""
 HEARTBEAT = 5.0
 """Seconds between looks at a server that has requests under way; one that hangs closes no connection."""
 IDLE = 2.0
@@ -234,6 +236,13 @@ class Server:
             if error.status != 404:  # a vLLM without versions
                 raise
         await self.rpc("llm_gym_set_label", label)
+
+    async def leave(self) -> None:
+        """Says that its weights are nobody's any more: another run may load its own, though this process lives on."""
+        if self.ready and self._ours and self.role != "follower":
+            run, _, rest = self._want().label.partition(":")
+            with contextlib.suppress(RemoteError):
+                await self.rpc("llm_gym_set_label", f"{run.partition('.')[0]}:{rest}", seconds=LEAVING)
 
     async def rpc(self, method: str, *args: Any, seconds: float = CONTROL) -> list[Any]:
         """The workers' answers to a method of the extension."""

@@ -202,7 +202,7 @@ def test_the_call_budget() -> None:
 
 
 def test_a_function_that_hangs_is_left_behind() -> None:
-    release = threading.Event()
+    release, before = threading.Event(), set(threading.enumerate())
 
     def wait(seconds: float = 1.0) -> str:
         release.wait()
@@ -215,7 +215,7 @@ def test_a_function_that_hangs_is_left_behind() -> None:
     assert not done
     release.set()
     env.close()
-    for thread in [thread for thread in threading.enumerate() if thread.name == "llm_gym-tool"]:
+    for thread in {each for each in threading.enumerate() if each.name == "llm_gym-tool"} - before:
         thread.join(10)
         assert not thread.is_alive(), "a call that comes back late ends its thread"
 

@@ -142,7 +142,8 @@ def test_a_reward_in_the_first_turn_is_no_credit_of_the_second() -> None:
 def test_by_name() -> None:
     returns = np.array([[1.0, 0.0, 3.0]])
     np.testing.assert_array_equal(apply("rloo", returns), rloo(returns))
-    assert advantage("test_advantages:ranks") is ranks
+    rewards = Rewards(returns, returns[..., None], returns[..., None], ("reward",), np.ones(1))
+    np.testing.assert_array_equal(advantage("test_advantages:ranks")(rewards), ranks(rewards))
     with pytest.raises(ConfigError, match=r"advantage: unknown value 'grup_norm'; did you mean 'group_norm'\?"):
         advantage("grup_norm")
     with pytest.raises(ConfigError, match="cannot import 'no_such_module:fn'"):

@@ -551,6 +551,16 @@ def test_a_server_of_a_run_that_is_alive_is_refused(fake: Fake, other: tuple[sub
     policy.close()
 
 
+def test_a_server_that_was_let_go_is_anybodys_though_that_process_lives_on(fake: Fake) -> None:
+    """A notebook that has closed its policy, for one."""
+    first = ServerPolicy(MODEL, servers=[fake.url])
+    asyncio.run(asyncio.to_thread(first.load, WEIGHTS.items(), version=1))
+    held = fake.label
+    first.close()
+    assert f".{os.getpid()}." in held
+    assert fake.label == f"{held.partition('.')[0]}:{held.partition(':')[2]}"
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_server_that_another_run_has_taken_ends_this_one(
     policy: ServerPolicy, fake: Fake, other: tuple[subprocess.Popen[str], str], alive: bool

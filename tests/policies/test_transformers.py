@@ -182,6 +182,7 @@ class TestBatching:
         want = None
         for options in ({}, {"max_rows": 1}, {"max_rows": 5}, {"cache_bytes": 1}, {"prefill_tokens": 7}):
             policy = TransformersPolicy(exact, **options)
+            assert policy.cached
             done = policy.generate(start, SAMPLING, seeds=range(24))
             again = policy.generate(next_contexts(start, done), SAMPLING, seeds=range(24))
             want = want or (done, again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Runner:
             self._jobs = queue.SimpleQueue()
             self._thread = threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._jobs.put, None)  # an environment that nobody closed leaves no thread
         job = _Job(function, arguments)
         self._jobs.put(job)
         if not job.done.wait(timeout):
