@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -106,7 +107,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 def _short(text: str) -> str:
     """At most a line, safe in a table."""
-    text = text.replace("|", "/").replace("<", "&lt;")
+    text = re.sub(r"'/\S*'", "it", text).replace("|", "/").replace("<", "&lt;")
     return text if len(text) <= 120 else text[:117] + "..."
 
 
