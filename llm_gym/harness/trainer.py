@@ -356,10 +356,10 @@ class Trainer:
         self.run.log(row)
         self.loggers.log(row)
         self.observer.on_row(row)
-        for name, text in alarms(row).items():
-            if name not in self.alarmed:
-                self.observer.on_note(f"Warning: step {self.step}: {text}")
-        self.alarmed |= alarms(row).keys()
+        found = alarms(row)
+        for name in sorted(found.keys() - self.alarmed):
+            self.observer.on_note(f"Warning: step {self.step}: {found[name]}")
+        self.alarmed |= found.keys()
 
 
 def default_folder(env: str) -> Path:

@@ -194,7 +194,7 @@ class Engine:
         return found[0] if len(found) == 1 else torch.cat(found)[np.argsort(order)]
 
     def _anew(self, decoding: int) -> torch.Tensor:
-        """The same of a model that cannot be cached."""
+        """Logits after the last tokens of all rows of a model that cannot be cached, [active, vocabulary]."""
         table, known = self.slots.rows, self.slots.known
         old, fill = np.arange(decoding), table["filled"]
         known[old, fill[old]] = table["pending"][old]

@@ -52,7 +52,7 @@ class Uncached:
         return torch.cat(found)[np.argsort(order)]
 
     def _last(self, rows: Sequence[npt.NDArray[np.integer]]) -> Tensor:
-        """The same of rows that share a forward; the head is applied to their last tokens alone."""
+        """Logits of rows that share one forward; the head is applied to their last tokens alone."""
         device = next(self.model.parameters()).device
         ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
