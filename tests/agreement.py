@@ -281,12 +281,12 @@ def lora(variant: Variant) -> Measured:
 def vllm(variant: Variant) -> Measured:
     """A real vLLM engine's log-probabilities in float32: from the folder, and after other weights were sent to it."""
     from llm_gym.policies.vllm import VLLMPolicy
-    from llm_gym.policies.vllm_start import longest_context
+    from llm_gym.policies.vllm_models import like_transformers
 
     model = variant.model()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        most = longest_context(folder, None) or 256
+        most = like_transformers(folder, {}).get("max_model_len") or 256
         policy = VLLMPolicy(
             folder, dtype="float32", max_context=most, skip_tokenizer_init=True, kv_cache_memory_bytes=64 << 20
         )

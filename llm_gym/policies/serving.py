@@ -28,7 +28,8 @@ from typing import Any
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, SettingError, unknown
-from llm_gym.policies.vllm_start import defaults, longest_context
+from llm_gym.policies.vllm_models import like_transformers
+from llm_gym.policies.vllm_start import defaults
 
 HOST = "127.0.0.1"
 """Whoever reaches the server can load any file into it: it must never be public."""
@@ -76,9 +77,7 @@ class ServerProcess:
     ) -> None:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
-        arguments = checked(settings or {})
-        if (limit := longest_context(str(model or PATH), arguments.get("max_model_len"))) is not None:
-            arguments["max_model_len"] = limit
+        arguments = like_transformers(str(model or PATH), checked(settings or {}))
         self._port = reserved(port)
         self._scratch = tempfile.mkdtemp(prefix="llmgym-")
         self.port = int(self._port.getsockname()[1])

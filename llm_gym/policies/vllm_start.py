@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llm_gym.errors import ConfigError, SettingError, unknown
+from llm_gym.policies.vllm_models import like_transformers
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to be handed tensors
@@ -73,68 +74,6 @@ def lora_settings(rank: int) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": next(r for r in ranks if r >= rank), "max_loras": 1}
 
 
-def longest_context(model: str, wanted: Any) -> Any:
-    """The most tokens of a context that vLLM computes as transformers does: `wanted`, if that is no more.
-
-    LongRoPE and dynamic NTK give a context other angles when it is long. vLLM has one table of angles for all: those
-    of long contexts if its limit allows one (LongRoPE), or of short ones (dynamic NTK).
-
-    Args:
-        model: folder or hub id.
-        wanted: tokens, as vLLM takes them (`16k`); None, -1 or `auto`: as many as there can be.
-
-    Returns:
-        None where vLLM may choose.
-
-    Raises:
-        SettingError: more is wanted.
-    """
-    from transformers import AutoConfig
-
-    from llm_gym.policies.small_copy import ropes
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except Exception:  # whatever is wrong with it, vLLM says it better
-        return wanted
-    bounds = [bound for rope in ropes(config) if (bound := _switch(config, rope)) is not None]
-    if not bounds:
-        return wanted
-    most = min(bounds)
-    tokens = _tokens(wanted)
-    if tokens is None:
-        return most
-    if tokens > most:
-        raise SettingError(
-            f"policy.vllm.max_model_len: got {wanted}, but beyond {most} tokens the rotary embedding of this model is "
-            f"stretched, and vLLM would use the same angles for short contexts; pass at most {most}."
-        )
-    return wanted
-
-
-def _switch(config: Any, rope: Mapping[str, Any]) -> int | None:
-    """The tokens beyond which a rotary embedding gives other angles; None: it never does."""
-    if (kind := rope.get("rope_type")) == "dynamic" and "alpha" not in rope:
-        return int(config.max_position_embeddings)
-    if kind != "longrope":
-        return None
-    original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return int(original) if original < config.max_position_embeddings else None
-
-
-def _tokens(length: Any) -> int | None:
-    """A number of tokens as vLLM writes them (`25.6k`, `16K`); None: it chooses."""
-    if length in (None, -1, "-1", "auto"):
-        return None
-    text = str(length).strip()
-    scale = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    unit = scale.get(text[-1:], 1)
-    try:
-        return int(float(text.removesuffix(text[-1:]) if unit > 1 else text) * unit)
-    except ValueError:  # vLLM says what is wrong with it
-        return 0
-
-
 def _engine_args_class() -> Any:
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it reads its settings
@@ -149,7 +88,7 @@ def _engine_args_class() -> Any:
 def make_engine(settings: Mapping[str, Any]) -> Any:
     """Builds the engine, or says in one sentence why it cannot be."""
     arguments = _engine_args_class()
-    settings = {**settings, "max_model_len": longest_context(settings["model"], settings.get("max_model_len"))}
+    settings = like_transformers(settings["model"], settings)
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.v1.engine.llm_engine import LLMEngine
 

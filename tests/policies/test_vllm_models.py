@@ -1,4 +1,4 @@
-"""Up to which length a vLLM engine computes what transformers does, without starting one."""
+"""What a vLLM engine is told of a model so that it computes what transformers does, without starting one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_gym.errors import SettingError
-from llm_gym.policies.vllm_start import longest_context
+from llm_gym.policies.vllm_models import like_transformers
 
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 12.0]}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32, **FACTORS}
@@ -36,15 +36,19 @@ BOUNDED: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
+def longest(model: str, wanted: Any) -> Any:
+    return like_transformers(model, {"max_model_len": wanted})["max_model_len"]
+
+
 @pytest.mark.parametrize("case", BOUNDED)
 def test_where_angles_change_a_limit_is_set(tmp_path: Path, case: str) -> None:
     rope, fields, most = BOUNDED[case]
     model = folder(tmp_path, rope, **fields)
-    assert [longest_context(model, wanted) for wanted in (None, -1, "-1", "auto")] == [most] * 4
-    assert [longest_context(model, wanted) for wanted in (16, "16", "0.01k")] == [16, "16", "0.01k"]
+    assert [longest(model, wanted) for wanted in (None, -1, "-1", "auto")] == [most] * 4
+    assert [longest(model, wanted) for wanted in (16, "16", "0.01k")] == [16, "16", "0.01k"]
     for wanted in (most + 1, "1k", "1K"):
         with pytest.raises(SettingError, match=f"got {wanted}, but beyond {most} tokens"):
-            longest_context(model, wanted)
+            longest(model, wanted)
 
 
 FREE: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -61,4 +65,24 @@ FREE: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_elsewhere_vllm_may_choose(tmp_path: Path, case: str) -> None:
     rope, fields = FREE[case]
     model = folder(tmp_path, rope, **fields)
-    assert [longest_context(model, wanted) for wanted in (None, -1, "auto", 512)] == [None, -1, "auto", 512]
+    assert [longest(model, wanted) for wanted in (None, -1, "auto", 512)] == [None, -1, "auto", 512]
+
+
+def test_a_limit_is_that_of_the_config_as_it_is_served(tmp_path: Path) -> None:
+    longer = {"max_position_embeddings": 512}
+    assert longest(folder(tmp_path, DYNAMIC), None) == 256
+    assert like_transformers(folder(tmp_path, DYNAMIC), {"hf_overrides": longer})["max_model_len"] == 512
+
+
+MINISTRAL = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "llama_4_scaling_beta": 0.3}
+
+
+def test_the_scale_of_far_queries_is_told_in_the_field_that_vllm_reads(tmp_path: Path) -> None:
+    model = folder(tmp_path, MINISTRAL | {"original_max_position_embeddings": 32}, model_type="ministral3")
+    scaling = {"original_max_position_embeddings": 32, "beta": 0.3}
+    assert like_transformers(model, {})["hf_overrides"] == {"llama_4_scaling": scaling}
+    assert like_transformers(model, {"hf_overrides": {"rms_norm_eps": 1e-3}})["hf_overrides"] == {
+        "llama_4_scaling": scaling,
+        "rms_norm_eps": 1e-3,
+    }
+    assert "hf_overrides" not in like_transformers(folder(tmp_path, PLAIN), {})
