@@ -118,8 +118,11 @@ def open_run(run: RunFolder, config: T, *, resume: bool, steps: int) -> Opened[T
 def changed(begun: Any, config: Any) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, by dotted name: what the run had, and what it is given.
 
-    A rate that an older version left open, and one that no version ever decides by itself, are no differences.
+    A rate that an older version left open, one that no version ever decides by itself, and a token budget that is
+    left open now, are no differences.
     """
+    if config.token_budget == "auto":
+        config = replace(config, token_budget=begun.token_budget)
     found = dict(_differences(to_dict(begun), to_dict(config)))
     open_rates = [name for name in ("optimizer.lr", "optimizer.muon_lr") if found.get(name, (0,))[0] is None]
     return {name: pair for name, pair in found.items() if name not in ("out", *open_rates)}

@@ -10,6 +10,7 @@ they were split into micro-batches and over processes; so is that of an evaluati
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -291,7 +292,13 @@ def _open(config: SFTConfig, resume: bool, steps: int, world: World) -> tuple[Ru
     if config.out is None:
         return None, Opened(None, config)
     run = RunFolder(config.out) if world.rank == 0 else Follower(config.out)
-    begin = partial(open_run, run, config, resume=resume, steps=steps)
+
+    def begin() -> Opened[SFTConfig]:
+        opened = open_run(run, config, resume=resume, steps=steps)
+        if opened.step < steps:
+            shutil.rmtree(run.path / MODEL, ignore_errors=True)  # of fewer steps; one that is there is a finished one
+        return opened
+
     return run, world.first(begin, "opening the run folder")
 
 

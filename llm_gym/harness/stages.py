@@ -12,6 +12,7 @@ before the first begins; a run that was stopped goes on at the stage where it wa
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +23,14 @@ import yaml
 
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
 from llm_gym.harness.checkpoint import RunFolder, step_of, write_atomically
-from llm_gym.harness.config import TrainConfig, load, to_dict
+from llm_gym.harness.config import TrainConfig, dump, load, to_dict
 from llm_gym.harness.devices import device_of
 from llm_gym.harness.distill import check_distill, trainer_of
 from llm_gym.harness.exporting import export_run
 from llm_gym.harness.lineage import STAGES, locate, model_path
 from llm_gym.harness.parallel import ParallelConfig, World, connect, here
 from llm_gym.harness.preparation import prepare_run
+from llm_gym.harness.resuming import changed
 from llm_gym.harness.sft import MODEL, SFTConfig, check_sft, prepare, sft
 from llm_gym.harness.trainer import Observer
 from llm_gym.templates import read_template
@@ -138,22 +140,24 @@ def run_plan(
         done: is told of each stage when it is complete, and of its run folder; the first process tells.
 
     Raises:
-        SettingError: see `check_plan`.
+        SettingError: see `check_plan`; or another setting of a stage that is complete, where `resuming` refuses it,
+            or a later stage has begun with what it made.
         CheckpointError: `out` holds stages, and `resume` is not set.
     """
     out = Path(out)
     if (out / STAGES).exists() and not resume:
         raise CheckpointError(f"out: {str(out)!r} already holds stages; pass --resume, or another folder.")
     check_plan(plan)
-    _alone(partial(_begin, plan, out), "opening the folder of the stages")
-    model = plan.model
-    for stage in plan.stages:
+    models = [plan.model, *_alone(partial(_open, plan, out), "opening the folder of the stages")]
+    for stage in plan.stages[len(models) - 1 :]:
         folder = out / stage.name
-        if not _alone(partial(complete, stage, folder), f"before {stage.name}"):
-            _play(stage, model, folder, observer)
-            if here()[0] == 0:
-                done(stage, folder)
-        model = _alone(partial(handed_on, folder), f"after {stage.name}")
+        _alone(partial(shutil.rmtree, folder / MERGED, ignore_errors=True), f"before {stage.name}")
+        _play(stage, models[-1], folder, observer)
+        if here()[0] == 0:
+            done(stage, folder)
+        models.append(_alone(partial(handed_on, folder), f"after {stage.name}"))
+        _alone(partial(_write, plan, out), f"after {stage.name}")
+    model = models[-1]
     assert model is not None
     return model
 
@@ -190,7 +194,57 @@ def _alone(make: Callable[[], T], what: str) -> T:
         world.close()
 
 
-def _begin(plan: Plan, out: Path) -> None:
+def _open(plan: Plan, out: Path) -> list[str]:
+    """Begins the folder of all runs, or looks at what is there: the models of stages complete as the plan has them.
+
+    Any other stage is left to its own run, which looks at what it is given; but not beneath a later one.
+
+    Raises:
+        ConfigError: a later stage has begun with what such a stage had made.
+    """
+    models: list[str] = []
+    for number, stage in enumerate(plan.stages, 1):
+        folder = out / stage.name
+        different = _different(stage, models[-1] if models else plan.model, folder, moves=bool(models))
+        if different or not complete(stage, folder):
+            later = next((s.name for s in plan.stages[number:] if RunFolder(out / s.name).config_file.exists()), None)
+            if later:
+                name, pair = next(iter(different.items()), ("", ("", "")))
+                what = f"{name}: got {pair[1]!r} in place of {pair[0]!r}" if name else "its checkpoints are gone"
+                raise ConfigError(
+                    f"{stage.name}: {what}, but {later} has begun with what {stage.name} made in {str(out)!r}; "
+                    "leave it as it was, or begin in another folder with --out."
+                )
+            break
+        models.append(handed_on(folder))
+    if not (out / STAGES).exists():
+        _write(plan, out)
+    return models
+
+
+def _different(stage: Stage, model: str | None, folder: Path, *, moves: bool) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a stage's run, if it has begun, differs from the plan.
+
+    With `moves`, its model is that of the stage before, wherever that lies now; its config.yaml then says so.
+    """
+    run = RunFolder(folder)
+    if not run.config_file.is_file():
+        return {}
+    begun, given = load(KINDS[stage.kind], run.config_file), _settings(stage, model, folder)
+    if moves and begun.model != model:
+        begun = replace(begun, model=model)
+        run.write_config(dump(begun))
+    return changed(begun, (given.as_begun() if stage.kind == "sft" else given).resolved())
+
+
+def _settings(stage: Stage, model: str | None, folder: Path) -> Any:
+    """Of a stage's run, which starts from `model`."""
+    if stage.kind != "sft":
+        return replace(stage.config, model=model)
+    return replace(stage.config, out=str(folder), model=None if stage.config.init else model)
+
+
+def _write(plan: Plan, out: Path) -> None:
     """Writes the plan into the folder of all runs."""
     out.mkdir(parents=True, exist_ok=True)
     plain = {"model": plan.model, "stages": [{stage.kind: to_dict(stage.config)} for stage in plan.stages]}
@@ -199,11 +253,10 @@ def _begin(plan: Plan, out: Path) -> None:
 
 def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]) -> None:
     """Runs a stage, or the rest of it."""
+    config = _settings(stage, model, folder)
     if stage.kind == "sft":
-        begins = {} if stage.config.init else {"model": model}
-        sft(replace(stage.config, out=str(folder), **begins), resume=True)
+        sft(config, resume=True)
         return
-    config = replace(stage.config, model=model)
     trainer_of(config)(config, out=folder, resume=True, observer=observer(stage)).train()
 
 

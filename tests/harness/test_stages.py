@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from llm_gym import embedded
+from llm_gym.cli.group import llmgym
 from llm_gym.errors import CheckpointError, ConfigError, SettingError
 from llm_gym.harness import stages
+from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.lineage import last_stage, lineage, locate
 from llm_gym.harness.model import load_model
 from llm_gym.harness.stages import check_plan, read_plan, run_plan
@@ -120,6 +124,72 @@ def test_a_stopped_run_goes_on_at_its_stage(tmp_path: Path, tune: dict[str, Any]
     played.clear()
     assert run_plan(made, tmp_path / "cut", resume=True) == again
     assert played == []
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages, complete, in `out`; their plan beside it."""
+    folder = tmp_path_factory.mktemp("two")
+    made = plan(folder, {"train": {**TRAIN, "lora": {"rank": 2}}}, {"train": TRAIN})
+    run_plan(made, folder / "out")
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("2.optimizer.lr=0.5", ("optimizer.lr: got 0.5 in place of 0.01", "2-train", "done 2 steps of 2")),
+        ("2.group_size=8", ("group_size: got 8 in place of 4", "2-train")),
+        ("1.optimizer.lr=0.5", ("1-train: optimizer.lr: got 0.5 in place of 0.01", "2-train has begun", "--out")),
+        ("1.steps=3", ("1-train: steps: got 3 in place of 2", "2-train has begun", "--out")),
+    ],
+)
+def test_a_stage_that_is_complete_keeps_its_settings(two: Path, given: str, words: tuple[str, ...]) -> None:
+    before = contents(two / "out")
+    arguments = ["run", str(two / "plan.yaml"), "--resume", "--out", str(two / "out"), "--set", given]
+    for _ in range(2):  # the first refusal leaves nothing that would let the second pass
+        done = CliRunner().invoke(llmgym, arguments)
+        assert done.exit_code == 2, done.output
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("Error: ")
+        assert all(word in last for word in words), last
+    after = contents(two / "out")
+    assert {name for name in before if after.get(name) != before[name]} == set()
+
+
+def test_the_last_stage_may_be_given_more_steps(two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two / "out", tmp_path / "out", symlinks=True)  # which moves the model of the second stage
+    more = read_plan(two / "plan.yaml", ["2.steps=3"])
+    assert run_plan(more, tmp_path / "out", resume=True).endswith("checkpoints/step_000003")
+    assert yaml.safe_load((tmp_path / "out/stages.yaml").read_text())["stages"][1]["train"]["steps"] == 3
+    assert len(lineage(locate(tmp_path / "out"))) == 2
+
+
+def test_a_longer_tuning_that_was_stopped_hands_on_no_shorter_one(tmp_path: Path, tune: dict[str, Any]) -> None:
+    tune = {**tune, "checkpoint": {"every": 1}}
+    run_plan(plan(tmp_path, {"sft": tune}), tmp_path / "out")
+    longer = plan(tmp_path, {"sft": tune}, {"train": {**TRAIN, "steps": 1}}, sets=("1.steps=4",))
+    log = RunFolder.log
+
+    def dies(run: RunFolder, row: Any) -> None:
+        log(run, row)
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(RunFolder, "log", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(longer, tmp_path / "out", resume=True)
+    run_plan(longer, tmp_path / "out", resume=True)
+    assert (tmp_path / "out/1-sft/checkpoints/step_000004").is_dir()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out/1-sft/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    ends = [weights(tmp_path / "out/1-sft" / name) for name in ("model", "checkpoints/step_000004")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_default_rates_are_those_of_the_model_s_size(tmp_path: Path, tune: dict[str, Any]) -> None:
