@@ -27,6 +27,8 @@ PATIENCE = 10
 """Seconds that processes have to end when one of them has."""
 OURS = "llmgym-"
 """How the name of a run begins whose processes `launch` has started."""
+FAREWELL = "farewell"
+"""File, beside that of a process's error, of what it says when it is told to end."""
 
 
 nproc_option: Callable[[F], F] = click.option(
@@ -66,6 +68,8 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
         try:
             elastic_launch(config, sys.executable)("-m", "llm_gym.cli", *sys.argv[1:])
         except SignalException:
+            for file in Path(words).rglob(FAREWELL):
+                click.echo(file.read_text("utf-8"), err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except ChildFailedError as failed:
             raise _account(failed.failures, verdict) from None
@@ -90,13 +94,20 @@ def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
 
 
 @contextmanager
-def as_rank(rank: int) -> Iterator[None]:
+def as_rank(rank: int, farewell: Callable[[], str] | None = None) -> Iterator[None]:
     """SIGTERM lets a process clean up, as Ctrl-C does; of several that train together one speaks for all.
 
-    Of several, SIGTERM is Ctrl-C without a word: whoever started them stops them so, and says why. It is not an
-    exception of its own: one that comes between two steps of an event loop, which knows of Ctrl-C only, leaves tasks
-    behind that say so. Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in
-    torch, and aborts.
+    Of several, `launch` ends the others by SIGTERM when one has failed, and passes on the SIGTERM that ends itself:
+    which it is, it knows alone, so what is to be said then is left with it. SIGTERM is not an exception of its own:
+    one that comes between two steps of an event loop, which knows of Ctrl-C only, leaves tasks behind that say so.
+    Once it is on its way out, SIGTERM does nothing: an exit that is interrupted leaves threads in torch, and aborts.
+
+    Args:
+        rank: of this process.
+        farewell: how to go on after Ctrl-C or SIGTERM, for rank 0 to say.
+
+    Raises:
+        Exit: after Ctrl-C or SIGTERM; and where `launch` speaks for an error.
     """
     ending: list[int] = []
     several = "RANK" in os.environ
@@ -113,11 +124,11 @@ def as_rank(rank: int) -> Iterator[None]:
         with _one_speaks():
             yield
     except KeyboardInterrupt:
+        if rank == 0 and farewell is not None:
+            _part(farewell(), told=bool(ending))
         if ending and several:
             sys.exit(128 + signal.SIGTERM)
-        if rank:
-            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
-        raise
+        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_IGN if several or ending else before)
@@ -129,15 +140,28 @@ def _one_speaks() -> Iterator[None]:
     try:
         yield
     except LLMGymError as error:
-        if not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS) or os.environ.get("LLMGYM_DEBUG"):
+        if not _launched() or os.environ.get("LLMGYM_DEBUG"):
             raise
-        _leave_word(str(error))
+        word = json.dumps({"message": str(error), "timestamp": int(time.time())})
+        _leave(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), word)  # where torchrun's agent looks for it
         raise click.exceptions.Exit(EXIT_SETTING) from None
 
 
-def _leave_word(sentence: str) -> None:
-    """Where torchrun's agent looks for it; whole or not at all."""
-    file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+def _part(farewell: str, *, told: bool) -> None:
+    """Says how to go on, or leaves it with `launch` if this process was `told` to end by it."""
+    if told and _launched():
+        _leave(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(FAREWELL), farewell)
+    else:
+        click.echo(farewell, err=True)
+
+
+def _launched() -> bool:
+    """Whether `launch` has started this process."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS)
+
+
+def _leave(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     half = file.with_suffix(".half")
-    half.write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), "utf-8")
+    half.write_text(text, "utf-8")
     half.replace(file)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.group import settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import to_resume
 
@@ -56,11 +56,8 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     if nproc > size:
         return launch(nproc)
     try:
-        with as_rank(rank):
+        with as_rank(rank, lambda: f"Stopped. Go on: llmgym run {file} --resume --out {out}"):
             found = run_plan(plan, out, resume=resume, observer=observer, done=done)
-    except KeyboardInterrupt:
-        click.echo(f"Stopped. Go on: llmgym run {file} --resume --out {out}", err=True)
-        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
     finally:
         for progress in shown:
             progress.stop()

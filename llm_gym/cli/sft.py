@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.group import settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import chat_template_option, config_option, sets_option, to_resume
 
@@ -54,12 +54,8 @@ def command(
     rank, size = here()
     if nproc > size:
         return launch(nproc)
-    try:
-        with as_rank(rank):
-            sft(replace(config, out=folder), resume=resume)
-    except KeyboardInterrupt:
-        click.echo(f"Stopped. Go on from its newest checkpoint: llmgym sft --resume --out {folder}", err=True)
-        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+    with as_rank(rank, lambda: f"Stopped. Go on from its newest checkpoint: llmgym sft --resume --out {folder}"):
+        sft(replace(config, out=folder), resume=resume)
     if rank > 0:
         return
     click.echo(f"Model:  {Path(folder) / 'model'}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_gym.cli.group import EXIT_INTERRUPTED, settings
+from llm_gym.cli.group import settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import (
     chat_template_option,
@@ -96,15 +96,12 @@ def command(
         return launch(nproc)
     progress = TrainProgress()
     try:
-        with as_rank(rank):
+        with as_rank(rank, lambda: stopped(progress)):
             with settings():
                 trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress, learns=not rollout_only)
             rows = trainer.train(rollout_only=rollout_only)
-        if rank == 0:
-            click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))
-    except KeyboardInterrupt:
-        progress.stop()
-        stopped(progress)
+            if rank == 0:
+                click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))
     finally:
         progress.stop()
 
@@ -124,15 +121,16 @@ def configuration(
     return load(TrainConfig, file, [*sets, *named], model=model, **given)
 
 
-def stopped(progress: TrainProgress) -> None:
-    """Says how to go on after Ctrl-C, and ends the command."""
+def stopped(progress: TrainProgress) -> str:
+    """How to go on after Ctrl-C."""
+    progress.stop()
     if progress.run is None:
-        click.echo("Stopped before the run began.", err=True)
-    else:
-        click.echo(f"Stopped after step {progress.step} of {progress.steps}.", err=True)
-        click.echo(f"Go on from its newest checkpoint: llmgym train --resume --out {progress.run}", err=True)
-        click.echo(f"Look at it so far: llmgym view {progress.run}", err=True)
-    raise click.exceptions.Exit(EXIT_INTERRUPTED)
+        return "Stopped before the run began."
+    return (
+        f"Stopped after step {progress.step} of {progress.steps}.\n"
+        f"Go on from its newest checkpoint: llmgym train --resume --out {progress.run}\n"
+        f"Look at it so far: llmgym view {progress.run}"
+    )
 
 
 def ending(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]], *, rollout_only: bool) -> str:

@@ -157,14 +157,16 @@ def test_a_killed_rank_ends_the_run_and_is_named(lost: int, begun) -> None:
     processes[lost].send_signal(signal.SIGKILL)
     _, said = launcher.communicate(timeout=DEADLINE)
     assert f"Error: rank {lost} was killed by SIGKILL; the other processes were stopped." in said
+    assert "Stopped after step" not in said, "one speaks for all"
     assert launcher.returncode == 2
     assert "Traceback" not in said
     assert gone(processes)
 
 
-def test_ctrl_c_ends_all_processes_with_one_sentence(begun) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_all_processes_with_one_sentence(how: signal.Signals, begun) -> None:
     launcher, processes = begun()
-    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(how)
     _, said = launcher.communicate(timeout=DEADLINE)
     assert launcher.returncode == 130
     assert said.count("Stopped after step") == 1
