@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import chat_template_option, env_args_option, env_option, parse_args
+from llm_gym.cli.options import chat_template_option, env_args_option, env_option, parse_args, to_write
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def command(
         plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, k=k or 1, text=text)
         engine_options = parse_args(options, "--option")
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            to_write(out)
     found = evaluate(plan, engine, seed, engine_options)
     click.echo("\n".join(shown(plan, found)))
     if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,21 @@ def to_resume(out: Path, marks: Sequence[str] = ("config.yaml", "checkpoints")) 
     near = difflib.get_close_matches(out.name, beside, n=1, cutoff=0.5)
     hint = f"did you mean {str(out.parent / near[0])!r}?" if near else "leave --resume out to begin one there."
     raise SettingError(f"--resume: {str(out)!r} holds no run; {hint}")
+
+
+def to_write(out: Path) -> None:
+    """Looks whether the file of `--out` can be written, before what it is to hold takes hours.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    from llm_gym.harness.checkpoint import put
+
+    with put("--out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+        if out.exists():
+            out.open("ab").close()
 
 
 def chosen(envs: Sequence[str]) -> dict[str, Any]:

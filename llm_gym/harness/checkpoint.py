@@ -271,6 +271,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+@contextmanager
+def put(setting: str, path: Path) -> Iterator[None]:
+    """Around what writes a file or a folder that is no part of a run: one sentence where it cannot.
+
+    Args:
+        setting: what the sentence calls it.
+        path: where it is to be.
+
+    Raises:
+        CheckpointError: a full disk, or a place that is read-only or cannot be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{setting}: {str(path)!r} cannot be written ({why}); name another place.") from error
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Replaces `file` whole: a kill leaves the old one or the new one."""
     partial = file.with_name(file.name + ".partial")

@@ -16,6 +16,7 @@ from llm_gym import embedded
 from llm_gym.chat import load_chat
 from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
 from llm_gym.harness.card import card
+from llm_gym.harness.checkpoint import put
 from llm_gym.harness.lineage import Source, locate
 from llm_gym.policies.plain import BASE, fold, is_adapter
 from llm_gym.tokenizer import declared_stops, load_tokenizer
@@ -47,7 +48,7 @@ def export_run(
         What was written.
 
     Raises:
-        CheckpointError: no such run or checkpoint, or `out` holds something already.
+        CheckpointError: no such run or checkpoint, `out` holds something already, or cannot be written.
         ConfigError: an unknown dtype or template, or no adapter where one was asked for.
     """
     source, out = locate(run, step), Path(out)
@@ -63,17 +64,18 @@ def export_run(
         load_tokenizer(source.folder, chat_template)  # before anything is written
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        if adapter:
-            _write_adapter(source, partial, DTYPES.get(dtype or ""))
-        else:
-            _write_model(source, partial, DTYPES.get(dtype or ""), chat_template)
-        load_tokenizer(source.folder, chat_template).save_pretrained(partial)
-        (partial / "README.md").write_text(card(source, out.name, adapter=adapter), "utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
+        with put("out", out):
+            partial.mkdir(parents=True)
+            if adapter:
+                _write_adapter(source, partial, DTYPES.get(dtype or ""))
+            else:
+                _write_model(source, partial, DTYPES.get(dtype or ""), chat_template)
+            load_tokenizer(source.folder, chat_template).save_pretrained(partial)
+            (partial / "README.md").write_text(card(source, out.name, adapter=adapter), "utf-8")
+            if out.exists():
+                out.rmdir()
+            os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return source

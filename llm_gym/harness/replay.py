@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from llm_gym.errors import CheckpointError
-from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.checkpoint import RunFolder, put, step_of
 from llm_gym.harness.config import PolicyConfig, TrainConfig, load
 from llm_gym.harness.distill import trainer_of
 from llm_gym.harness.evaluation import EvalConfig
@@ -123,13 +123,16 @@ def replay(
 
     Raises:
         SettingError: settings that cannot work.
-        CheckpointError: see `starting_point`.
+        CheckpointError: see `starting_point`; or `out` cannot be written.
     """
     folder = RunFolder(run)
     start, checkpoint = starting_point(folder, step, None if source is None else Path(source))
     config = load(TrainConfig, folder.config_of(step), sets)
     config = replace(config, eval=EvalConfig(episodes=0), log=LogConfig(), policy=PolicyConfig())
     recorded = {row["step"]: row for row in folder.metrics()}
+    if out is not None:
+        with put("out", Path(out)):
+            Path(out).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
         trainer = trainer_of(config)(config, out=Path(scratch) / "run", observer=observer, play=False)
         try:
@@ -143,8 +146,8 @@ def replay(
                 tensors, more = _compare_checkpoint(trainer, folder.path / "checkpoints" / f"step_{at:06d}")
                 yield Replayed(at, learned, compared, tensors, found + more)
             if out is not None:
-                Path(out).mkdir(parents=True, exist_ok=True)
-                save(trainer.learner, load_tokenizer(config.model, config.chat_template), Path(out))
+                with put("out", Path(out)):
+                    save(trainer.learner, load_tokenizer(config.model, config.chat_template), Path(out))
         finally:
             trainer.world.close()
             trainer.run.release()

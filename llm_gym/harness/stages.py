@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
-from llm_gym.harness.checkpoint import RunFolder, step_of, write_atomically
+from llm_gym.harness.checkpoint import RunFolder, put, step_of, write_atomically
 from llm_gym.harness.config import TrainConfig, dump, load, to_dict
 from llm_gym.harness.devices import device_of
 from llm_gym.harness.distill import check_distill, trainer_of
@@ -246,9 +246,10 @@ def _settings(stage: Stage, model: str | None, folder: Path) -> Any:
 
 def _write(plan: Plan, out: Path) -> None:
     """Writes the plan into the folder of all runs."""
-    out.mkdir(parents=True, exist_ok=True)
     plain = {"model": plan.model, "stages": [{stage.kind: to_dict(stage.config)} for stage in plan.stages]}
-    write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    with put("out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]) -> None:

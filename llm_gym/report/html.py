@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from llm_gym.harness.checkpoint import write_atomically
+from llm_gym.harness.checkpoint import put, write_atomically
 from llm_gym.harness.verdict import warnings
 from llm_gym.report import charts
 from llm_gym.report.run import Run, Series, problems, read, title
@@ -38,12 +38,13 @@ def write(folder: str | Path, *, decode: Decode | None = None) -> Path:
         The path of the page.
 
     Raises:
-        CheckpointError: there is no such folder, or nothing of a run is in it.
+        CheckpointError: there is no such folder, nothing of a run is in it, or it cannot be written.
     """
     # Text that is no valid Unicode (half a character, say) must not cost the whole page.
     page = render(read(folder), decode).encode("utf-8", "replace").decode("utf-8")
     path = Path(folder) / "report.html"
-    write_atomically(path, page)
+    with put("report", path):
+        write_atomically(path, page)
     return path
 
 
