@@ -47,6 +47,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Mixtral, its experts and its router": ("Mixtral", MOE | {"tie_word_embeddings": False}, {}),
     "4 bits": ("Qwen3", {"hidden_size": 64}, {"base": "nf4"}),
     "4 bits, and the embedding of a tied model": ("Qwen3", {"hidden_size": 64}, {"base": "nf4", "target_modules": BOTH}),
+    "4 bits, and the head of a tied model": ("Qwen3", {"hidden_size": 64}, {"base": "nf4", "target_modules": HEAD}),
+    "4 bits, and the head alone, not tied, DoRA": (
+        "Qwen3", {"hidden_size": 64, "tie_word_embeddings": False},
+        {"base": "nf4", "kind": "dora", "target_modules": ("lm_head",)},
+    ),
     "4 bits, and an embedding that is scaled": (  # no cap of the scores, which `sdpa` leaves out
         "Gemma2", {"hidden_size": 96, "head_dim": 32, "attn_logit_softcapping": None}, {"base": "nf4"},
     ),
@@ -147,7 +152,8 @@ def test_a_checkpoint_is_read_back(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_head_that_logits_are_made_of_is_the_one_that_is_sent(tmp_path: Path) -> None:
-    for kind in ("both of a tied model, DoRA", "a head trained whole, tied", "4 bits"):
+    four = "4 bits, and the head alone, not tied, DoRA"
+    for kind in ("both of a tied model, DoRA", "a head trained whole, tied", "4 bits", four):
         _, learner = trained(tmp_path / kind, kind)
         weight, _ = Body(learner.model).head()
         torch.testing.assert_close(weight, dict(plain_tensors(learner.model))["lm_head.weight"], rtol=0, atol=0)
