@@ -5,10 +5,12 @@ from __future__ import annotations
 import _thread
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import IO, Any
 
 import click
@@ -105,9 +107,16 @@ def interrupted_again(lost: sys.UnraisableHookArgs) -> None:
     again.start()
 
 
+def as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """What a signal does that ends a command as Ctrl-C does: engines, tools and temporary files end with it."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    interrupt(signal.SIGINT, frame) if callable(interrupt) else signal.default_int_handler(number, frame)
+
+
 def main() -> None:
     """The entry point of the `llmgym` command."""
     sys.unraisablehook = interrupted_again
+    signal.signal(signal.SIGTERM, as_ctrl_c)
     for stream in (sys.stdout, sys.stderr):
         # Curves and models' text are Unicode; a terminal that is not must not end the run.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llm_gym.cli.group import EXIT_INTERRUPTED, EXIT_SETTING, OneSentence
+from llm_gym.cli.group import EXIT_INTERRUPTED, EXIT_SETTING, OneSentence, as_ctrl_c
 from llm_gym.errors import LLMGymError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -113,10 +113,9 @@ def as_rank(rank: int, farewell: Callable[[], str] | None = None) -> Iterator[No
     several = "RANK" in os.environ
 
     def end(number: int, frame: FrameType | None) -> None:
-        interrupt = signal.getsignal(signal.SIGINT)
         ending.append(number)
         if len(ending) == 1:
-            interrupt(signal.SIGINT, frame) if callable(interrupt) else signal.default_int_handler(number, frame)
+            as_ctrl_c(number, frame)
 
     mine = threading.current_thread() is threading.main_thread()  # no other may ask for signals
     before = signal.signal(signal.SIGTERM, end) if mine else None

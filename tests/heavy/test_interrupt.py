@@ -45,6 +45,17 @@ def start(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         process.stderr.close()
 
 
+def environment(tmp: Path) -> dict[str, str]:
+    """A command's, with a folder for temporary files of its own."""
+    (tmp / "temporary").mkdir()
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp / "temporary")}
+
+
+def stores(tmp: Path) -> list[str]:
+    """Files by which the processes of an engine find each other."""
+    return [file.name for file in (tmp / "temporary").iterdir() if file.name.startswith("vllm_dist_")]
+
+
 def family(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The process, everything that descends from it, and everything else in its session."""
     own = psutil.Process(process.pid)
@@ -57,9 +68,13 @@ def test_ctrl_c(said: str, tmp_path: Path, start: list[subprocess.Popen[str]]) -
     sets = ["steps=3", "policy.vllm.max_model_len=256", *PHASES[said]]
     words = [word for each in sets for word in ("--set", each)]
     command = [sys.executable, "-m", "llm_gym.cli", "train", "--policy", "vllm", "--out", str(out), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(tmp_path),
+        start_new_session=True,
     )
     start.append(run)
     assert run.stderr is not None
@@ -80,3 +95,22 @@ def test_ctrl_c(said: str, tmp_path: Path, start: list[subprocess.Popen[str]]) -
     assert within(60, lambda: not living(members.values())), living(members.values())
     assert within(60, lambda: not session(run.pid)), session(run.pid)
     assert within(60, lambda: not existing(memory | shared_memory({run.pid}))), existing(memory)
+    assert stores(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_measurement_that_is_stopped_leaves_nothing_behind(
+    how: signal.Signals, tmp_path: Path, start: list[subprocess.Popen[str]]
+) -> None:
+    """A command that has nothing to say ends in the same way."""
+    command = [sys.executable, "-m", "llm_gym.cli", "eval", "--policy", "vllm", "--episodes", "100000"]
+    run = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(tmp_path)
+    )
+    start.append(run)
+    assert within(300, lambda: stores(tmp_path) or run.poll() is not None), "the engine does not start"
+    run.send_signal(how)
+    _, rest = run.communicate(timeout=300)
+    assert run.returncode == 130, rest[-3000:]
+    assert "Traceback" not in rest
+    assert stores(tmp_path) == []
