@@ -37,6 +37,8 @@ class OpenAIPolicy:
         model: its name there.
         base_url: where, `/v1` included.
         api_key: None: the environment variable OPENAI_API_KEY, if there is one.
+        start_seconds: how long to try while nothing has ever answered: an address that is wrong, or a server that is
+            not up yet.
         retry_seconds: how long a request is repeated after failures that may pass (rate limits, 5xx, no answer).
         max_rows: requests at once.
 
@@ -52,6 +54,7 @@ class OpenAIPolicy:
         *,
         base_url: str = URL,
         api_key: str | None = None,
+        start_seconds: float = 5.0,
         retry_seconds: float = 300.0,
         max_rows: int = 32,
     ) -> None:
@@ -60,6 +63,8 @@ class OpenAIPolicy:
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"base_url: got {base_url!r}, want a URL such as {URL!r}.")
         self.model, self.max_rows, self._retry = model, max_rows, retry_seconds
+        self._start, self._answered = start_seconds, False
+        self._unanswered: float | None = None  # since when, while nothing has ever answered
         self._said = -SAY
         key = api_key or os.environ.get("OPENAI_API_KEY")
         self._remote = Remote(base_url, headers={"Authorization": f"Bearer {key}"} if key else {}, proxies=True)
@@ -73,7 +78,7 @@ class OpenAIPolicy:
         are no numbers (NaN): whatever would be trained on them is lost, and says so.
 
         Raises:
-            SettingError: the endpoint refuses the key or does not know the model.
+            SettingError: the endpoint refuses the key, does not know the model, or has never answered.
             PolicyError: it refuses this request, or fails for `retry_seconds`.
         """
         body = self._body(*chat.as_shown(list(messages), chat.tools), sampling, seed)
@@ -118,17 +123,37 @@ class OpenAIPolicy:
         until = time.monotonic() + self._retry
         for attempt in itertools.count():
             try:
-                return _read(await self._remote.call("POST", "/chat/completions", body))
+                answer = await self._remote.call("POST", "/chat/completions", body)
+                self._answered = True
+                return _read(answer)
             except RemoteError as error:
+                self._answered |= error.status is not None
                 if error.status in _HOPELESS:
                     raise ConfigError(f"engine 'openai': {error}.") from error
                 if not error.passing or time.monotonic() > until:
                     raise PolicyError(f"A request failed: {error}") from error
+                left = (until if self._answered else self._first_answer_until(error)) - time.monotonic()
                 if time.monotonic() - self._said > SAY:
                     self._said = time.monotonic()
-                    log.warning("no answer yet, trying for %.0f s more: %s", until - self._said, error)
-            await asyncio.sleep(delay(attempt))
+                    log.warning("no answer yet, trying for %.0f s more: %s", left, error)
+            await asyncio.sleep(min(delay(attempt), max(left, 0.0)))
         raise AssertionError
+
+    def _first_answer_until(self, error: RemoteError) -> float:
+        """When to give up what has never answered, on the monotonic clock.
+
+        Raises:
+            ConfigError: now.
+        """
+        if self._unanswered is None:
+            self._unanswered = time.monotonic()
+        until = self._unanswered + self._start
+        if time.monotonic() >= until:
+            raise ConfigError(
+                f"base_url: no answer for {self._start:g} s ({error}); start the server, or let it take longer with "
+                "start_seconds=60."
+            ) from error
+        return until
 
 
 def _plain(message: Message) -> Message:

@@ -51,7 +51,7 @@ class ServerPolicy:
             where there is none the folder for temporary files.
         start_seconds: how long to wait for servers that are not up yet.
         retry_seconds: how long a request waits for a server to come back before it fails.
-        on_wait: hears what is waited for, and for how long.
+        on_wait: hears what is waited for, and how much longer.
         ranks: the processes that use these servers together, each with such a policy, and load weights at the same
             time; None: this one alone.
 
@@ -68,9 +68,9 @@ class ServerPolicy:
         version: int = 0,
         max_context: int | None = None,
         folder: str | Path | None = None,
-        start_seconds: float = 60.0,
+        start_seconds: float = 5.0,
         retry_seconds: float = 300.0,
-        on_wait: Callable[[str], None] = log.info,
+        on_wait: Callable[[str], None] = log.warning,
         ranks: Ranks | None = None,
     ) -> None:
         urls = addresses(servers)
@@ -293,11 +293,11 @@ class ServerPolicy:
                 break
             except RemoteError as error:
                 waited = time.monotonic() - began
-                if waited > start_seconds:
-                    text = f"servers: {url} is not up after {start_seconds:g} s ({error}); {_START}."
-                    raise ConfigError(text) from error
-                on_wait(f"waiting for {url} for {waited:.0f} s")
-            await asyncio.sleep(delay(attempt))
+                if (left := start_seconds - waited) <= 0:
+                    text = f"servers: {url} is not up after {start_seconds:g} s ({error}); {_START}"
+                    raise ConfigError(f"{text}, or let it take longer with start_seconds=60.") from error
+                on_wait(f"waiting for {url}, {left:.0f} s more: {error}")
+            await asyncio.sleep(min(delay(attempt), left))
         try:
             limit = await self._check_model(server)
             await server.bring()

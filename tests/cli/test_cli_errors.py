@@ -187,6 +187,10 @@ BAD = {
     "an option's form": ("eval --engine server --option servers", ("--option", "'servers'", "key=value")),
     "no server": ("eval --engine server", ("servers", "llmgym serve")),
     "a server": ("eval --engine server --option servers=http://127.0.0.1:1 --option start_seconds=0", ("127.0.0.1:1",)),
+    "an endpoint": (
+        "eval --engine openai --model m --option base_url=http://127.0.0.1:1/v1 --option start_seconds=0",
+        ("base_url", "127.0.0.1:1", "start_seconds"),
+    ),
     "an endpoint's model": ("eval --engine openai", ("model",)),
     "an argument of vLLM's": ("serve --set max_model_len", ("--set", "max_model_len", "key=value")),
     "too many episodes": ("eval --env GSM8K-v0 --env-arg dataset=sample --episodes 99", ("--episodes", "99", "12")),

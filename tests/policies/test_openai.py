@@ -31,16 +31,25 @@ class Endpoint:
         self.answers: deque[Any] = deque()
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self._loop = Loop("endpoint")
+        self._loop, self._port = Loop("endpoint"), 0
+        self.come()
+
+    def come(self) -> None:
+        """Answers, where it did before."""
         self._loop.run(self._start())
+
+    def leave(self) -> None:
+        """Is not there."""
+        self._loop.run(self._runner.cleanup())
 
     async def _start(self) -> None:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._chat)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self._port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self._port}/v1"
 
     async def _chat(self, request: web.Request) -> web.Response:
         self.bodies.append(await request.json())
@@ -51,7 +60,7 @@ class Endpoint:
         return web.json_response(answer)
 
     def stop(self) -> None:
-        self._loop.run(self._runner.cleanup())
+        self.leave()
         self._loop.stop()
 
 
@@ -164,6 +173,42 @@ def test_failing_for_too_long_is_data(endpoint: Endpoint) -> None:
     with pytest.raises(PolicyError, match="500"):
         reply(engine)
     engine.close()
+    engine.close()
+
+
+def test_an_address_where_nobody_is_is_a_setting_and_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = OpenAIPolicy("m", base_url="http://127.0.0.1:1/v1", start_seconds=0.5, retry_seconds=10_000)
+    with pytest.raises(ConfigError, match=r"base_url: no answer for 0\.5 s .*127\.0\.0\.1:1"):
+        rollout("GuessNumber-v0", engine, seeds=range(3))
+    engine.close()
+    assert "trying for" in caplog.records[0].getMessage()
+
+
+def test_an_endpoint_that_has_answered_may_be_away_for_longer(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its retry_seconds count then."""
+    engine = OpenAIPolicy("m", base_url=endpoint.url, start_seconds=0.0, retry_seconds=10_000)
+    chat = load_chat()
+
+    async def both() -> list[Completion]:
+        first = await engine.reply(MESSAGES, chat, Sampling(), seed=0)
+        endpoint.leave()
+        second = asyncio.ensure_future(engine.reply(MESSAGES, chat, Sampling(), seed=0))
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+        endpoint.come()
+        return [first, await second]
+
+    first, second = asyncio.run(both())
+    assert first.tokens.tolist() == second.tokens.tolist()
+    engine.close()
+
+
+def test_an_error_is_an_answer(endpoint: Endpoint) -> None:
+    endpoint.answers.append(500)
+    engine = OpenAIPolicy("m", base_url=endpoint.url, start_seconds=0.0)
+    assert len(reply(engine).tokens)
     engine.close()
 
 

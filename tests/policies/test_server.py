@@ -426,6 +426,11 @@ class TestSettings:
         ServerPolicy(MODEL, servers=fake.url, on_wait=on_wait).close()
         assert told[0].startswith(f"waiting for {fake.url}")
 
+    def test_it_is_said_at_once_and_not_waited_for_unless_asked(self, caplog: pytest.LogCaptureFixture) -> None:
+        with pytest.raises(ConfigError, match=r"http://127.0.0.1:1 is not up after 5 s .*start_seconds=60"):
+            ServerPolicy(MODEL, servers="http://127.0.0.1:1")
+        assert "waiting for http://127.0.0.1:1, 5 s more" in caplog.records[0].getMessage()
+
     def test_another_model(self, fake: Fake) -> None:
         with pytest.raises(ConfigError, match="serves 'a/model', not 'b/model'"):
             ServerPolicy("b/model", servers=fake.url)
