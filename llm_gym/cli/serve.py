@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 LINE = 10.0
 """Seconds between two lines about the start where no terminal shows a clock."""
 
+EVERY_UPDATE = ("Attempted to load weight", "Failed to load weights")
+"""What vLLM warns of each time: that a learner's float32 is rounded, tensor by tensor; that what it ties or computes
+itself is not sent. Whether an update has arrived is proven by checksums."""
+
 
 @click.command("serve", short_help="Start a vLLM server that training and eval can use.")
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
@@ -94,8 +98,8 @@ def _tell(url: str, model: str | None) -> None:
 
 
 def _important(line: str) -> bool:
-    """Errors and warnings; not that a learner's float32 is rounded, once for every tensor of every update."""
-    return (" ERROR " in line or " WARNING " in line) and "Attempted to load weight" not in line
+    """Errors and warnings, without those of every update."""
+    return (" ERROR " in line or " WARNING " in line) and not any(words in line for words in EVERY_UPDATE)
 
 
 @contextmanager
