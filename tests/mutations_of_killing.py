@@ -8,6 +8,27 @@ _GOES_ON = "harness/test_resuming.py::test_other_settings_count_from_the_next_st
 
 KILLING = (
     Mutant(
+        "a place that cannot be written is a traceback",
+        "harness/checkpoint.py",
+        "except (OSError, SafetensorError) as error:\n        why",
+        "except SafetensorError as error:\n        why",
+        ("cli/test_cli_readonly.py::test_a_place_that_cannot_be_written_is_one_sentence[stages]",),
+    ),
+    Mutant(
+        "a stage that is complete ignores other settings",
+        "harness/stages.py",
+        "if different or not complete(stage, folder):",
+        "if not complete(stage, folder):",
+        ("harness/test_stages.py::test_a_stage_that_is_complete_keeps_its_settings[2.group_size=8-words1]",),
+    ),
+    Mutant(
+        "an address where nobody has ever answered is tried as long as one that was there",
+        "policies/openai.py",
+        "(until if self._answered else self._first_answer_until(error))",
+        "until",
+        ("policies/test_openai.py::test_an_address_where_nobody_is_is_a_setting_and_said_at_once",),
+    ),
+    Mutant(
         "a checkpoint's rates win over the settings of the run that goes on",
         "harness/weights.py",
         'if name not in ("params", "lr")}',

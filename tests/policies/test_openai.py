@@ -177,7 +177,7 @@ def test_failing_for_too_long_is_data(endpoint: Endpoint) -> None:
 
 
 def test_an_address_where_nobody_is_is_a_setting_and_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    engine = OpenAIPolicy("m", base_url="http://127.0.0.1:1/v1", start_seconds=0.5, retry_seconds=10_000)
+    engine = OpenAIPolicy("m", base_url="http://127.0.0.1:1/v1", start_seconds=0.5, retry_seconds=2)
     with pytest.raises(ConfigError, match=r"base_url: no answer for 0\.5 s .*127\.0\.0\.1:1"):
         rollout("GuessNumber-v0", engine, seeds=range(3))
     engine.close()
