@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -113,9 +114,28 @@ def boundary(error: BaseException, *, policy: bool) -> StopReason:
 def unknown(argument: str, value: object, valid: Iterable[str]) -> str:
     """One sentence naming the argument, the value received and the nearest valid one."""
     names = sorted(valid)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}."
+    hint = suggestion(value, names) or f"valid: {', '.join(names)}."
     return f"{argument}: unknown value {value!r}; {hint}"
+
+
+def suggestion(value: object, valid: Iterable[str], folder: str = "") -> str:
+    """`did you mean 'x'?` with the valid name nearest to `value` (in `folder`, if they are files); "" if none is near.
+
+    It ends a sentence; what goes on behind it has it in brackets.
+    """
+    near = nearest(value, valid)
+    return "" if near is None else f"did you mean {os.path.join(folder, near)!r}?"
+
+
+def nearest(value: object, valid: Iterable[str]) -> str | None:
+    """The valid name nearest to `value`, if one is near."""
+    return next(iter(difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.5)), None)
+
+
+def ended(text: object) -> str:
+    """Words of somebody else as the end of a sentence: with a full stop, unless they have an end already."""
+    said = str(text).rstrip()
+    return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
 def place(function: Any, error: BaseException | None = None) -> str:

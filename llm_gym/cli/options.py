@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llm_gym.errors import ConfigError, SettingError
+from llm_gym.errors import ConfigError, SettingError, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,8 +58,7 @@ def to_resume(out: Path, marks: Sequence[str] = ("config.yaml", "checkpoints")) 
     if begun(out):
         return
     beside = [folder.name for folder in out.parent.glob("*") if begun(folder)]
-    near = difflib.get_close_matches(out.name, beside, n=1, cutoff=0.5)
-    hint = f"did you mean {str(out.parent / near[0])!r}?" if near else "leave --resume out to begin one there."
+    hint = suggestion(out.name, beside, str(out.parent)) or "leave --resume out to begin one there."
     raise SettingError(f"--resume: {str(out)!r} holds no run; {hint}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 
 from llm_gym.envs.parameters import check
-from llm_gym.errors import SettingError, unknown
+from llm_gym.errors import SettingError, ended, unknown
 
 NAMESPACE = "llm_gym"
 
@@ -47,7 +47,7 @@ def resolve(env_id: str) -> str:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise SettingError(f"env: cannot import {module!r} of {env_id!r}: {error}.") from error
+            raise SettingError(f"env: cannot import {module!r} of {env_id!r}: {ended(error)}") from error
     for full in (bare, f"{NAMESPACE}/{bare}"):
         if full in gymnasium.registry:
             return full

@@ -14,7 +14,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
-from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, place, unknown
+from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, ended, place, unknown
 
 FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
 """Replies that a reward is tried on."""
@@ -214,7 +214,7 @@ def _function(reward: Any) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"reward: cannot import {module_name!r} of {reward!r}: {error}.") from error
+        raise ConfigError(f"reward: cannot import {module_name!r} of {reward!r}: {ended(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(unknown("reward", name, [n for n in vars(module) if callable(getattr(module, n))]))

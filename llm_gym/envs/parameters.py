@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, ended, unknown
 
 NUMBERS = {"int": "a whole number", "float": "a number"}
 """Annotations of arguments that no text fits, and what is wanted."""
@@ -26,7 +26,7 @@ def environment_class(env_id: str) -> type:
     try:
         found: Any = load_env_creator(entry) if isinstance(entry, str) else entry
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"env: cannot import {entry!r}, the entry point of {env_id!r}: {error}.") from error
+        raise ConfigError(f"env: cannot import {entry!r}, the entry point of {env_id!r}: {ended(error)}") from error
     return found if isinstance(found, type) else type(found)
 
 
@@ -77,4 +77,4 @@ def check(env_id: str, given: Mapping[str, Any]) -> None:
     given = {**gymnasium.spec(env_id).kwargs, **given}
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:
-        raise ConfigError(f"{env_id}: needs {' and '.join(missing)}; pass --env-arg {missing[0]}=...")
+        raise ConfigError(f"{env_id}: needs {' and '.join(missing)}; pass it as --env-arg {missing[0]}=VALUE.")

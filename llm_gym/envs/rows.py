@@ -10,12 +10,11 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llm_gym.errors import DataError, unknown
+from llm_gym.errors import DataError, ended, nearest, suggestion, unknown
 from llm_gym.hub import offline_if_unreachable
 
 Row = Mapping[str, Any]
@@ -61,9 +60,9 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     """
     for argument, column in columns.items():
         if column not in rows[0]:
-            near = get_close_matches(column, rows[0], n=1, cutoff=0.5) or list(rows[0])
+            near = nearest(column, rows[0]) or next(iter(rows[0]))
             said = unknown(argument, column, rows[0]).rstrip(".")
-            raise DataError(f"{said} (columns: {', '.join(rows[0])}); name it, as in {argument}={near[0]}.")
+            raise DataError(f"{said} (columns: {', '.join(rows[0])}); name it, as in {argument}={near}.")
 
 
 def slice_of(split: str, size: int) -> slice:
@@ -94,7 +93,7 @@ def _load_file(path: Path, split: str) -> Sequence[Row]:
     try:
         rows = _READERS[path.suffix](path)
     except (ValueError, OSError, csv.Error) as error:
-        raise DataError(f"dataset: cannot read {str(path)!r}: {error}.") from error
+        raise DataError(f"dataset: cannot read {str(path)!r}: {ended(error)}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"dataset: {str(path)!r} is not a list of objects.")
     return rows[slice_of(split, len(rows))]
@@ -125,9 +124,8 @@ def _first_line(error: Exception) -> str:
 def _no_file(path: Path) -> str:
     """One sentence: no such file, and the nearest one beside it."""
     beside = [p.name for p in path.parent.iterdir() if p.suffix in _READERS] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=1, cutoff=0.4)
-    hint = f"; did you mean {str(path.parent / near[0])!r}?" if near else "."
-    return f"dataset: no file {str(path)!r}{hint}"
+    hint = suggestion(path.name, beside, str(path.parent))
+    return f"dataset: no file {str(path)!r}{f'; {hint}' if hint else '.'}"
 
 
 def _jsonl(path: Path) -> Any:

@@ -107,7 +107,8 @@ def find_columns(present: Collection[str], given: Mapping[str, str]) -> dict[str
         if part not in NAMES:
             raise DataError(unknown("columns", part, NAMES))
         if column not in present:
-            raise DataError(unknown(f"columns.{part}", column, present) + f" (columns: {', '.join(present)})")
+            said = unknown(f"columns.{part}", column, present).rstrip(".")
+            raise DataError(f"{said} (columns: {', '.join(present)}).")
     usual = {part: next((name for name in names if name in present), "") for part, names in NAMES.items()}
     found = {part: name for part, name in {**usual, **given}.items() if name}
     pairs = "messages" not in found or (given.keys() & {"prompt", "completion"} and "messages" not in given)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, ended
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def new_folder(chosen: str | Path | None) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=f"llm_gym-{os.getpid()}-", dir=parent))
     except OSError as error:
-        raise ConfigError(f"folder: cannot write in {parent}: {error}.") from error
+        raise ConfigError(f"folder: cannot write in {parent}: {ended(error)}") from error
 
 
 def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_gym.core import Completion, FinishReason, Ids, Message, Sampling
-from llm_gym.errors import ConfigError, PolicyError, SettingError
+from llm_gym.errors import ConfigError, PolicyError, SettingError, ended
 from llm_gym.policies.remote import Loop, Remote, RemoteError, delay
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class OpenAIPolicy:
             except RemoteError as error:
                 self._answered |= error.status is not None
                 if error.status in _HOPELESS:
-                    raise ConfigError(f"engine 'openai': {error}.") from error
+                    raise ConfigError(f"engine 'openai': {ended(error)}") from error
                 if not error.passing or time.monotonic() > until:
                     raise PolicyError(f"A request failed: {error}") from error
                 left = (until if self._answered else self._first_answer_until(error)) - time.monotonic()

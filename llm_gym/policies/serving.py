@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_gym.embedded import PATH
-from llm_gym.errors import ConfigError, SettingError, unknown
+from llm_gym.errors import ConfigError, SettingError, ended, unknown
 from llm_gym.policies.vllm_models import like_transformers
 from llm_gym.policies.vllm_start import defaults
 
@@ -271,7 +271,7 @@ def reserved(port: int) -> socket.socket:
         held.bind((HOST, port))
     except (OSError, OverflowError) as error:
         held.close()
-        raise SettingError(f"--port: cannot use {port}: {error}.") from error
+        raise SettingError(f"--port: cannot use {port}: {ended(error)}") from error
     return held
 
 

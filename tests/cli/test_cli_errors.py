@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ BAD = {
     "a context for long prompts": ("train --env mine:me/Long-v0 --env-arg max_context=300", ("max_context", "300")),
     "a first message": ("train --env mine:me/Broken-v0", ("me/Broken-v0", "AttributeError", "mine.py", "line 26")),
     "a reward's module": (QA + " --env-arg reward=no_such_module:f", ("reward", "'no_such_module:f'")),
+    "a module with words of its own": (QA + " --env-arg reward=words:f", ("reward", "words of its own!")),
     "a reward's function": (QA + " --env-arg reward=math:sqr", ("reward", "'sqr'", "'sqrt'")),
     "no reward": (QA + " --env-arg reward={{}}", ("reward", "at least one")),
     "a reward's arguments": (QA + " --env-arg reward=mine:one_argument", ("'one_argument'", "row 0", "mine.py", "5")),
@@ -226,6 +228,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with good and bad things in it, which is the current one."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "mine.py").write_text(MINE)
+    (tmp / "words.py").write_text("raise ImportError('words of its own!')")
     (tmp / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
     (tmp / "chats.jsonl").write_text(json.dumps(chat) + "\n")
@@ -255,6 +258,8 @@ def test_one_sentence(tmp: Path, line: str, words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(llmgym, line.format(tmp=tmp).split())
     assert done.stderr.startswith("Error: "), (done.stderr, done.exception)
     assert done.stderr.count("\n") == 1
+    assert re.search(r"[^.?!][.?!]\n$", done.stderr), "it has one end"
+    assert not re.search(r"[.?]; ", done.stderr), "and not before it"
     for word in words:
         assert word.format(tmp=tmp) in done.stderr
     assert (done.exit_code, done.stdout) == (2, "")

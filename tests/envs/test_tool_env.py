@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sqlite3
 import sys
 import threading
@@ -132,7 +133,8 @@ def test_several_calls_are_answered_together_and_in_order() -> None:
         (called("calulator", expression="1"), "Error: There is no tool 'calulator'; did you mean 'calculator'?"),
         (called("web", query="1"), "There is no tool 'web'; the tools are: calculator."),
         (called("calculator"), "Error: calculator: the argument 'expression' is missing."),
-        (called("calculator", expresion="1"), "no argument 'expresion'; did you mean 'expression'?"),
+        (called("calculator", expresion="1"), "no argument 'expresion' (did you mean 'expression'?)."),
+        (called("calculator", expression="1", digits=2), "no argument 'digits' (valid: expression)."),
         (called("calculator", expression=12), "the argument 'expression' must be a string, got 12"),
     ],
 )
@@ -141,6 +143,7 @@ def test_a_mistake_is_answered_and_costs_format(text: str, words: str) -> None:
     env.reset(seed=0)
     reward, done, info = say(env, text)
     assert words in result(info)
+    assert not re.search(r"\?[.;]|[^.]\.\.$", result(info)), "it has one end"
     assert info["messages"][-1]["role"] == "tool"
     assert not done
     assert reward == pytest.approx(-0.1)

@@ -137,7 +137,7 @@ def test_safe_conversions(value: Any, schema: dict[str, Any], expected: Any) -> 
         ("abc", {"type": "string", "maxLength": 2}, "a length of at most 2"),
         (["a"], {"type": "array", "items": {"type": "integer"}}, "the argument 'x'[0] must be an integer"),
         ({"a": 1}, {"type": "object", "required": ["b"]}, "the argument 'x'.b is missing"),
-        ({"a": 1}, {"properties": {"b": {}}, "additionalProperties": False}, "there is no argument 'x'.a; valid: b"),
+        ({"a": 1}, {"properties": {"b": {}}, "additionalProperties": False}, "there is no argument 'x'.a (valid: b)"),
         ("a", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, 'must be one of: {"type": "integer"}; {"type": "null"}'),
         ("NaN", {"type": "number"}, "must be a number"),
     ],

@@ -13,7 +13,7 @@ from llm_gym.envs.tools.mcp_server import build
 from llm_gym.envs.tools.mcp_session import Pool, Session
 from llm_gym.envs.tools.questions import QuestionEnv
 from llm_gym.envs.tools.schema import Tool
-from llm_gym.errors import ConfigError, ToolFailure, unknown
+from llm_gym.errors import ConfigError, ToolFailure, ended, unknown
 
 SESSIONS = ("episode", "shared")
 
@@ -134,7 +134,7 @@ def read_servers(servers: Any) -> dict[str, Any]:
         try:
             servers = json.loads(Path(servers).expanduser().read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"servers: cannot read {str(servers)!r}: {error}.") from error
+            raise ConfigError(f"servers: cannot read {str(servers)!r}: {ended(error)}") from error
     if not isinstance(servers, Mapping):
         return {"server": servers}
     found = servers.get("mcpServers", servers)

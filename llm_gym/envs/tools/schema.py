@@ -8,11 +8,10 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llm_gym.envs.tools.literals import loads
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, suggestion
 from llm_gym.tokenizer import well_formed
 
 Schema = Mapping[str, Any]
@@ -243,9 +242,8 @@ def _number(value: Any) -> bool:
 
 
 def _unknown(name: str, properties: Mapping[str, Any], path: str) -> str:
-    near = get_close_matches(name, properties, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(properties) or 'none'}"
-    return f"there is no argument {_at(path, name)}; {hint}"
+    hint = suggestion(name, properties) or f"valid: {', '.join(properties) or 'none'}"
+    return f"there is no argument {_at(path, name)} ({hint})"
 
 
 def _at(path: str, name: str) -> str:

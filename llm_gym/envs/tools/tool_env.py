@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from llm_gym.chat import Chat
@@ -33,7 +32,7 @@ from llm_gym.envs.tools import formats
 from llm_gym.envs.tools.calls import ToolCall, open_thinking, without_calls
 from llm_gym.envs.tools.deadline import Overdue, Runner
 from llm_gym.envs.tools.schema import Tool, check_arguments, example_arguments
-from llm_gym.errors import ConfigError, ToolError, ToolFailure
+from llm_gym.errors import ConfigError, ToolError, ToolFailure, suggestion
 from llm_gym.tokenizer import well_formed
 
 
@@ -179,8 +178,7 @@ class ToolEnv(TextEnv):
         self._made += 1
         name, arguments, error = call.name, call.arguments, call.error
         if not error and name not in self.tools:
-            near = get_close_matches(name, self.tools, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"the tools are: {', '.join(self.tools)}."
+            hint = suggestion(name, self.tools) or f"the tools are: {', '.join(self.tools)}."
             error = f"There is no tool {name!r}; {hint}"
         elif not error:
             arguments, wrong = check_arguments(arguments, self._schemas[name])
