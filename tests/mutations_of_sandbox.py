@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutations import Mutant
 
-_CELLS = "envs/test_sandbox_shell.py::test_every_cell_says_what_it_should[bubblewrap-worker]"
+_CELLS = "envs/test_sandbox_shell.py::test_every_cell_says_what_it_should[full-worker]"
 
 SANDBOX = (
     Mutant(

@@ -23,13 +23,19 @@ BLOCKS: set[range] = set()
 """The user ids of the sandboxes seen so far."""
 
 
-def _tier(name: str) -> object:
+def _tier(name: str, label: str | None = None) -> object:
     reason = sandbox.missing(name)
-    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"no {name} here: {reason}"))
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"no {name} here: {reason}"), id=label)
 
 
-TIERS = [_tier(name) for name in ("bubblewrap", "namespaces", "landlock")]
+FULL = ("bubblewrap", "namespaces")
+TIERS = [_tier(name) for name in (*FULL, "landlock")]
 FULL_TIERS = TIERS[:2]
+ONE_OF_EACH = [
+    _tier(next((name for name in FULL if not sandbox.missing(name)), FULL[0]), "full"),
+    _tier("landlock", "reduced"),
+]
+"""The best full tier here, and the reduced one: the two full tiers have the same sessions."""
 
 
 def family(tier: str) -> list[psutil.Process]:

@@ -59,7 +59,7 @@ def _memory(process: psutil.Process) -> int:
 def test_all_of_it_as_an_ordinary_user() -> None:
     if os.geteuid() != 0:
         return  # then tests/envs has just done this
-    names = ("", "_cases", "_moments", "_provisioner", "_secrets", "_shell")
+    names = ("", "_cases", "_cells", "_moments", "_provisioner", "_secrets", "_shell")
     tests = [f"tests/envs/test_sandbox{name}.py" for name in names]
     result = ordinary_user.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
