@@ -106,6 +106,20 @@ PYTHON = {
     },
 }
 """A tool schema."""
+TYPELESS: dict[str, Any] = {
+    "empty": {},
+    "described": {"description": "Anything."},
+    "anything": True,
+    "either": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+    "one": {"oneOf": [{"type": "string"}, {"type": "integer"}]},
+    "all": {"allOf": [{"type": "string"}]},
+    "several": {"type": ["string", "null"]},
+    "chosen": {"enum": ["a b", "c"]},
+    "fixed": {"const": "a b"},
+    "many": {"type": "array"},
+    "whatever": {"type": "array", "items": {}},
+}
+"""Properties without a `type` of their own or of their items, as MCP servers have them; each takes "a b" or ["a b"]."""
 NO_TOOL_TURN = {
     name for name in NAMES if name.startswith(("cohere", "gemma", "llava_next", "phi3")) and "gemma4" not in name
 }
@@ -149,3 +163,32 @@ def full_render(chat: Any, messages: list[dict[str, Any]]) -> list[int]:
     return chat.tokenizer.apply_chat_template(
         messages, tools=chat.tools, add_generation_prompt=True, return_dict=False, strftime_now=DATE.strftime
     )
+
+
+def calls_without_types(tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a tool with each of `TYPELESS` is called with, and what it gets, on a tokenizer's template."""
+    from llm_gym.env import Reply
+    from llm_gym.envs.tools import ToolEnv
+    from llm_gym.envs.tools.calls import open_thinking
+    from llm_gym.envs.tools.schema import Tool
+
+    got: dict[str, Any] = {}
+    parameters = {"properties": TYPELESS, "required": list(TYPELESS)}
+    schemas = [{"name": "look_up", "parameters": parameters}, {"name": "nothing"}, {"name": "bare", "parameters": {}}]
+    tools = [
+        Tool({"type": "function", "function": schema}, lambda **arguments: got.update(arguments)) for schema in schemas
+    ]
+
+    class Library(ToolEnv):
+        def open(self) -> list[dict[str, Any]]:
+            return [user("Go.")]
+
+        def final(self, text: str) -> Reply:
+            return Reply(done=True)
+
+    env = Library(tools, tokenizer=tokenizer, max_context=100_000, max_tokens=10_000)
+    context, _ = env.reset(seed=0)
+    given = {name: ["a b"] if name in ("many", "whatever") else "a b" for name in TYPELESS}
+    env.step(env.chat.encode_reply(open_thinking(env.chat.text(context)) + env.call_text("look_up", **given)))
+    env.close()
+    return given, got

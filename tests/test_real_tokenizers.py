@@ -114,6 +114,12 @@ def test_control_tokens_in_text_stay_text(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", real.NAMES)
+def test_tools_may_have_properties_without_a_type(name: str) -> None:
+    given, got = t.calls_without_types(tokenizer(name))
+    assert got == given
+
+
+@pytest.mark.parametrize("name", real.NAMES)
 def test_stop_tokens_are_the_models(name: str) -> None:
     chat = chat_for(name)
     stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llm_gym.chat import load_chat
 from llm_gym.envs.tools.calls import MOST_CALLS, ToolCall, open_thinking, without_calls, without_thinking
 from llm_gym.envs.tools.formats import FORMATS, detect, read
+from llm_gym.envs.tools.literal_calls import code_tool
 
 JSON_FORMATS = ["hermes", "llama", "mistral", "harmony", "deepseek", "kimi"]
 TAG_FORMATS = ["qwen_xml", "glm", "invoke"]
@@ -104,6 +105,15 @@ def test_fenced_blocks_hold_any_code_but_a_fence(codes: list[str]) -> None:
     assert as_data(notation.read(f"Some words\n{text}\nmore", {"f": SCHEMA})) == [
         ("f", {"text": code}) for code in codes
     ]
+
+
+def test_a_property_may_be_anything() -> None:
+    """`true`, or nothing at all, in place of a schema; tests/heavy has every template."""
+    notation = FORMATS["qwen_xml"].notation
+    for schema in ({"properties": {"x": True}, "required": ["x"]}, {"properties": {"x": {}}}, {"properties": None}, {}):
+        found = notation.read(notation.write([ToolCall("act", {"x": "a b"})]), {"act": schema})
+        assert as_data(found) == [("act", {"x": "a b"})]
+    assert code_tool({"act": {"properties": {"x": True}, "required": ["x"]}}) == ("", "")
 
 
 def test_values_that_hold_their_own_closing_tag() -> None:

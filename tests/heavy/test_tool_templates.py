@@ -100,6 +100,12 @@ def test_an_episode_goes_on_exactly(name: str, answer: str, calls: int) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("name", WITH_FORMAT)
+def test_properties_without_a_type(name: str) -> None:
+    given, got = t.calls_without_types(table.tokenizer(name))
+    assert got == given
+
+
 @pytest.mark.parametrize("name", EXTENDED)
 @few
 @given(question=codes, more=codes)

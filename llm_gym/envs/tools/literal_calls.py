@@ -167,7 +167,8 @@ def code_tool(schemas: Schemas) -> tuple[str, str]:
     """Name and argument of the first tool that requires one string and nothing else; empty if there is none."""
     for name, schema in schemas.items():
         required = schema.get("required") or []
-        if len(required) == 1 and schema.get("properties", {}).get(required[0], {}).get("type") == "string":
+        only = (schema.get("properties") or {}).get(required[0]) if len(required) == 1 else None
+        if isinstance(only, Mapping) and only.get("type") == "string":
             return name, required[0]
     return "", ""
 

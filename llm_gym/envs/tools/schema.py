@@ -128,7 +128,9 @@ def example_arguments(schema: Schema) -> dict[str, Any]:
     return {name: _example(properties.get(name, {})) for name in schema.get("required") or ()}
 
 
-def _example(schema: Schema) -> Any:
+def _example(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):  # `true`: anything
+        return None
     if schema.get("enum"):
         return schema["enum"][0]
     kinds = schema.get("type")

@@ -63,7 +63,7 @@ class TagCalls:
         """The call that starts with `opened`."""
         name, space = opened["name"].strip(), opened.groupdict().get("ns") or ""
         argument, closes, ends = _compiled(self.argument, self.closes, self.ends, space)
-        properties = schemas.get(name, {}).get("properties", {})
+        properties = schemas.get(name, {}).get("properties") or {}
         arguments: dict[str, Any] = {}
         at = opened.end()
         while True:
@@ -124,9 +124,9 @@ def typed(text: str, schema: Mapping[str, Any] | None) -> Any:
         return text
 
 
-def allows_string(schema: Mapping[str, Any] | None) -> bool:
-    """Whether a schema says that a value may be a string."""
-    if not schema:
+def allows_string(schema: Any) -> bool:
+    """Whether a schema says that a value may be a string; `true` (anything) does not say it."""
+    if not isinstance(schema, Mapping):
         return False
     options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
     if any(allows_string(option) for option in options if isinstance(option, Mapping)):
