@@ -63,4 +63,32 @@ TOOLS = (
         "return False",
         ("envs/test_leash.py::test_a_server_that_writes_too_long_a_line_is_ended",),
     ),
+    Mutant(
+        "a result of any length is taken from a server of this process",
+        "envs/tools/mcp_session.py",
+        "if message_size(result) > LONGEST:",
+        "if False:",
+        (f"{_FAULTS}what_a_server_of_this_process_sends_has_the_same_bound[act-arguments0]",),
+    ),
+    Mutant(
+        "long results are compared with what the tool declares, in the loop of all sessions",
+        "envs/tools/mcp_transport.py",
+        "if message_size(result) <= COMPARED:",
+        "if True:",
+        (f"{_FAULTS}short_results_alone_are_compared_with_what_the_tool_declares",),
+    ),
+    Mutant(
+        "a property without a type of its own is taken for one with it",
+        "envs/tools/tag_calls.py",
+        "if not isinstance(schema, Mapping):\n        return False",
+        "if not schema:\n        return False",
+        ("envs/test_tool_formats.py::test_a_property_may_be_anything",),
+    ),
+    Mutant(
+        "a suggestion is followed by a second end",
+        "envs/tools/schema.py",
+        'return f"there is no argument {_at(path, name)} ({hint})"',
+        'return f"there is no argument {_at(path, name)}; {hint}"',
+        ("envs/test_tool_schema.py::test_a_suggestion_has_one_end",),
+    ),
 )

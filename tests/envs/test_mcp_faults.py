@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
+from fastmcp import FastMCP
+from fastmcp.exceptions import ToolError
+from fastmcp.utilities.types import Image
 from mcp_http import Hosted, hosted
 from test_mcp import odd_server
 
@@ -26,8 +30,8 @@ def server() -> Iterator[Hosted]:
 class Episode:
     """An environment with this server, in an episode; `say` calls its tool."""
 
-    def __init__(self, server: Hosted, **kwargs: Any) -> None:
-        self.env = MCPTool(servers=server.url, **kwargs)
+    def __init__(self, server: Any, **kwargs: Any) -> None:
+        self.env = MCPTool(servers=server.url if isinstance(server, Hosted) else server, **kwargs)
         self.again()
 
     def again(self) -> None:
@@ -135,6 +139,58 @@ def test_a_message_that_is_too_long_costs_its_own_session_alone(server: Hosted) 
         assert one.say(str(LONGEST)).endswith("it sent a message of more than 8 MiB.")
         assert one.end is StopReason.TOOL_FAILURE
         assert two.say("4") == "xxxx"
+
+
+def large_server() -> FastMCP:
+    made: Any = FastMCP("large")
+
+    @made.tool
+    def act(text: str) -> str:
+        return "x" * int(text)
+
+    @made.tool
+    def numbers(many: int) -> list[int]:
+        return [1234567] * many
+
+    @made.tool
+    def bytes_of(many: int) -> Image:
+        return Image(data=bytes(many), format="png")
+
+    @made.tool
+    def fail(many: int) -> str:
+        raise ToolError("x" * many, log_level=logging.DEBUG)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("act", {"text": str(LONGEST + 1)}),
+        ("numbers", {"many": LONGEST // 12}),
+        ("bytes_of", {"many": LONGEST}),
+        ("fail", {"many": LONGEST + 1}),
+    ],
+)
+def test_what_a_server_of_this_process_sends_has_the_same_bound(name: str, arguments: dict[str, Any]) -> None:
+    with closing(Episode(large_server)) as one, closing(Episode(large_server)) as two:
+        assert two.say("3") == "xxx"
+        *_, info = one.env.step(one.env.chat.encode_reply(one.env.call_text(name, **arguments)))
+        words = "Error: MCP server 'server' failed: it sent a message of more than 8 MiB."
+        assert info["messages"][-1]["content"] == words
+        assert info["stop_reason"] is StopReason.TOOL_FAILURE
+        assert two.say("4") == "xxxx"
+        one.again()
+        assert one.say("5") == "xxxxx"
+
+
+def test_short_results_alone_are_compared_with_what_the_tool_declares(server: Hosted) -> None:
+    """It is done in Python in the loop of all sessions, ten seconds for 8 MiB."""
+    server.tools = [{**server.tools[0], "outputSchema": {"type": "object"}}]
+    server.content = lambda text: [{"type": "text", "text": "x" * int(text)}]
+    with closing(Episode(server, max_output=1 << 20)) as episode:
+        assert "not valid MCP (Tool act has an output schema but did not return" in episode.say("9")
+        assert episode.say(str(1 << 17)) == "x" * (1 << 17)
 
 
 def test_a_schema_without_a_type_is_named(server: Hosted) -> None:

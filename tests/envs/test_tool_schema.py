@@ -154,6 +154,12 @@ def test_everything_wrong_is_said_at_once() -> None:
     assert len(wrong) == 3
 
 
+def test_a_suggestion_has_one_end() -> None:
+    """Other mistakes, or a full stop, go on behind it."""
+    _, wrong = check_arguments({"quary": "a"}, {"properties": {"query": {"type": "string"}}, "required": ["query"]})
+    assert wrong == ["the argument 'query' is missing", "there is no argument 'quary' (did you mean 'query'?)"]
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

@@ -44,6 +44,12 @@ def _block_text(block: Any) -> str:
     return f"[{kind}]"
 
 
+def message_size(result: Any) -> int:
+    """Bytes of a `CallToolResult` as JSON; where its texts alone are too long, their characters, counted at no cost."""
+    texts = sum(len(getattr(block, "text", "")) for block in result.content or ())
+    return texts if texts > LONGEST else len(result.model_dump_json())
+
+
 def not_mcp(error: Any) -> str:
     """What is wrong with a message that the protocol's types refused (a pydantic `ValidationError`), in a few words."""
     errors = error.errors()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from llm_gym.envs.tools.mcp_loop import CLOSING, MARGIN, Loop
-from llm_gym.envs.tools.mcp_results import LONGEST, not_mcp, public_names, result_text
+from llm_gym.envs.tools.mcp_results import LONGEST, TOO_LONG, message_size, not_mcp, public_names, result_text
 from llm_gym.errors import ToolError, ToolFailure
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class Session:
         late = f"{name} gave no result within {timeout:g} seconds."
         try:
             async with asyncio.timeout(timeout + 1):
-                return await client.call_tool_mcp(tool.name, arguments, timeout=timeout)
+                result = await client.call_tool_mcp(tool.name, arguments, timeout=timeout)
         except TimeoutError:
             raise ToolError(late) from None
         except MCPError as error:
@@ -111,6 +111,9 @@ class Session:
             if "structured content" in str(error):  # the tool broke a promise, the session is well
                 raise ToolError(f"{name} gave a result that is not valid MCP ({_words(error)}).") from None
             raise ToolFailure(f"MCP server {server!r} failed: {_words(error)}.") from error
+        if message_size(result) > LONGEST:  # of a server of this process, whose messages nothing bounds
+            raise ToolFailure(f"MCP server {server!r} failed: {TOO_LONG}.")
+        return result
 
     async def known(self) -> bool:
         """Whether servers that somebody else runs still know the session: they may have been restarted meanwhile."""
@@ -159,6 +162,8 @@ class Session:
         from fastmcp.client.transports import infer_transport
         from fastmcp.mcp_config import MCPConfig
 
+        from llm_gym.envs.tools.mcp_transport import Briefly
+
         transport: Any
         if not isinstance(entry, Mapping):
             transport = infer_transport(entry() if callable(entry) else entry)
@@ -171,7 +176,7 @@ class Session:
             transport = found.to_transport()
             transport.httpx_client_factory = client_factory(getattr(transport, "verify", None))
             transport.max_sse_event_size = LONGEST
-        return fastmcp.Client(transport, mode="legacy", init_timeout=self._start_timeout, log_handler=_ignore)
+        return fastmcp.Client(Briefly(transport), mode="legacy", init_timeout=self._start_timeout, log_handler=_ignore)
 
     def _leashed(self, name: str, entry: Mapping[str, Any]) -> Any:
         """The transport of a server started by us, with the environment of its entry and nothing else of ours."""
