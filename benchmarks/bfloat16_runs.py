@@ -18,7 +18,7 @@ from typing import Any
 
 from llm_gym.errors import SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.checkpoint import RunFolder
+from llm_gym.harness.runs.run_folder import RunFolder
 
 SETS = {"transformers": [], "vllm": ["policy.vllm.max_model_len=256"]}
 HEAD = "| seed | mode | steps | greedy before | after | largest gap | share of limit | |\n" + "|---" * 8 + "|"

@@ -21,13 +21,13 @@ import llm_gym
 from llm_gym.cli.progress import TrainProgress
 from llm_gym.core import Sampling
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.checkpoint import RunFolder, write_atomically
-from llm_gym.harness.lora import KINDS
-from llm_gym.harness.optimizers import OPTIMIZERS
-from llm_gym.harness.presets import PRESETS
-from llm_gym.harness.sft import SFTConfig, sft
-from llm_gym.policies.plain import HELD
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.algorithms.presets import PRESETS
+from llm_gym.harness.learner.optimizers import OPTIMIZERS
+from llm_gym.harness.loops.sft import SFTConfig, sft
+from llm_gym.harness.model.lora import KINDS
+from llm_gym.harness.runs.run_folder import RunFolder, write_atomically
+from llm_gym.models.plain import HELD
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 GOAL = 0.9
 STEPS, STEPS_OF_NF4 = 120, 240

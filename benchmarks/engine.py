@@ -26,8 +26,8 @@ import torch
 
 import llm_gym
 from llm_gym.core import Ids, Sampling
-from llm_gym.policies.transformers import TransformersPolicy
-from llm_gym.rollout import Driver
+from llm_gym.policies.builtin.policy import TransformersPolicy
+from llm_gym.rollouts.driver import Driver
 
 STOPS = tuple(range(30, 570, 70))
 ENDLESS = Sampling(max_tokens=128, stop_token_ids=())

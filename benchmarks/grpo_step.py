@@ -30,7 +30,7 @@ from llm_gym.embedded import PATH
 from llm_gym.envs import make
 from llm_gym.envs.grading import verify
 from llm_gym.harness.config import TrainConfig, load
-from llm_gym.harness.trainer import Silent, Trainer
+from llm_gym.harness.loops.trainer import Silent, Trainer
 
 PROMPTS, GROUP, TOKENS, LR = 16, 8, 40, 1e-7
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_gym.harness.logprobs import token_logprobs, token_loss
+from llm_gym.harness.model.heads import token_logprobs, token_loss
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(hidden [M, H], weight [V, H], targets [M], credit [M]) -> sum of credit * log-probability."""

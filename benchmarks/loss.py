@@ -34,10 +34,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from llm_gym.core import Row
 from llm_gym.embedded import PATH
-from llm_gym.harness.batching import Sample, pack
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.logprobs import token_loss
-from llm_gym.harness.model import prepare
+from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.heads import token_loss
+from llm_gym.harness.model.loading import prepare
 
 Update = tuple[Callable[[], None], Callable[[], None]]
 """What is measured, and what clears its gradients after it."""

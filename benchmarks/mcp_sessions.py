@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_gym.envs.tools.mcp_server import build
-from llm_gym.envs.tools.mcp_session import Pool, Session
+from llm_gym.envs.tools.mcp.calculator_server import build
+from llm_gym.envs.tools.mcp.session import Pool, Session
 
 NODE = Path(sys.prefix) / "mcp" / "node_modules" / ".bin"
-OURS = {"command": sys.executable, "args": ["-m", "llm_gym.envs.tools.mcp_server"]}
+OURS = {"command": sys.executable, "args": ["-m", "llm_gym.envs.tools.mcp.calculator_server"]}
 SERVERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "ours, in memory": (build, "calculator", {"expression": "6*7"}),
     "ours, stdio": (

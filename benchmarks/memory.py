@@ -23,8 +23,8 @@ import bitsandbytes  # noqa: F401  (imports are no part of what is measured)
 import peft  # noqa: F401
 import torch
 
-import llm_gym.harness.trainer  # noqa: F401
-from llm_gym.harness import headroom
+import llm_gym.harness.loops.trainer  # noqa: F401
+from llm_gym.harness.learner import memory_probe
 
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
@@ -64,11 +64,11 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
 
 def child(folder: str, fields: dict[str, dict[str, Any]], tokens: int, repeats: int) -> dict[str, float]:
     """Bytes held and at the peak, and CPU seconds, of one row."""
-    from llm_gym.harness.budget import _probe
-    from llm_gym.harness.learner import Learner
-    from llm_gym.harness.memory import MemoryConfig
-    from llm_gym.harness.model import LoraConfig, load_model
-    from llm_gym.harness.optimizers import OptimizerConfig
+    from llm_gym.harness.learner.learner import Learner
+    from llm_gym.harness.learner.optimizers import OptimizerConfig
+    from llm_gym.harness.learner.token_budget import _probe
+    from llm_gym.harness.model.loading import LoraConfig, load_model
+    from llm_gym.harness.model.memory import MemoryConfig
 
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is gone at once, and not cached by malloc
@@ -80,18 +80,18 @@ def child(folder: str, fields: dict[str, dict[str, Any]], tokens: int, repeats: 
     batch, seconds, peaks = _probe(learner, tokens), [], []
     for _ in range(repeats):
         gc.collect()
-        headroom._trim()
+        memory_probe._trim()
         held = _resident() - start
         began = time.process_time()
-        peaks.append(headroom.peak(torch.device("cpu"), lambda: learner.step(batch)))
+        peaks.append(memory_probe.peak(torch.device("cpu"), lambda: learner.step(batch)))
         seconds.append(time.process_time() - began)
     return {"held": held, "peak": held + max(peaks), "seconds": min(seconds)}
 
 
 def _resident() -> int:
     gc.collect()
-    headroom._trim()
-    return headroom._field(Path("/proc/self/status"), "VmRSS") * 1024
+    memory_probe._trim()
+    return memory_probe._field(Path("/proc/self/status"), "VmRSS") * 1024
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
 
 def _write(folder: str) -> None:
     """Writes the model."""
-    from llm_gym.harness.model import new_model
+    from llm_gym.harness.model.loading import new_model
 
     new_model(MODEL, seed=0).save_pretrained(folder)
 

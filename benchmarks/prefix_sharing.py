@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from llm_gym.core import Row
-from llm_gym.harness.batching import MicroBatch, Sample, pack
-from llm_gym.harness.model import Body, prepare
+from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.model.loading import Body, prepare
 
 VOCABULARY = 32_000
 WAYS = ("padded", "packed", "cat", "merge")

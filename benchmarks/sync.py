@@ -20,10 +20,10 @@ import torch
 from llm_gym.chat import load_tokenizer
 from llm_gym.core import Sampling
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.metrics import clock
-from llm_gym.harness.model import load_model, new_model
-from llm_gym.harness.sync import Sync
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.loading import load_model, new_model
+from llm_gym.harness.runs.metrics import clock
+from llm_gym.harness.weight_sync.sync import Sync
 
 RANDOM = {
     "model_type": "qwen3",
@@ -110,7 +110,7 @@ def main() -> None:
 
 def through_server(model: str | None, updates: int) -> None:
     """The rows of a server, which is started for them."""
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     settings = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 16}
     with ExitStack() as stack:

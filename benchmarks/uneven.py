@@ -39,7 +39,7 @@ from gymnasium.utils.seeding import np_random
 
 import llm_gym
 from llm_gym.core import Completion, Episode, Ids, Sampling
-from llm_gym.policies.vllm import VLLMPolicy, _params
+from llm_gym.policies.vllm.policy import VLLMPolicy, _params
 
 TURNS, TOKENS, SECONDS = 6, (4, 256), 0.3
 LIMIT = Sampling(max_tokens=TOKENS[1] + 1)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.losses import LossConfig, Metrics, token_level
-from llm_gym.harness.rewards import Floats, Rewards
-from llm_gym.harness.streams import Streams
+from llm_gym.harness.algorithms.losses import LossConfig, Metrics, token_level
+from llm_gym.harness.algorithms.rewards import Floats, Rewards
+from llm_gym.harness.algorithms.streams import Streams
 
 
 @token_level  # each token on its own: loss and gradient in one pass over the logits, a quarter less work at the head

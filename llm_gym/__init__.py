@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llm_gym.env import Reply, TextEnv
     from llm_gym.errors import LLMGymError
     from llm_gym.policies import make_policy
-    from llm_gym.rollout import rollout
+    from llm_gym.rollouts.driver import rollout
     from llm_gym.spaces import Tokens
     from llm_gym.testing import check_environment
     from llm_gym.vector import TextVectorEnv
@@ -30,7 +30,7 @@ _MODULES = {
     "env": ("Reply", "TextEnv"),
     "errors": ("LLMGymError",),
     "policies": ("make_policy",),
-    "rollout": ("rollout",),
+    "rollouts.driver": ("rollout",),
     "spaces": ("Tokens",),
     "testing": ("check_environment",),
     "vector": ("TextVectorEnv",),

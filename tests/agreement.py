@@ -17,11 +17,11 @@ from torch import Tensor
 
 from llm_gym.core import Completion, Ids, Row, Sampling
 from llm_gym.errors import ConfigError, SettingError
-from llm_gym.harness.batching import Sample, pack
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.model import LoraConfig, export, plain_tensors, prepare
-from llm_gym.policies.plain import as_saved
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.loading import LoraConfig, export, plain_tensors, prepare
+from llm_gym.models.plain import as_saved
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 TOLERANCE = 1e-3
 """Nats; a larger error is a wrong number, not rounding."""
@@ -280,8 +280,8 @@ def lora(variant: Variant) -> Measured:
 
 def vllm(variant: Variant) -> Measured:
     """A real vLLM engine's log-probabilities in float32: from the folder, and after other weights were sent to it."""
-    from llm_gym.policies.vllm import VLLMPolicy
-    from llm_gym.policies.vllm_models import like_transformers
+    from llm_gym.policies.vllm.models import like_transformers
+    from llm_gym.policies.vllm.policy import VLLMPolicy
 
     model = variant.model()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from mutations import Mutant
 DEFAULTS = (
     Mutant(
         "k1 is differentiated with its score, noise of mean zero",
-        "harness/kl.py",
+        "harness/algorithms/kl.py",
         "return slope + (ratio * estimate - slope).detach()",
         "return ratio * estimate",
         (
@@ -49,7 +49,7 @@ DEFAULTS = (
     ),
     Mutant(
         "a run whose reward collapsed is called flat",
-        "harness/verdict.py",
+        "harness/runs/verdict.py",
         "if rise < -SURE * noise:",
         "if rise < -SURE:",
         ("harness/test_verdict.py::test_each_way_of_learning_nothing_has_its_sentence",),

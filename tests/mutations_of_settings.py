@@ -19,7 +19,7 @@ SETTINGS = (
     ),
     Mutant(
         "a custom loss of another shape is broadcast",
-        "harness/losses.py",
+        "harness/algorithms/losses.py",
         "    return fn if name in LOSSES else _shaped(fn)",
         "    return fn",
         (f"{_WRONG}test_a_custom_loss_of_another_shape_never_trains",),
@@ -33,7 +33,7 @@ SETTINGS = (
     ),
     Mutant(
         "the first update's metrics stand for the step, though it had no token",
-        "harness/metrics.py",
+        "harness/runs/metrics.py",
         "if not any(map(math.isnan, s.values()))",
         "if True",
         (f"{_WRONG}test_metrics_of_an_update_without_tokens_do_not_take_the_others_away",),

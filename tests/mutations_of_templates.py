@@ -10,28 +10,28 @@ from mutations import Mutant
 TEMPLATES = (
     Mutant(
         "a format is read that the model was not shown",
-        "envs/tools/formats.py",
+        "envs/tools/parsers/formats.py",
         "if shown and (found is wanted or",
         "if shown and (chosen is not None or found is wanted or",
         ("envs/test_tool_words.py::test_every_format_asked_for_is_shown_and_read[llama-qwen3]",),
     ),
     Mutant(
         "results of one reply are several messages",
-        "envs/tools/words.py",
+        "envs/tools/parsers/words.py",
         'return [{"role": "user", "content": "\\n".join(map(self._shown, messages))}]',
         'return [{"role": "user", "content": self._shown(m)} for m in messages]',
         ("envs/test_tool_words.py::test_tools_are_shown_called_and_answered[gemma]",),
     ),
     Mutant(
         "the description takes the place of the author's system message",
-        "envs/tools/words.py",
+        "envs/tools/parsers/words.py",
         '"\\n\\n".join([*(m["content"] for m in own), text])',
         "text",
         ("envs/test_tool_words.py::test_the_authors_system_message_stays",),
     ),
     Mutant(
         "fine-tuning shows no tools where the template has none",
-        "harness/chats.py",
+        "harness/data/sft_examples.py",
         "formats.tool_chat(tokenizer, tools)[0] if tools else load_chat(tokenizer)",
         "load_chat(tokenizer, tools)",
         ("envs/test_tool_words.py::test_fine_tuning_shows_what_the_environment_shows[llama3-tools]",),
@@ -45,7 +45,7 @@ TEMPLATES = (
     ),
     Mutant(
         "the template of a run is lost when the run is saved",
-        "harness/trainer.py",
+        "harness/loops/trainer.py",
         "load_tokenizer(self.config.model, self.config.chat_template)",
         "load_tokenizer(self.config.model)",
         ("harness/test_chat_template.py::test_a_base_model_trains_by_name",),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_gym.envs.tools.sandbox.inside import syscalls
+from llm_gym.envs.tools.sandbox.guest import syscalls
 
 UID = 61_500
 REPOSITORY = Path(__file__).parents[1].resolve()

@@ -25,13 +25,13 @@ from llm_gym.core import group
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import LLMGymError
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.distill import trainer_of
-from llm_gym.harness.model import load_model
-from llm_gym.harness.replay import replay
-from llm_gym.harness.sft import SFTConfig, sft
-from llm_gym.harness.trainer import Silent
-from llm_gym.harness.weights import STATE, read_tensors
+from llm_gym.harness.learner.weights import STATE, read_tensors
+from llm_gym.harness.loops.distill import trainer_of
+from llm_gym.harness.loops.replay import replay
+from llm_gym.harness.loops.sft import SFTConfig, sft
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.model.loading import load_model
+from llm_gym.harness.runs.run_folder import RunFolder
 
 
 class Count(TextEnv):
@@ -189,7 +189,7 @@ def things() -> Path:
     with torch.no_grad():
         for tensor in model.parameters():
             tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
-    from llm_gym.harness.weights import export
+    from llm_gym.harness.learner.weights import export
 
     export(model, None, folder / "teacher")
     return folder

@@ -169,7 +169,7 @@ def calls_without_types(tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]
     """What a tool with each of `TYPELESS` is called with, and what it gets, on a tokenizer's template."""
     from llm_gym.env import Reply
     from llm_gym.envs.tools import ToolEnv
-    from llm_gym.envs.tools.calls import open_thinking
+    from llm_gym.envs.tools.parsers.calls import open_thinking
     from llm_gym.envs.tools.schema import Tool
 
     got: dict[str, Any] = {}

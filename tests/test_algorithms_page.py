@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_gym.harness import batching, corrections, kl, losses
-from llm_gym.harness.advantages import ADVANTAGES
-from llm_gym.harness.presets import PRESETS
+from llm_gym.harness.algorithms import importance_sampling, kl, losses
+from llm_gym.harness.algorithms.advantages import ADVANTAGES
+from llm_gym.harness.algorithms.presets import PRESETS
+from llm_gym.harness.batching import packing
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "algorithms.md"
@@ -48,7 +49,7 @@ def test_every_test_that_is_named_exists() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
 
 
-@pytest.mark.parametrize("table", [ADVANTAGES, losses.LOSSES, batching.NORMALISERS])
+@pytest.mark.parametrize("table", [ADVANTAGES, losses.LOSSES, packing.NORMALISERS])
 def test_every_row_has_a_section(table: dict[str, object]) -> None:
     headings = re.findall(r"^### `(\w+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(table) <= set(headings)
@@ -65,7 +66,7 @@ def test_every_preset_is_in_the_table_with_its_numbers() -> None:
         assert cells[4] == f"`{loss['normaliser']}`"
         if "clip_low" in loss:
             assert [float(x) for x in cells[3].split(",")] == [loss["clip_low"], loss["clip_high"]]
-    for row in (*kl.KL, *corrections.CORRECTIONS):
+    for row in (*kl.KL, *importance_sampling.CORRECTIONS):
         assert f"`{row}`" in text
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llm_gym.chat import Chat, load_chat
 from llm_gym.envs import TABLE
-from llm_gym.harness.chats import encode
+from llm_gym.harness.data.sft_examples import encode
 from llm_gym.testing import check_environment
 from llm_gym.tokenizer import load_tokenizer
 

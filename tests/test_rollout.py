@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tiny_models import teacher_forced
 
 import llm_gym
-from llm_gym import seats
 from llm_gym.core import Completion, Episode, Sampling, StopReason, group
 from llm_gym.errors import RewardError, SettingError
 from llm_gym.policies import make_policy
 from llm_gym.policies.scripted import ScriptedPolicy
-from llm_gym.rollout import Driver, rollout, rollout_async
+from llm_gym.rollouts import env_pool
+from llm_gym.rollouts.driver import Driver, rollout, rollout_async
 from llm_gym.spaces import Tokens
 
 
@@ -335,7 +335,7 @@ HANGING = """
 import sys, time
 import gymnasium, numpy
 from llm_gym.policies.scripted import ScriptedPolicy
-from llm_gym.rollout import rollout
+from llm_gym.rollouts.driver import rollout
 from llm_gym.spaces import Tokens
 
 class Hangs(gymnasium.Env):
@@ -368,8 +368,8 @@ rollout(Hangs, ScriptedPolicy([[4]]), seeds=range(4))
 @pytest.fixture
 def patient(monkeypatch):
     """Environments whose calls come back are waited for, however long this machine takes to let them."""
-    monkeypatch.setattr(seats, "BRIEF", 60.0)
-    monkeypatch.setattr(seats, "PATIENCE", 60.0)
+    monkeypatch.setattr(env_pool, "BRIEF", 60.0)
+    monkeypatch.setattr(env_pool, "PATIENCE", 60.0)
 
 
 class TestStopping:
@@ -562,7 +562,9 @@ class TestWithTheRealEngine:
         assert "finite" in episodes[0].error
 
 
-@pytest.mark.parametrize("first", ["import llm_gym", "import llm_gym.rollout", "from llm_gym.rollout import Driver"])
+@pytest.mark.parametrize(
+    "first", ["import llm_gym", "import llm_gym.rollouts.driver", "from llm_gym.rollouts.driver import Driver"]
+)
 def test_the_public_name_can_be_called_whatever_was_imported_first(first):
     code = f"{first}; import llm_gym; assert llm_gym.rollout('Arithmetic-v0', None, seeds=[]) == []"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

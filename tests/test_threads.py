@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 
-from llm_gym.threads import Thread
+from llm_gym.concurrency import Thread
 
 
 def test_an_interrupted_join_can_be_repeated() -> None:

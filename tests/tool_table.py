@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import templates as t
 
 from llm_gym.chat import Chat
-from llm_gym.envs.tools import formats
-from llm_gym.envs.tools.calls import open_thinking
+from llm_gym.envs.tools.parsers import formats
+from llm_gym.envs.tools.parsers.calls import open_thinking
 from llm_gym.errors import TemplateError
 
 PAGE = Path(__file__).parents[1] / "docs" / "tools.md"

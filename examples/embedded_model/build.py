@@ -24,9 +24,9 @@ from evaluate import evaluate
 from tokenizer import VOCABULARY, save_tokenizer, train_tokenizer
 
 from llm_gym import embedded
-from llm_gym.harness.model import export
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.sft import SFTConfig, sft
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.loops.sft import SFTConfig, sft
+from llm_gym.harness.model.loading import export
 
 TEMPLATE = (embedded.PATH / "chat_template.jinja").read_text()
 MODEL = {

@@ -16,7 +16,7 @@ import click
 CONFIGS = {
     "train": "llm_gym.harness.config:TrainConfig",
     "distill": "llm_gym.harness.config:TrainConfig",
-    "sft": "llm_gym.harness.sft:SFTConfig",
+    "sft": "llm_gym.harness.loops.sft:SFTConfig",
 }
 
 

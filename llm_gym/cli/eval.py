@@ -18,7 +18,7 @@ from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
     from llm_gym.core import Episode, Sampling
-    from llm_gym.harness.evaluation import Exam
+    from llm_gym.harness.evaluation.evaluator import Exam
 
 EPISODES = 512
 """Problems of an environment that has no rows to go through."""
@@ -136,10 +136,10 @@ def make_plan(
     from llm_gym.envs import resolve
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
-    from llm_gym.harness.evaluation import exam
-    from llm_gym.harness.lineage import model_path, run_of
-    from llm_gym.harness.mixture import entries
-    from llm_gym.harness.model import config_of
+    from llm_gym.harness.data.mixture import entries
+    from llm_gym.harness.evaluation.evaluator import exam
+    from llm_gym.harness.model.loading import config_of
+    from llm_gym.harness.runs.lineage import model_path, run_of
 
     run, path = run_of(model), model_path(model)
     if path is not None and not text:
@@ -164,10 +164,10 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
     from transformers.utils import logging
 
     from llm_gym.cli.progress import counter
-    from llm_gym.harness.statistics import summary
+    from llm_gym.harness.evaluation.statistics import summary
+    from llm_gym.models.loading import set_threads
     from llm_gym.policies import make_policy
-    from llm_gym.policies.model import set_threads
-    from llm_gym.policies.transformers import TransformersPolicy
+    from llm_gym.policies.builtin.policy import TransformersPolicy
 
     logging.disable_progress_bar()
     with settings():
@@ -190,7 +190,7 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
 
 def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
-    from llm_gym.harness.statistics import different
+    from llm_gym.harness.evaluation.statistics import different
 
     how = f"sampled at temperature {plan.sampling.temperature:g}" if plan.sampling.temperature else "greedy"
     what = f"of {plan.exam.rows:,} rows" if plan.exam.rows else "unseen problems"

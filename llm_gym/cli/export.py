@@ -25,7 +25,7 @@ def command(run: str, out: Path, step: int | None, adapter: bool, dtype: str | N
     """
     from transformers.utils import logging
 
-    from llm_gym.harness.exporting import export_run
+    from llm_gym.harness.runs.export import export_run
 
     logging.disable_progress_bar()
     with settings():

@@ -68,7 +68,7 @@ def to_write(out: Path) -> None:
     Raises:
         CheckpointError: it cannot.
     """
-    from llm_gym.harness.checkpoint import put
+    from llm_gym.harness.runs.run_folder import put
 
     with put("--out", out):
         out.parent.mkdir(parents=True, exist_ok=True)

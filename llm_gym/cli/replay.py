@@ -12,7 +12,7 @@ from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import sets_option
 
 if TYPE_CHECKING:
-    from llm_gym.harness.replay import Replayed
+    from llm_gym.harness.loops.replay import Replayed
 
 MOST = 12
 """Differences shown of a step."""
@@ -38,10 +38,10 @@ def command(
     exit code is 1 if anything differs. Episodes of `llmgym train --rollout-only` are trained, with nothing to compare.
     A run of several processes comes out the same with as many.
     """
-    from llm_gym.harness.checkpoint import RunFolder
     from llm_gym.harness.config import TrainConfig, load
-    from llm_gym.harness.parallel import here
-    from llm_gym.harness.replay import processes_of, replay, starting_point
+    from llm_gym.harness.distributed.world import here
+    from llm_gym.harness.loops.replay import processes_of, replay, starting_point
+    from llm_gym.harness.runs.run_folder import RunFolder
 
     with settings():
         load(TrainConfig, RunFolder(run).config_of(step), sets)

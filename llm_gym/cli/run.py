@@ -13,7 +13,7 @@ from llm_gym.cli.options import to_resume
 
 if TYPE_CHECKING:
     from llm_gym.cli.progress import TrainProgress
-    from llm_gym.harness.stages import Stage
+    from llm_gym.harness.loops.pipeline import Stage
 
 
 @click.command("run", short_help="Run stages (sft, train, distill) one after the other.")
@@ -32,9 +32,9 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     from llm_gym import report
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.cli.runs import decoder
-    from llm_gym.harness.lineage import STAGES
-    from llm_gym.harness.parallel import here
-    from llm_gym.harness.stages import read_plan, run_plan
+    from llm_gym.harness.distributed.world import here
+    from llm_gym.harness.loops.pipeline import read_plan, run_plan
+    from llm_gym.harness.runs.lineage import STAGES
 
     shown: list[TrainProgress] = []
 

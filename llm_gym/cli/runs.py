@@ -11,7 +11,7 @@ from llm_gym.report.transcripts import Decode
 def decoder(run: Path) -> Decode | None:
     """The run's tokenizer as a function from ids to text; None if it cannot be had."""
     from llm_gym.chat import load_tokenizer
-    from llm_gym.harness.checkpoint import RunFolder
+    from llm_gym.harness.runs.run_folder import RunFolder
     from llm_gym.report.run import read
 
     saved = RunFolder(run).checkpoints()

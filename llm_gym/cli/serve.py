@@ -16,7 +16,7 @@ from llm_gym.errors import PolicyError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
 LINE = 10.0
 """Seconds between two lines about the start where no terminal shows a clock."""
@@ -46,9 +46,9 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     from rich.console import Console
 
     from llm_gym.cli.group import settings
-    from llm_gym.harness.lineage import model_path
-    from llm_gym.policies.plain import plain_folder
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.harness.runs.lineage import model_path
+    from llm_gym.models.plain import plain_folder
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     up = False

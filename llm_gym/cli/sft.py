@@ -40,8 +40,8 @@ def command(
     """
     from llm_gym import report
     from llm_gym.harness import load
-    from llm_gym.harness.parallel import here
-    from llm_gym.harness.sft import SFTConfig, sft
+    from llm_gym.harness.distributed.world import here
+    from llm_gym.harness.loops.sft import SFTConfig, sft
 
     with settings():
         if resume:

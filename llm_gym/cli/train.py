@@ -74,8 +74,8 @@ def command(
     prints every setting; --set wins over options, options over the --config file.
     """
     from llm_gym.cli.progress import TrainProgress
-    from llm_gym.harness.distill import NO_TEACHER, trainer_of
-    from llm_gym.harness.parallel import here
+    from llm_gym.harness.distributed.world import here
+    from llm_gym.harness.loops.distill import NO_TEACHER, trainer_of
 
     if resume and out is None:
         raise SettingError("--resume: needs --out, the run folder to go on with.")
@@ -144,7 +144,7 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
     """What is said at the end: the curve, before and after, where the report is, and what to try next."""
     from llm_gym import report
     from llm_gym.cli.runs import decoder
-    from llm_gym.harness.verdict import warnings
+    from llm_gym.harness.runs.verdict import warnings
 
     page = report.write(run, decode=decoder(run))
     rewards = [float("nan") if (r := row.get("reward/mean")) is None else float(r) for row in rows if row["step"] > 0]
@@ -158,7 +158,7 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
 def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Greedy and sampled reward in evaluation, first against last."""
     from llm_gym.harness.config import to_dict
-    from llm_gym.harness.statistics import different
+    from llm_gym.harness.evaluation.statistics import different
     from llm_gym.report.run import problems
 
     lines = []

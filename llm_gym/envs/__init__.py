@@ -20,7 +20,10 @@ TABLE: dict[str, tuple[str, str]] = {
     "Dataset-v0": ("llm_gym.envs.dataset:Dataset", "any data set and a reward function, both by name"),
     "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
     "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),
-    "MCPTool-v0": ("llm_gym.envs.tools.mcp:MCPTool", "tools of MCP servers; by default a calculator for large sums"),
+    "MCPTool-v0": (
+        "llm_gym.envs.tools.mcp.env:MCPTool",
+        "tools of MCP servers; by default a calculator for large sums",
+    ),
     "PythonTool-v0": ("llm_gym.envs.tools.python_tool:PythonTool", "questions to compute with a sandboxed interpreter"),
 }
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_gym.harness.config import TrainConfig, load
-    from llm_gym.harness.trainer import Observer, Trainer
+    from llm_gym.harness.loops.trainer import Observer, Trainer
 
 __all__ = ["Observer", "TrainConfig", "Trainer", "load"]
-_HOME = {"Observer": "trainer", "TrainConfig": "config", "Trainer": "trainer", "load": "config"}
+_HOME = {"Observer": "loops.trainer", "TrainConfig": "config", "Trainer": "loops.trainer", "load": "config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,22 +19,22 @@ import yaml
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.bounds import Within, check_bounds
-from llm_gym.harness.curriculum import CurriculumConfig
-from llm_gym.harness.devices import check_device_name
-from llm_gym.harness.evaluation import EvalConfig
-from llm_gym.harness.lineage import model_path
-from llm_gym.harness.loggers import LogConfig
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.memory import MemoryConfig
-from llm_gym.harness.mixture import EnvConfig
-from llm_gym.harness.model import LoraConfig
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.parallel import ParallelConfig
-from llm_gym.harness.presets import PRESETS
+from llm_gym.harness.data.curriculum import CurriculumConfig
+from llm_gym.harness.data.filters import OversampleConfig
+from llm_gym.harness.data.mixture import EnvConfig
+from llm_gym.harness.distributed.world import ParallelConfig
+from llm_gym.harness.evaluation.evaluator import EvalConfig
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.loops.teacher import DistillConfig
+from llm_gym.harness.model.devices import check_device_name
+from llm_gym.harness.model.loading import LoraConfig
+from llm_gym.harness.model.memory import MemoryConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
-from llm_gym.harness.selection import OversampleConfig
-from llm_gym.harness.teacher import DistillConfig
+from llm_gym.harness.runs.lineage import model_path
+from llm_gym.harness.runs.loggers import LogConfig
 from llm_gym.templates import read_template
 
 T = TypeVar("T")

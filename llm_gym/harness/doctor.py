@@ -18,14 +18,14 @@ import torch
 
 from llm_gym.errors import ConfigError, LLMGymError
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.devices import device_of
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.mixture import entries
-from llm_gym.harness.model import load_model
-from llm_gym.harness.parity import Parity, measure
-from llm_gym.harness.sync import MODES
+from llm_gym.harness.data.mixture import entries
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.devices import device_of
+from llm_gym.harness.model.loading import load_model
+from llm_gym.harness.weight_sync.parity import Parity, measure
+from llm_gym.harness.weight_sync.sync import MODES
+from llm_gym.models.loading import set_threads
 from llm_gym.policies import ENGINES, Policy, make_policy
-from llm_gym.policies.model import set_threads
 
 Verdict = Literal["ok", "note", "off"]
 GIB = 1 << 30
@@ -169,8 +169,8 @@ def sandbox(setting: Setting) -> Iterator[Finding]:
 
 def servers(setting: Setting) -> Iterator[Finding]:
     """The MCP servers of the run's environments, and who shares what with whom."""
-    from llm_gym.envs.tools.mcp import read_servers
-    from llm_gym.envs.tools.mcp_session import remote
+    from llm_gym.envs.tools.mcp.env import read_servers
+    from llm_gym.envs.tools.mcp.session import remote
 
     named = [entry for entry in entries(setting.config) if entry.env_args.get("servers") is not None]
     if not named:

@@ -24,9 +24,9 @@ from transformers import AutoConfig
 
 from llm_gym import embedded
 from llm_gym.errors import CheckpointError
-from llm_gym.harness.lineage import locate
-from llm_gym.harness.lora import LoraConfig
-from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.runs.lineage import locate
 from llm_gym.hub import offline_if_unreachable
 
 FULL: Mapping[str, tuple[tuple[int, float], ...]] = {

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 ENGINES = {
-    "transformers": "llm_gym.policies.transformers:TransformersPolicy",
-    "vllm": "llm_gym.policies.vllm:VLLMPolicy",
-    "server": "llm_gym.policies.server:ServerPolicy",
+    "transformers": "llm_gym.policies.builtin.policy:TransformersPolicy",
+    "vllm": "llm_gym.policies.vllm.policy:VLLMPolicy",
+    "server": "llm_gym.policies.vllm_server.policy:ServerPolicy",
     "openai": "llm_gym.policies.openai:OpenAIPolicy",
 }
 """Engine name -> its class, imported when it is asked for."""
@@ -86,7 +86,7 @@ def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: st
     if name != "vllm" or not isinstance(model, str | Path):
         policy: Policy = make(model, **options)
         return policy
-    from llm_gym.policies.plain import plain_folder
+    from llm_gym.models.plain import plain_folder
 
     with plain_folder(model) as folder:
         policy = make(folder, **options)

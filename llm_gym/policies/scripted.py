@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import PolicyError
-from llm_gym.policies.running import run_here
 
 Script = Callable[[Ids], "str | Sequence[int] | Ids"]
 """What to say in a context (int32 [p]): a text, or token ids as they would be sampled."""

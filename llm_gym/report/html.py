@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 
-from llm_gym.harness.checkpoint import put, write_atomically
-from llm_gym.harness.verdict import warnings
+from llm_gym.harness.runs.run_folder import put, write_atomically
+from llm_gym.harness.runs.verdict import warnings
 from llm_gym.report import charts
 from llm_gym.report.run import Run, Series, problems, read, title
 from llm_gym.report.scale import duration, short

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from llm_gym.cli.config import commented, field_notes
 from llm_gym.cli.group import llmgym
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.sft import SFTConfig
+from llm_gym.harness.loops.sft import SFTConfig
 
 
 @pytest.mark.parametrize(("name", "cls"), [("train", TrainConfig), ("sft", SFTConfig)])

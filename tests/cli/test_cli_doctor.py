@@ -20,7 +20,7 @@ from llm_gym.cli.group import llmgym
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.doctor import CHECKS, Finding, Setting
 from llm_gym.policies import ENGINES
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 
 def doctor(*words: str) -> Result:

@@ -16,7 +16,7 @@ from llm_gym import TextEnv
 from llm_gym.cli.nproc import PATIENCE, _account, as_rank
 from llm_gym.core import Sampling
 from llm_gym.policies import make_policy
-from llm_gym.rollout import rollout
+from llm_gym.rollouts.driver import rollout
 
 
 @pytest.fixture

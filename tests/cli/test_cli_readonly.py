@@ -41,7 +41,7 @@ import json, os, sys
 from pathlib import Path
 from click.testing import CliRunner
 from llm_gym.cli.group import llmgym
-from llm_gym.envs.tools.sandbox.inside import syscalls
+from llm_gym.envs.tools.sandbox.guest import syscalls
 
 closed, lines = Path(sys.argv[1]), json.loads(sys.argv[2])
 if os.geteuid() == 0:

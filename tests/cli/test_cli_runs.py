@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from llm_gym.cli.group import COMMANDS, llmgym
 from llm_gym.cli.options import chosen
-from llm_gym.harness.checkpoint import RunFolder
+from llm_gym.harness.runs.run_folder import RunFolder
 
 SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=8", "sampling.max_tokens=8", "checkpoint.every=1")
 SMALL = [word for setting in SETTINGS for word in ("--set", setting)]

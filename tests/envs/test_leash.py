@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_gym.envs.tools import leash
+from llm_gym.envs.tools.mcp import supervisor
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a leash holds all of a family on Linux")
 
@@ -33,7 +33,7 @@ def test_a_trainer_that_dies_slowly_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "scratch"
     folder.mkdir()
     trainer = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, leash.__file__, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOWLY, supervisor.__file__, str(folder)], stdout=subprocess.PIPE, text=True
     )
     assert trainer.stdout is not None
     pidfd = os.pidfd_open(int(trainer.stdout.readline()))
@@ -48,7 +48,7 @@ def test_a_trainer_that_died_before_its_server_started_leaves_no_folder(tmp_path
     folder = tmp_path / "scratch"
     folder.mkdir()
     command = ["touch", str(tmp_path / "started")]
-    leashed = [sys.executable, "-I", "-S", leash.__file__, str(gone.pid), "PATH", str(folder), "9", *command]
+    leashed = [sys.executable, "-I", "-S", supervisor.__file__, str(gone.pid), "PATH", str(folder), "9", *command]
     assert subprocess.run(leashed, stdin=subprocess.DEVNULL, check=False, timeout=60).returncode == 1
     assert not list(tmp_path.iterdir())
 
@@ -56,7 +56,7 @@ def test_a_trainer_that_died_before_its_server_started_leaves_no_folder(tmp_path
 def leashed(code: str, longest: int) -> subprocess.CompletedProcess[bytes]:
     """A server of a few lines on a leash of ours, until it ends."""
     command = [sys.executable, "-I", "-S", "-c", f"import os, sys, time\n{code}"]
-    leash_of = [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), "PATH", "", str(longest), *command]
+    leash_of = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), "PATH", "", str(longest), *command]
     with subprocess.Popen(leash_of, stdin=-1, stdout=-1, stderr=-1) as server:
         assert server.stdout is not None
         assert server.stderr is not None
@@ -82,7 +82,7 @@ def test_a_server_that_says_nothing_more_is_ended() -> None:
 
 
 def _ended(pidfd: int) -> bool:
-    from llm_gym.envs.tools.sandbox.inside.wire import poll
+    from llm_gym.envs.tools.sandbox.guest.wire import poll
 
     try:
         return bool(poll([pidfd], 60))

@@ -20,9 +20,9 @@ from gymnasium.utils.env_checker import check_env
 from pydantic import BaseModel
 
 from llm_gym.core import StopReason
-from llm_gym.envs.tools.mcp import MCPTool, read_servers
-from llm_gym.envs.tools.mcp_results import public_names, resolved, result_text
-from llm_gym.envs.tools.mcp_server import build
+from llm_gym.envs.tools.mcp.calculator_server import build
+from llm_gym.envs.tools.mcp.env import MCPTool, read_servers
+from llm_gym.envs.tools.mcp.results import public_names, resolved, result_text
 from llm_gym.errors import ConfigError, DataError
 from llm_gym.testing import check_environment
 
@@ -279,7 +279,7 @@ def test_our_own_server_speaks_mcp() -> None:
 
 IMPORTS = """
 import sys
-from llm_gym.envs.tools.mcp_session import Pool
+from llm_gym.envs.tools.mcp.session import Pool
 assert "fastmcp" not in sys.modules
 pool = Pool.enter({"it": {"command": "true"}}, start_timeout=30.0, ahead=1, shared=False)
 assert {"fastmcp.client.transports", "fastmcp.mcp_config"} <= sys.modules.keys()

@@ -16,8 +16,8 @@ from mcp_http import Hosted, hosted
 from test_mcp import odd_server
 
 from llm_gym.core import StopReason
-from llm_gym.envs.tools.mcp import MCPTool
-from llm_gym.envs.tools.mcp_results import LONGEST, MOST_PARTS, resolved
+from llm_gym.envs.tools.mcp.env import MCPTool
+from llm_gym.envs.tools.mcp.results import LONGEST, MOST_PARTS, resolved
 from llm_gym.errors import ConfigError
 
 

@@ -28,9 +28,9 @@ from sandbox_tiers import (
 )
 
 from llm_gym.envs.tools import sandbox
-from llm_gym.envs.tools.sandbox import Limits, PythonSession, pool, tiers
-from llm_gym.envs.tools.sandbox.inside import confine
-from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox import Limits, PythonSession, isolation, pool
+from llm_gym.envs.tools.sandbox.guest import confine
+from llm_gym.envs.tools.sandbox.guest.wire import poll
 from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
 from llm_gym.errors import SettingError
 
@@ -67,8 +67,8 @@ def test_packages_may_lie_where_the_scratch_folder_is(
     (tmp_path / "odd_package.py").write_text("VALUE = 7\n")
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
-    known = tiers.packages()
-    monkeypatch.setattr(tiers, "packages", lambda: [*known, str(tmp_path)])
+    known = isolation.packages()
+    monkeypatch.setattr(isolation, "packages", lambda: [*known, str(tmp_path)])
     sandbox.shutdown()
     try:
         with PythonSession("worker", tier) as session:
@@ -85,10 +85,10 @@ def test_packages_are_found_in_every_layer_of_the_environment_and_projects_are_n
     for folder, inside in zip(folders, names.values(), strict=True):
         (folder / inside).mkdir(parents=True)
     monkeypatch.setattr(sys, "path", ["", *sys.path, *map(str, folders), str(tmp_path / "nowhere")])
-    found = tiers.packages()
+    found = isolation.packages()
     assert found[-3:] == [str(folder) for folder in folders[:3]]
     assert sysconfig.get_path("purelib") in found
-    assert str(folders[3]) not in tiers.visible()
+    assert str(folders[3]) not in isolation.visible()
     assert os.getcwd() not in found
 
 
@@ -121,8 +121,8 @@ def test_a_sandbox_that_cannot_import_says_so(tier: str, tmp_path: Path, monkeyp
     (tmp_path / "IPython/__init__.py").write_text("raise ImportError('broken here')\n")
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
-    known = tiers.packages()
-    monkeypatch.setattr(tiers, "packages", lambda: [str(tmp_path), *known])
+    known = isolation.packages()
+    monkeypatch.setattr(isolation, "packages", lambda: [str(tmp_path), *known])
     sandbox.shutdown()
     with pytest.raises(SandboxError, match="could not start: ImportError: broken here"):
         PythonSession("worker", tier)

@@ -18,7 +18,7 @@ from sandbox_tiers import BACKENDS, TIERS, nothing_left, sleeper, sleepers, with
 from llm_gym.envs.tools import sandbox
 from llm_gym.envs.tools.sandbox import Limits, PythonSession, kernels, pool
 from llm_gym.envs.tools.sandbox import sandbox as trainers_side
-from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox.guest.wire import poll
 from llm_gym.envs.tools.sandbox.kernels import KernelHandle
 from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
 from llm_gym.envs.tools.sandbox.session import WorkerCell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from llm_gym.envs.tools.sandbox.inside.wire import LONGEST, Channel
+from llm_gym.envs.tools.sandbox.guest.wire import LONGEST, Channel
 
 
 def test_messages_keep_their_order_and_garbage_is_skipped() -> None:

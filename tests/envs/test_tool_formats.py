@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_gym.chat import load_chat
-from llm_gym.envs.tools.calls import MOST_CALLS, ToolCall, open_thinking, without_calls, without_thinking
-from llm_gym.envs.tools.formats import FORMATS, detect, read
-from llm_gym.envs.tools.literal_calls import code_tool
+from llm_gym.envs.tools.parsers.calls import MOST_CALLS, ToolCall, open_thinking, without_calls, without_thinking
+from llm_gym.envs.tools.parsers.formats import FORMATS, detect, read
+from llm_gym.envs.tools.parsers.literal_calls import code_tool
 
 JSON_FORMATS = ["hermes", "llama", "mistral", "harmony", "deepseek", "kimi"]
 TAG_FORMATS = ["qwen_xml", "glm", "invoke"]

@@ -16,10 +16,10 @@ import templates as t
 from llm_gym.chat import load_chat
 from llm_gym.env import Reply
 from llm_gym.envs.tools import ToolEnv
-from llm_gym.envs.tools.calls import open_thinking
-from llm_gym.envs.tools.formats import FORMATS
+from llm_gym.envs.tools.parsers.calls import open_thinking
+from llm_gym.envs.tools.parsers.formats import FORMATS
 from llm_gym.errors import ConfigError
-from llm_gym.harness.chats import encode
+from llm_gym.harness.data.sft_examples import encode
 from llm_gym.testing import check_environment
 from llm_gym.tokenizer import load_tokenizer
 

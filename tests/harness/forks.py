@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm_gym.harness.parallel import ParallelConfig, World, connect
+from llm_gym.harness.distributed.world import ParallelConfig, World, connect
 
 
 def reserved() -> socket.socket:

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from llm_gym.core import Row
-from llm_gym.harness.batching import Sample
-from llm_gym.harness.model import prepare
+from llm_gym.harness.batching.packing import Sample
+from llm_gym.harness.model.loading import prepare
 
 VOCABULARY = 61
 

@@ -11,14 +11,14 @@ from small_models import gradients, llama, qwen3, row, samples
 from torch.autograd.graph import saved_tensors_hooks
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import activations
-from llm_gym.harness.activations import Keep, elsewhere
-from llm_gym.harness.batching import Batch, Sample, pack
-from llm_gym.harness.layers import decoder_layers
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.memory import MemoryConfig, check_memory, economise
-from llm_gym.harness.model import LoraConfig, prepare
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.batching.packing import Batch, Sample, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model import checkpointing
+from llm_gym.harness.model.checkpointing import Keep, elsewhere
+from llm_gym.harness.model.layers import decoder_layers
+from llm_gym.harness.model.loading import LoraConfig, prepare
+from llm_gym.harness.model.memory import MemoryConfig, check_memory, economise
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 KINDS: dict[str, Any] = {"whole": None, "lora": LoraConfig(rank=4)}
 LAYERS = {"num_hidden_layers": 4}
@@ -93,7 +93,7 @@ def test_offloading_gives_the_same_bits(
     kind: str, layout: str, checkpointing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved leaves by `away` and comes back; weights stay where they are."""
-    monkeypatch.setattr(activations, "LEAST", 0)
+    monkeypatch.setattr(checkpointing, "LEAST", 0)
     batch = batches()[layout]
     want = gradient(model_of(kind), batch)
     model = model_of(kind)
@@ -105,15 +105,15 @@ def test_offloading_gives_the_same_bits(
         moved.append(tensor.numel())
         return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
-    monkeypatch.setattr(activations, "to_host", away)
-    activations.thin(decoder_layers(model), checkpointing=checkpointing, offload=True)
+    monkeypatch.setattr(checkpointing, "to_host", away)
+    checkpointing.thin(decoder_layers(model), checkpointing=checkpointing, offload=True)
     got = gradient(model, batch)
     assert moved
     assert all(torch.equal(g, want[n]) for n, g in got.items())
 
 
 def test_offloaded_tensors_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "LEAST", 0)
+    monkeypatch.setattr(checkpointing, "LEAST", 0)
     layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     with elsewhere(layer, lambda t: 2 * t):
         y = (x * x).sum() + layer(x).sum()
@@ -173,7 +173,7 @@ def test_the_built_in_engine_shares_the_module() -> None:
 
 
 def test_llama_and_autocast() -> None:
-    from llm_gym.harness.optimizers import OptimizerConfig
+    from llm_gym.harness.learner.optimizers import OptimizerConfig
 
     batch = batches()["packed"]
     found = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.advantages import (
+from llm_gym.harness.algorithms.advantages import (
     ADVANTAGES,
     EPS,
     advantage,
@@ -24,7 +24,7 @@ from llm_gym.harness.advantages import (
     rloo,
     turn_norm,
 )
-from llm_gym.harness.rewards import Rewards
+from llm_gym.harness.algorithms.rewards import Rewards
 
 NAN = math.nan
 CENTRED = ["group_norm", "dr_grpo", "rloo", "reinforce_pp_baseline", "gdpo", "turn_norm"]

@@ -10,11 +10,11 @@ from small_models import VOCABULARY, gradients, qwen3, samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import backbone
-from llm_gym.harness.batching import Batch, pack
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.model import Body, LoraConfig, prepare
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.batching.packing import Batch, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model import backbone
+from llm_gym.harness.model.loading import Body, LoraConfig, prepare
 
 LENGTHS = [5, 17, 33, 40]
 ROPE = {"rope_theta": 10000.0}

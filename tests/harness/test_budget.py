@@ -13,11 +13,12 @@ from small_models import gradients, qwen3, row, samples
 from test_parallel import Told
 
 from llm_gym.errors import ConfigError, ShortOfMemory
-from llm_gym.harness import TrainConfig, Trainer, budget, headroom, load
-from llm_gym.harness.batching import Batch, MicroBatch, Sample, pack
-from llm_gym.harness.budget import Budget, fitted, measure
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack
+from llm_gym.harness.learner import memory_probe, token_budget
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.learner.token_budget import Budget, fitted, measure
 
 CPU = torch.device("cpu")
 
@@ -150,26 +151,26 @@ def test_other_errors_and_those_of_the_optimizer_are_not_repeated(monkeypatch: p
 def test_growth_is_what_is_allocated() -> None:
     """A block of 96 MiB that is written to, and one of 200 MiB."""
     for size in (96, 200):
-        grown = headroom.peak(CPU, lambda n=size: torch.ones(n << 18).sum())
+        grown = memory_probe.peak(CPU, lambda n=size: torch.ones(n << 18).sum())
         assert grown / 2**20 == pytest.approx(size, rel=0.1)
 
 
 def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total = headroom._field(Path("/proc/meminfo"), "MemTotal") * 1024
-    assert 0 < headroom.free(CPU) < total
+    total = memory_probe._field(Path("/proc/meminfo"), "MemTotal") * 1024
+    assert 0 < memory_probe.free(CPU) < total
     for file, text in (
         ("memory.max", "1000000\n"),
         ("memory.current", "900000\n"),
         ("memory.stat", "anon 5\ninactive_file 300000\n"),
     ):
         (tmp_path / file).write_text(text)
-    monkeypatch.setattr(headroom, "CGROUP", tmp_path)
-    assert headroom.free(CPU) == 400_000
+    monkeypatch.setattr(memory_probe, "CGROUP", tmp_path)
+    assert memory_probe.free(CPU) == 400_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert headroom.free(CPU) > 10**8
-    monkeypatch.setattr(headroom, "PROC", tmp_path)
-    with pytest.raises(headroom.Unknown, match="does not say"):
-        headroom.free(CPU)
+    assert memory_probe.free(CPU) > 10**8
+    monkeypatch.setattr(memory_probe, "PROC", tmp_path)
+    with pytest.raises(memory_probe.Unknown, match="does not say"):
+        memory_probe.free(CPU)
 
 
 def wide() -> Learner:
@@ -180,8 +181,8 @@ def test_the_linear_fit_foretells_a_larger_micro_batch() -> None:
     learner = wide()
     before = copy.deepcopy(learner.model.state_dict())
     _, fixed, each = measure(learner)
-    larger = budget._probe(learner, 8192)
-    real = headroom.peak(CPU, lambda: budget._run(learner, larger))
+    larger = token_budget._probe(learner, 8192)
+    real = memory_probe.peak(CPU, lambda: token_budget._run(learner, larger))
     state = 8 * sum(p.numel() for p in learner.model.parameters())
     assert fixed >= state
     assert fixed - state + each * 8192 == pytest.approx(real, rel=0.35)
@@ -190,9 +191,11 @@ def test_the_linear_fit_foretells_a_larger_micro_batch() -> None:
     assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("free", "tokens"), [(10**12, budget.MOST), (10**6, budget.LEAST), (6 * 10**8, None)])
+@pytest.mark.parametrize(
+    ("free", "tokens"), [(10**12, token_budget.MOST), (10**6, token_budget.LEAST), (6 * 10**8, None)]
+)
 def test_the_budget_is_what_fits(free: int, tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headroom, "free", lambda device: free)
+    monkeypatch.setattr(memory_probe, "free", lambda device: free)
     told: list[str] = []
     learner = wide()
     decided = Budget("auto", learner, told.append)
@@ -202,15 +205,15 @@ def test_the_budget_is_what_fits(free: int, tokens: int | None, monkeypatch: pyt
     if tokens is not None:
         assert decided.tokens == tokens
     else:
-        assert decided.tokens % budget.LEAST == 0
-        assert budget.LEAST < decided.tokens < budget.MOST
+        assert decided.tokens % token_budget.LEAST == 0
+        assert token_budget.LEAST < decided.tokens < token_budget.MOST
     assert all(p.grad is None for p in learner.model.parameters())
 
 
 def test_a_system_that_says_nothing_gets_the_usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(headroom, "PROC", tmp_path)
+    monkeypatch.setattr(memory_probe, "PROC", tmp_path)
     told: list[str] = []
-    assert Budget("auto", wide(), told.append).tokens == budget.USUAL
+    assert Budget("auto", wide(), told.append).tokens == token_budget.USUAL
     assert told == ["memory: this system does not say how much memory is free: 16,384 tokens a micro-batch."]
 
 
@@ -218,7 +221,7 @@ def test_a_probe_that_does_not_fit_gives_the_least(monkeypatch: pytest.MonkeyPat
     learner = wide()
     limited(learner, 2000, cuda_says_no)
     told: list[str] = []
-    assert Budget("auto", learner, told.append).tokens == budget.LEAST
+    assert Budget("auto", learner, told.append).tokens == token_budget.LEAST
     assert "3,072 tokens do not fit" in told[0]
 
 
@@ -237,9 +240,9 @@ def test_a_run_decides_once_and_writes_it_down(tmp_path: Path) -> None:
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them find half as much each, and what is said is what counts: the least of all."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # an engine that ran in this process may have set it
-    monkeypatch.setattr(headroom, "free", lambda device: 6 * 10**8)
-    monkeypatch.setattr(budget, "LEAST", 1)
-    monkeypatch.setattr(budget, "measure", lambda learner: (headroom.free(CPU), 1000.0, 1e5))
+    monkeypatch.setattr(memory_probe, "free", lambda device: 6 * 10**8)
+    monkeypatch.setattr(token_budget, "LEAST", 1)
+    monkeypatch.setattr(token_budget, "measure", lambda learner: (memory_probe.free(CPU), 1000.0, 1e5))
     told: list[str] = []
     learner = Learner(qwen3())
     assert Budget("auto", learner, told.append).tokens == 2999

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import templates as t
 
 from llm_gym.chat import load_chat, load_tokenizer
-from llm_gym.envs.tools import formats
-from llm_gym.envs.tools.calls import open_thinking
+from llm_gym.envs.tools.parsers import formats
+from llm_gym.envs.tools.parsers.calls import open_thinking
 from llm_gym.errors import DataError
-from llm_gym.harness.chats import encode, encode_all, load_examples
+from llm_gym.harness.data.sft_examples import encode, encode_all, load_examples
 
 TOOL = t.PYTHON
 ASK = {"role": "user", "content": "7*8?"}

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from llm_gym.cli.group import llmgym
 from llm_gym.core import Episode, StopReason
 from llm_gym.errors import CheckpointError
-from llm_gym.harness.checkpoint import RunFolder, step_of
+from llm_gym.harness.runs.run_folder import RunFolder, step_of
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run: RunFolder) -> None:
 
 WRITER = """
 import sys
-from llm_gym.harness.checkpoint import RunFolder
+from llm_gym.harness.runs.run_folder import RunFolder
 RunFolder(sys.argv[1]).hold()
 print("held", flush=True)
 sys.stdin.read()

@@ -11,11 +11,17 @@ import torch
 from small_models import gradients, qwen3, samples
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching import Batch, pack
-from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig, importance_weights, mask, truncate
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LOSSES, LossConfig
-from llm_gym.harness.optimizers import OptimizerConfig
+from llm_gym.harness.algorithms.importance_sampling import (
+    CORRECTIONS,
+    CorrectionConfig,
+    importance_weights,
+    mask,
+    truncate,
+)
+from llm_gym.harness.algorithms.losses import LOSSES, LossConfig
+from llm_gym.harness.batching.packing import Batch, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
 
 DOUBLE = torch.float64
 EVERY = [CorrectionConfig(name, level) for name in CORRECTIONS for level in ("token", "sequence")]  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.curriculum import CurriculumConfig, Difficulty, Epochs, curriculum
+from llm_gym.harness.data.curriculum import CurriculumConfig, Difficulty, Epochs, curriculum
 
 CONFIG = CurriculumConfig()
 

@@ -11,16 +11,17 @@ from small_models import gradients, qwen3, samples
 
 from llm_gym import embedded
 from llm_gym.errors import SettingError
-from llm_gym.harness import TrainConfig, load, trainer
-from llm_gym.harness.batching import pack
-from llm_gym.harness.budget import Budget
-from llm_gym.harness.distill import Distiller, DistillLearner, trainer_of
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.model import Body, export, load_model
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher
-from llm_gym.harness.trainer import Silent, Trainer
+from llm_gym.harness import TrainConfig, load
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.learner.token_budget import Budget
+from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.distill import Distiller, DistillLearner, trainer_of
+from llm_gym.harness.loops.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher
+from llm_gym.harness.loops.trainer import Silent, Trainer
+from llm_gym.harness.model.loading import Body, export, load_model
 
 DOUBLE = torch.float64
 SMALL = ["eval.episodes=4", "sampling.max_tokens=12", "prompts_per_step=2", "group_size=2", "checkpoint.every=2"]

@@ -15,9 +15,9 @@ from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.checkpoint import RunFolder, step_of
-from llm_gym.harness.evaluation import EVAL_SEED, EvalConfig, Evaluation, exam, exams, metrics
-from llm_gym.harness.statistics import summary
+from llm_gym.harness.evaluation.evaluator import EVAL_SEED, EvalConfig, Evaluation, exam, exams, metrics
+from llm_gym.harness.evaluation.statistics import summary
+from llm_gym.harness.runs.run_folder import RunFolder, step_of
 from llm_gym.policies import make_policy
 
 

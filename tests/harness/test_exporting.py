@@ -15,10 +15,10 @@ from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import CheckpointError, ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.exporting import export_run
-from llm_gym.harness.lineage import lineage, locate
-from llm_gym.harness.model import merged
-from llm_gym.harness.sft import SFTConfig, sft
+from llm_gym.harness.loops.sft import SFTConfig, sft
+from llm_gym.harness.model.loading import merged
+from llm_gym.harness.runs.export import export_run
+from llm_gym.harness.runs.lineage import lineage, locate
 
 SMALL = [
     "eval.episodes=4",

@@ -15,17 +15,18 @@ from safetensors.torch import load_file
 from tiny_models import contexts, tiny
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import TrainConfig, weights
-from llm_gym.harness.checkpoint import RunFolder
+from llm_gym.harness import TrainConfig
 from llm_gym.harness.config import dump
-from llm_gym.harness.exporting import export_run
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.lineage import model_path
-from llm_gym.harness.lora import LoraConfig
-from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
-from llm_gym.harness.sync import Sync
+from llm_gym.harness.learner import weights
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.loading import Body, export, load_model, merged, plain_tensors, prepare
+from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.runs.export import export_run
+from llm_gym.harness.runs.lineage import model_path
+from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.weight_sync.sync import Sync
+from llm_gym.models.plain import HELD, as_saved, fold
 from llm_gym.policies import make_policy
-from llm_gym.policies.plain import HELD, as_saved, fold
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}
@@ -191,7 +192,7 @@ def test_a_small_adapter_is_kept_whole(base: str, tmp_path: Path) -> None:
 
 def test_experts_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
     """Names and shapes of a merged Mixtral on disk, and of what engines are sent, are those of its base's file."""
-    from llm_gym.harness.sync import MODES
+    from llm_gym.harness.weight_sync.sync import MODES
 
     _, learner = trained(tmp_path, "Mixtral, its experts and its router")
     export(learner.model, tmp_path / "out")

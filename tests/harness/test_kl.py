@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig, importance_weights
-from llm_gym.harness.kl import KL, k1, k2, k3, kl_loss, kl_to_go
-from llm_gym.harness.losses import reinforce
+from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig, importance_weights
+from llm_gym.harness.algorithms.kl import KL, k1, k2, k3, kl_loss, kl_to_go
+from llm_gym.harness.algorithms.losses import reinforce
 
 DOUBLE = torch.float64
 

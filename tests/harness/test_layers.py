@@ -7,11 +7,11 @@ import torch
 from small_models import gradients, llama, qwen3, samples
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching import pack
-from llm_gym.harness.layers import NAMED, decoder_layers, parse_layers
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.memory import MemoryConfig, check_memory
-from llm_gym.harness.model import LoraConfig, load_model, prepare
+from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.layers import NAMED, decoder_layers, parse_layers
+from llm_gym.harness.model.loading import LoraConfig, load_model, prepare
+from llm_gym.harness.model.memory import MemoryConfig, check_memory
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import TrainConfig, Trainer, load, trainer
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.loggers import LogConfig, Loggers, check
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.runs.loggers import LogConfig, Loggers, check
+from llm_gym.harness.runs.run_folder import RunFolder
 
 SMALL = ["eval.episodes=2", "prompts_per_step=1", "group_size=2", "sampling.max_tokens=4", "checkpoint.every=1"]
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_gym.harness import logprobs as head
-from llm_gym.harness.logprobs import Sizes, token_logprobs, token_loss
+from llm_gym.harness.model import heads as head
+from llm_gym.harness.model.heads import Sizes, token_logprobs, token_loss
 
 DOUBLE = torch.float64
 

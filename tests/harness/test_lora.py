@@ -11,17 +11,18 @@ import torch
 from small_models import gradients, qwen3, samples
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import TrainConfig, Trainer, load, optimizers, weights
-from llm_gym.harness.batching import pack
-from llm_gym.harness.layers import decoder_layers
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.lora import KINDS, LoraConfig
-from llm_gym.harness.memory import MemoryConfig, economise
-from llm_gym.harness.model import Body, export, load_model, merged, plain_tensors, prepare
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.sync import modes_of
-from llm_gym.policies.folding import weight_of
-from llm_gym.policies.plain import HELD
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.learner import optimizers, weights
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.model.layers import decoder_layers
+from llm_gym.harness.model.loading import Body, export, load_model, merged, plain_tensors, prepare
+from llm_gym.harness.model.lora import KINDS, LoraConfig
+from llm_gym.harness.model.memory import MemoryConfig, economise
+from llm_gym.harness.weight_sync.sync import modes_of
+from llm_gym.models.folding import weight_of
+from llm_gym.models.plain import HELD
 
 EVERY = [(kind, base) for kind in KINDS for base in HELD]
 

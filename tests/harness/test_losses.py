@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.losses import (
+from llm_gym.harness.algorithms.losses import (
     LOSSES,
     LossConfig,
     LossFn,
@@ -22,7 +22,7 @@ from llm_gym.harness.losses import (
     sapo,
     sft,
 )
-from llm_gym.harness.streams import Streams
+from llm_gym.harness.algorithms.streams import Streams
 
 DOUBLE = torch.float64
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_gym.harness import flash, merge
-from llm_gym.harness.merge import Part, calls, merged_attention, parts, works
-from llm_gym.harness.packing import Layout, _concatenated
+from llm_gym.harness.model import flash, prefix_attention
+from llm_gym.harness.model.attention import Layout, _concatenated
+from llm_gym.harness.model.prefix_attention import Part, calls, merged_attention, parts, works
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_it_works_on_this_machine() -> None:
 
 
 def test_a_value_head_of_another_size_is_concatenated_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    merge._works.cache_clear()
+    prefix_attention._works.cache_clear()
     q, k, _ = streams(9, 4, 2, 16)
     v = streams(9, 4, 2, 24)[2]
     lengths, parents = [4, 3, 2], [-1, 0, 0]
@@ -161,12 +161,12 @@ def test_a_value_head_of_another_size_is_concatenated_and_said_once(caplog: pyte
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    merge._works.cache_clear()
-    right = merge.CPUFlash.backward
-    monkeypatch.setattr(merge.CPUFlash, "backward", lambda *args: tuple(1.01 * x for x in right(*args)))
+    prefix_attention._works.cache_clear()
+    right = prefix_attention.CPUFlash.backward
+    monkeypatch.setattr(prefix_attention.CPUFlash, "backward", lambda *args: tuple(1.01 * x for x in right(*args)))
     assert not works(*streams(1, 4, 2, 8))
     assert "off by 1.0e-02" in caplog.text
-    merge._works.cache_clear()
+    prefix_attention._works.cache_clear()
 
 
 def test_a_device_without_a_kernel_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +234,7 @@ def test_what_surrounds_a_variable_length_kernel_is_right(
     want = with_gradients(dense(*inputs, lengths, parents, None), inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "aten", Varlen)
-        patch.setitem(merge.PLANS, "cpu", merge._cuda_calls)
+        patch.setitem(prefix_attention.PLANS, "cpu", prefix_attention._cuda_calls)
         out = merged_attention(*inputs, calls(lengths, parents, CPU), None)
         found = with_gradients(out, inputs)
     for got, exact in zip(found, want, strict=True):
@@ -243,7 +243,7 @@ def test_what_surrounds_a_variable_length_kernel_is_right(
 
 def test_the_real_variable_length_kernels_take_our_arguments() -> None:
     """On the meta device, which knows shapes alone."""
-    (call,) = merge._cuda_calls(parts([3, 2, 4], [-1, 0, 0])[1], False, CPU)
+    (call,) = prefix_attention._cuda_calls(parts([3, 2, 4], [-1, 0, 0])[1], False, CPU)
     q, k, v = (torch.empty(1, h, n, 12, dtype=torch.bfloat16, device="meta") for h, n in ((4, 6), (2, 3), (2, 3)))
     out, lse = call.kernel.forward(q, k, v, 0.3)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 6, 1), torch.float32)

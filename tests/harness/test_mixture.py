@@ -19,10 +19,11 @@ from llm_gym.core import Episode, StopReason
 from llm_gym.env import Reply, TextEnv
 from llm_gym.envs import make
 from llm_gym.errors import ConfigError, RewardError, SettingError
-from llm_gym.harness import TrainConfig, Trainer, load, trainer
-from llm_gym.harness.evaluation import Evaluation
-from llm_gym.harness.mixture import arenas
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.data.mixture import arenas
+from llm_gym.harness.evaluation.evaluator import Evaluation
+from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.trainer import Silent
 
 ROWS = 12
 

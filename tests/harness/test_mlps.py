@@ -7,14 +7,14 @@ import torch
 from tiny_models import tiny
 from torch import nn
 
-from llm_gym.harness import mlps
-from llm_gym.harness.mlps import fuse_mlps
+from llm_gym.harness.model import cpu_mlp
+from llm_gym.harness.model.cpu_mlp import fuse_mlps
 
 
 @pytest.fixture
 def pair(monkeypatch):
     """A model as transformers made it, and the same with its MLPs changed; three chunks for 20 tokens."""
-    monkeypatch.setattr(mlps, "CHUNK", 8)
+    monkeypatch.setattr(cpu_mlp, "CHUNK", 8)
     plain = tiny(dtype=torch.float64)
     changed = copy.deepcopy(plain)
     assert fuse_mlps(changed) == 2

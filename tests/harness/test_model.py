@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching import MicroBatch, pack
-from llm_gym.harness.model import Body, LoraConfig, check_model, export, load_model, merged, new_model, prepare
-from llm_gym.harness.packing import Layout
+from llm_gym.harness.batching.packing import MicroBatch, pack
+from llm_gym.harness.model.attention import Layout
+from llm_gym.harness.model.loading import Body, LoraConfig, check_model, export, load_model, merged, new_model, prepare
 
 SMALL = {
     "vocab_size": VOCABULARY,

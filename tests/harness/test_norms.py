@@ -9,7 +9,7 @@ import torch
 from small_models import VOCABULARY, gradients, qwen3
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from llm_gym.harness.norms import _RMSNorm, fuse_norms
+from llm_gym.harness.model.cpu_rmsnorm import _RMSNorm, fuse_norms
 
 
 def test_a_model_stays_equal() -> None:

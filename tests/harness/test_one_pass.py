@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from small_models import gradients, qwen3, row
 from torch import Tensor
 
-from llm_gym.harness import logprobs
-from llm_gym.harness.batching import MicroBatch, Sample, pack
-from llm_gym.harness.corrections import CORRECTIONS, CorrectionConfig
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.logprobs import Sizes
-from llm_gym.harness.losses import LOSSES, LossConfig, loss_function, token_level
-from llm_gym.harness.model import Body, LoraConfig, prepare
-from llm_gym.harness.streams import Streams
+from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig
+from llm_gym.harness.algorithms.losses import LOSSES, LossConfig, loss_function, token_level
+from llm_gym.harness.algorithms.streams import Streams
+from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model import heads
+from llm_gym.harness.model.heads import Sizes
+from llm_gym.harness.model.loading import Body, LoraConfig, prepare
 
 DOUBLE = torch.float64
 WHOLE = {"gspo", "gmpo"}
@@ -83,14 +83,14 @@ def test_one_gradient_in_one_pass_two_passes_and_full_logits(
     whole_kl, whole_weight = "kl_in" in kl, correction.name != "none" and correction.level == "sequence"
     assert loss.token_level == (name not in WHOLE and not whole_kl and not whole_weight)
     learner.loss, learner.loss_fn, learner.one_pass = loss, loss_function(name), loss.token_level
-    usual, learner.reference = logprobs.SIZES["cpu"], other() if loss.uses_reference else None
+    usual, learner.reference = heads.SIZES["cpu"], other() if loss.uses_reference else None
     try:
-        logprobs.SIZES["cpu"] = sizes
+        heads.SIZES["cpu"] = sizes
         got, metrics = gradient(learner, micro, temperature)
         learner.one_pass = False
         two, same = gradient(learner, micro, temperature)
     finally:
-        logprobs.SIZES["cpu"] = usual
+        heads.SIZES["cpu"] = usual
     want = naive(learner, micro, temperature)
     assert got.keys() == two.keys() == want.keys()
     for key in want:
@@ -136,7 +136,7 @@ def tokens(s: Streams, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def test_a_user_s_loss_sees_whole_micro_batches_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(logprobs.SIZES, "cpu", Sizes(4, 10**6, 10**6, 64))
+    monkeypatch.setitem(heads.SIZES, "cpu", Sizes(4, 10**6, 10**6, 64))
     batch = pack([Sample(row(n, n), 1.0, n) for n in (9, 7, 12)], max_tokens=99)
     count = len(batch.micro[0].target)
     for fn, calls in ((whole_batches, [count]), (tokens, [4] * (count // 4) + [count % 4] * (count % 4 > 0))):

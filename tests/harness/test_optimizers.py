@@ -11,11 +11,11 @@ import torch
 from small_models import qwen3, samples
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness import optimizers, weights
-from llm_gym.harness.batching import pack
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer, require
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.learner import optimizers, weights
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer, require
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 """Wide enough that matrices have the 4096 elements from which moments are kept in 8 bits."""

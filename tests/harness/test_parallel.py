@@ -21,16 +21,17 @@ from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
-from llm_gym.harness import parallel, watch, weights
-from llm_gym.harness.batching import pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.config import TrainConfig, load
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.lora import LoraConfig
-from llm_gym.harness.model import load_model, plain_tensors
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.parallel import ParallelConfig, World
-from llm_gym.harness.sync import check
-from llm_gym.harness.watch import Watch
+from llm_gym.harness.distributed import heartbeat, world
+from llm_gym.harness.distributed.heartbeat import Watch
+from llm_gym.harness.distributed.world import ParallelConfig, World
+from llm_gym.harness.learner import weights
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.model.loading import load_model, plain_tensors
+from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.weight_sync.sync import check
 
 
 class Told(World):
@@ -256,11 +257,11 @@ def test_processes_have_ten_minutes_to_come_however_short_steps_are(timeout: flo
 
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel, "rendezvous", nobody)
-    monkeypatch.setattr(parallel._Stores, "base", None)
-    monkeypatch.setattr(parallel._Stores, "count", 0)
+    monkeypatch.setattr(world, "rendezvous", nobody)
+    monkeypatch.setattr(world._Stores, "base", None)
+    monkeypatch.setattr(world._Stores, "count", 0)
     with pytest.raises(RankError, match=f"rank 1: the other processes did not come within {seconds} s"):
-        parallel.connect(ParallelConfig(timeout=timeout))
+        world.connect(ParallelConfig(timeout=timeout))
 
 
 @pytest.fixture
@@ -327,7 +328,7 @@ def test_who_leaves_is_named_at_once_with_the_reason(watches) -> None:
 
 def test_who_gives_no_sign_of_life_is_named_long_before_time_is_up(watches, monkeypatch) -> None:
     first, second = watches(2, 600)
-    monkeypatch.setattr(watch, "LOST", 3.0)
+    monkeypatch.setattr(heartbeat, "LOST", 3.0)
     second.over.set()  # as if its process had stopped
     second._thread.join()
     with pytest.raises(RankError, match="rank 1 is gone: no sign of life for 3 s, during 'packing'"):
@@ -387,8 +388,8 @@ def test_who_loses_the_store_says_so_once_and_ends(busy: str, grace: str, said: 
 
 def test_silence_lasts_as_long_as_the_same_beat(monkeypatch) -> None:
     now = 100.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
-    pulse = watch.Pulse()
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    pulse = heartbeat.Pulse()
     silences = []
     for now, beat in ((100, b"5"), (107, b"5"), (111, b"6"), (140, b"6")):  # noqa: B007, the clock reads `now`
         silences.append(pulse.silence(3, beat))

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llm_gym.core import Completion, Episode, Group, StopReason, Turn
 from llm_gym.errors import ConfigError
-from llm_gym.harness.advantages import advantage
-from llm_gym.harness.batching import Batch, Sample, pack, samples
+from llm_gym.harness.algorithms.advantages import advantage
+from llm_gym.harness.algorithms.presets import PRESETS
+from llm_gym.harness.algorithms.rewards import rewards_of
+from llm_gym.harness.batching.packing import Batch, Sample, pack, samples
 from llm_gym.harness.config import TrainConfig, dump, from_dict, load
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.presets import PRESETS
-from llm_gym.harness.rewards import rewards_of
+from llm_gym.harness.learner.learner import Learner
 
 WANTED = {
     "grpo": ("group_norm", "ppo_clip", 0.2, 0.2, "sequence"),

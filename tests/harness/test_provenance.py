@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.provenance import commit, describe
+from llm_gym.harness.runs.provenance import commit, describe
 
 ENV = "llm_gym/Arithmetic-v0"
 

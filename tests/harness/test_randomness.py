@@ -14,8 +14,8 @@ import torch
 
 from llm_gym.env import Reply, TextEnv
 from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.loops.trainer import Silent
 from llm_gym.harness.randomness import reseed
-from llm_gym.harness.trainer import Silent
 
 
 class Careless(TextEnv):

@@ -21,10 +21,11 @@ from llm_gym.cli.group import llmgym
 from llm_gym.core import Completion, Episode, StopReason, Turn
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError
-from llm_gym.harness import TrainConfig, Trainer, load, trainer
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.replay import compare_metrics, compare_tensors, replay, starting_point
-from llm_gym.harness.weights import read_tensors
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.learner.weights import read_tensors
+from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.replay import compare_metrics, compare_tensors, replay, starting_point
+from llm_gym.harness.runs.run_folder import RunFolder
 
 
 class Letters(TextEnv):

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import templates as t
 
 from llm_gym.chat import Chat, load_chat
-from llm_gym.envs.tools import formats
-from llm_gym.envs.tools.calls import ToolCall
-from llm_gym.harness.chats import encode
-from llm_gym.harness.replies import reply_ids
+from llm_gym.envs.tools.parsers import formats
+from llm_gym.envs.tools.parsers.calls import ToolCall
+from llm_gym.harness.data.sft_examples import encode
+from llm_gym.harness.data.sft_replies import reply_ids
 
 ASK = t.user("2+2?")
 THOUGHTS, ANSWER = "Two and two.", "Four, surely."

@@ -14,10 +14,10 @@ from tiny_models import tiny
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.replay import replay
-from llm_gym.harness.resuming import changed, check_changes
-from llm_gym.harness.weights import restore, save
+from llm_gym.harness.learner.weights import restore, save
+from llm_gym.harness.loops.replay import replay
+from llm_gym.harness.loops.resuming import changed, check_changes
+from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.tokenizer import load_tokenizer
 
 SMALL = ["steps=2", "prompts_per_step=2", "group_size=2", "sampling.max_tokens=4", "eval.episodes=0"]

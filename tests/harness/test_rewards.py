@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_gym.core import Completion, Episode, Group, StopReason, Turn
-from llm_gym.harness.rewards import overlong_penalty, rewards_of
+from llm_gym.harness.algorithms.rewards import overlong_penalty, rewards_of
 
 
 def episode(*turns: tuple[int, float], reason: StopReason = StopReason.ANSWERED, **rewards: float) -> Episode:

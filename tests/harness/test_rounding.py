@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny
 
-from llm_gym.harness.rounding import held_as, rounding, unit
+from llm_gym.harness.model.rounding import held_as, rounding, unit
 
 IDS = torch.arange(2, 42)[None] % VOCABULARY
 

@@ -14,8 +14,8 @@ from test_tasks import group_of
 
 from llm_gym.core import Completion, Group, StopReason
 from llm_gym.errors import CheckpointError, ConfigError
-from llm_gym.harness.selection import FILTERS, OversampleConfig, Selection, filters
-from llm_gym.harness.tasks import Task, Tasks
+from llm_gym.harness.data.filters import FILTERS, OversampleConfig, Selection, filters
+from llm_gym.harness.data.tasks import Task, Tasks
 
 nan = float("nan")
 

@@ -15,14 +15,14 @@ from test_parallel import Told
 from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import CheckpointError, ConfigError, DataError
-from llm_gym.harness.batching import Sample, pack
-from llm_gym.harness.chats import encode
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.batching.packing import Sample, pack
 from llm_gym.harness.config import CheckpointConfig, load
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.model import LoraConfig, load_model, new_model
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
+from llm_gym.harness.data.sft_examples import encode
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.loops.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
+from llm_gym.harness.model.loading import LoraConfig, load_model, new_model
 
 INIT = {
     "model_type": "qwen3",
@@ -198,7 +198,7 @@ def test_held_out_loss_from_a_split_and_from_a_file(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, lora: LoraConfig | None, monkeypatch) -> None:
-    from llm_gym.harness import sft as module
+    from llm_gym.harness.loops import sft as module
 
     settings = SFTConfig(
         init={} if lora else INIT, lora=lora, steps=5, examples_per_step=4, checkpoint=CheckpointConfig(every=2, keep=1)

@@ -15,16 +15,16 @@ from small_models import VOCABULARY, gradients, llama, qwen3, row
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn
-from llm_gym.harness import trees
-from llm_gym.harness.activations import thin
-from llm_gym.harness.batching import MicroBatch, Sample, pack, samples
-from llm_gym.harness.layers import decoder_layers
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.losses import LossConfig
-from llm_gym.harness.merge import parts
-from llm_gym.harness.model import Body, LoraConfig, prepare
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.packing import Form, Layout
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.batching import prefix_tree
+from llm_gym.harness.batching.packing import MicroBatch, Sample, pack, samples
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.model.attention import Form, Layout
+from llm_gym.harness.model.checkpointing import thin
+from llm_gym.harness.model.layers import decoder_layers
+from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.model.prefix_attention import parts
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -36,8 +36,8 @@ GROUPS = st.lists(
 def _share_all() -> Iterator[None]:
     """Whatever is common is shared, however little it saves: rows here are short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, "LEAST", 1)
-        patch.setattr(trees, "BELOW", 0)
+        patch.setattr(prefix_tree, "LEAST", 1)
+        patch.setattr(prefix_tree, "BELOW", 0)
         yield
 
 

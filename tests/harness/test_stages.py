@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from llm_gym import embedded
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import CheckpointError, ConfigError, SettingError
-from llm_gym.harness import stages
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.lineage import last_stage, lineage, locate
-from llm_gym.harness.model import load_model
-from llm_gym.harness.stages import check_plan, read_plan, run_plan
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness.loops import pipeline
+from llm_gym.harness.loops.pipeline import check_plan, read_plan, run_plan
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.model.loading import load_model
+from llm_gym.harness.runs.lineage import last_stage, lineage, locate
+from llm_gym.harness.runs.run_folder import RunFolder
 
 TRAIN = {
     "env": "Arithmetic-v0",
@@ -45,7 +45,7 @@ def tune(tmp_path: Path) -> dict[str, Any]:
     return {"dataset": str(tmp_path / "chats.jsonl"), "steps": 2, "examples_per_step": 4, "optimizer": optimizer}
 
 
-def plan(tmp_path: Path, *items: Any, sets: tuple[str, ...] = (), **top: Any) -> stages.Plan:
+def plan(tmp_path: Path, *items: Any, sets: tuple[str, ...] = (), **top: Any) -> pipeline.Plan:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**top, "stages": list(items)}))
     return read_plan(tmp_path / "plan.yaml", sets)
 
@@ -90,15 +90,15 @@ def test_a_stopped_run_goes_on_at_its_stage(tmp_path: Path, tune: dict[str, Any]
     made = plan(tmp_path, {"sft": {**tune, "checkpoint": {"every": 1}}}, {"train": TRAIN})
     whole = run_plan(made, tmp_path / "whole")
     played = []
-    play = stages._play
+    play = pipeline._play
 
     def watched(stage: Any, *rest: Any) -> None:
         played.append(stage.name)
         play(stage, *rest)
 
-    monkeypatch.setattr(stages, "_play", watched)
+    monkeypatch.setattr(pipeline, "_play", watched)
     if dies == "1-sft":
-        from llm_gym.harness import sft as module
+        from llm_gym.harness.loops import sft as module
 
         step = module._train_step
 
@@ -246,7 +246,7 @@ def test_files_and_sets_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_later_stage_is_looked_at_as_what_several_processes_would_run(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stages, "here", lambda: (0, 2))
+    monkeypatch.setattr(pipeline, "here", lambda: (0, 2))
     split = {"policy": {"sync": "shared"}, "parallel": {"strategy": "fsdp"}}
     with pytest.raises(SettingError, match="2-train: policy.sync: 'shared' does not work with .* a split learner"):
         check_plan(plan(tmp_path, {"train": TRAIN}, {"train": split}))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llm_gym.core import Completion, Episode, StopReason, Turn
 from llm_gym.envs import make
-from llm_gym.harness.evaluation import EVAL_SEED, metrics
-from llm_gym.harness.statistics import Z95, mean_interval, pass_at, summary, wilson
+from llm_gym.harness.evaluation.evaluator import EVAL_SEED, metrics
+from llm_gym.harness.evaluation.statistics import Z95, mean_interval, pass_at, summary, wilson
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.harness.streams import same_shape, sequence_mean, sequence_sum, to_go
+from llm_gym.harness.algorithms.streams import same_shape, sequence_mean, sequence_sum, to_go
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=0, max_size=6)
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from llm_gym.errors import SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.model import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.proof import Canaries, Proof
-from llm_gym.harness.sync import MODES, engine_of, engine_options, modes_of
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.model.loading import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
+from llm_gym.harness.weight_sync.sync import MODES, engine_of, engine_options, modes_of
+from llm_gym.harness.weight_sync.verify import Canaries, Proof
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 
 def learner(seed: int | None = None, *, std: float = 0.02) -> Learner:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.core import Completion, Episode, Group, StopReason, Turn
-from llm_gym.harness.curriculum import CurriculumConfig, Difficulty, Epochs
-from llm_gym.harness.evaluation import EVAL_SEED
-from llm_gym.harness.tasks import Dealer, Task, Tasks, task_seeds
+from llm_gym.harness.data.curriculum import CurriculumConfig, Difficulty, Epochs
+from llm_gym.harness.data.tasks import Dealer, Task, Tasks, task_seeds
+from llm_gym.harness.evaluation.evaluator import EVAL_SEED
 
 
 def group_of(*rewards: float, seed: int = 0, env: str = "e", reason: StopReason = StopReason.ANSWERED) -> Group:

@@ -18,9 +18,8 @@ from llm_gym import embedded
 from llm_gym.chat import load_tokenizer
 from llm_gym.core import Row
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.harness.batching import MicroBatch, Sample, pack
-from llm_gym.harness.model import Body
-from llm_gym.harness.teacher import (
+from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.loops.teacher import (
     UNKNOWN,
     DistillConfig,
     LocalTeacher,
@@ -29,6 +28,7 @@ from llm_gym.harness.teacher import (
     check_tokenizers,
     sequences,
 )
+from llm_gym.harness.model.loading import Body
 
 
 def rows() -> list[Row]:

@@ -13,10 +13,11 @@ import torch
 from llm_gym.core import StopReason, group
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError, SettingError
-from llm_gym.harness import TrainConfig, Trainer, load, trainer
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.model import load_model
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.model.loading import load_model
+from llm_gym.harness.runs.run_folder import RunFolder
 
 
 class Digits(TextEnv):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.core import Ids
-from llm_gym.harness import trees
-from llm_gym.harness.merge import parts
-from llm_gym.harness.trees import Forest, common, cut, forest, order
+from llm_gym.harness.batching import prefix_tree
+from llm_gym.harness.batching.prefix_tree import Forest, common, cut, forest, order
+from llm_gym.harness.model.prefix_attention import parts
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=14)
 """Of three tokens: rows that are equal, begin alike, or go on from another, at any depth."""
@@ -26,8 +26,8 @@ def grown(rows: list[Ids]) -> Forest:
     return forest([len(row) for row in rows], common(rows))
 
 
-def packed(trees: Forest, rows: list[Ids]) -> Ids:
-    return np.concatenate([rows[p.row][p.start : p.end] for p in trees.pieces])
+def packed(prefix_tree: Forest, rows: list[Ids]) -> Ids:
+    return np.concatenate([rows[p.row][p.start : p.end] for p in prefix_tree.pieces])
 
 
 def distinct(rows: list[Ids]) -> int:
@@ -37,8 +37,8 @@ def distinct(rows: list[Ids]) -> int:
 
 @pytest.fixture
 def share_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees, "LEAST", 1)
-    monkeypatch.setattr(trees, "BELOW", 0)
+    monkeypatch.setattr(prefix_tree, "LEAST", 1)
+    monkeypatch.setattr(prefix_tree, "BELOW", 0)
 
 
 @given(ROWS)
@@ -60,7 +60,9 @@ def test_what_is_left_unshared_is_little(lists: list[list[int]]) -> None:
     """Less than the threshold for each place where rows part."""
     rows = rows_of(lists)
     fewest, every = distinct(rows), sum(map(len, rows))
-    assert fewest <= grown(rows).tokens <= min(every, fewest + len(rows) * (trees.LEAST + trees.BELOW * every))
+    assert (
+        fewest <= grown(rows).tokens <= min(every, fewest + len(rows) * (prefix_tree.LEAST + prefix_tree.BELOW * every))
+    )
 
 
 def test_any_depth_down_to_the_fewest_tokens(share_all: None) -> None:
@@ -82,15 +84,15 @@ def test_sharing_has_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows with 10 tokens in common save 10; 40 tokens below cost 40 times `BELOW`."""
     rows = rows_of([[1] * 10 + [2] * 20, [1] * 10 + [3] * 20])
     for least, below, tokens in ((10, 0, 50), (11, 0, 60), (5, 1 / 8, 50), (5, 1 / 7, 60)):
-        monkeypatch.setattr(trees, "LEAST", least)
-        monkeypatch.setattr(trees, "BELOW", below)
+        monkeypatch.setattr(prefix_tree, "LEAST", least)
+        monkeypatch.setattr(prefix_tree, "BELOW", below)
         assert grown(rows).tokens == tokens
 
 
 def test_what_does_not_pay_for_many_may_pay_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token common to all is left to the two rows that share twenty."""
-    monkeypatch.setattr(trees, "LEAST", 16)
-    monkeypatch.setattr(trees, "BELOW", 0)
+    monkeypatch.setattr(prefix_tree, "LEAST", 16)
+    monkeypatch.setattr(prefix_tree, "BELOW", 0)
     found = grown(rows_of([[1] * 20 + [2], [1] * 20 + [3], [1, 4, 5], [1, 6]]))
     assert [(p.start, p.end, p.parent) for p in found.pieces] == [
         (0, 20, -1),

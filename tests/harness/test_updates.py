@@ -15,9 +15,9 @@ from llm_gym.cli.group import llmgym
 from llm_gym.core import StopReason, group
 from llm_gym.errors import ConfigError
 from llm_gym.harness import Trainer
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.metrics import combine
-from llm_gym.harness.rewards import rewards_of
+from llm_gym.harness.algorithms.rewards import rewards_of
+from llm_gym.harness.runs.metrics import combine
+from llm_gym.harness.runs.run_folder import RunFolder
 
 MANY = ("minibatches=2", "epochs=2", "loss.correction.name=tis", "optimizer.lr=0.001")
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from llm_gym.core import Completion, Ids, Sampling
-from llm_gym.harness.model import load_model
-from llm_gym.policies.sampling import Knobs, _filter
+from llm_gym.harness.model.loading import load_model
+from llm_gym.policies.builtin.sampling import Knobs, _filter
 
 TOLERANCE = 1e-4
 FILTERS: dict[str, dict[str, Any]] = {

@@ -20,18 +20,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from llm_gym import embedded
 from llm_gym.cli.group import llmgym
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness import sft as module
-from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.config import CheckpointConfig
-from llm_gym.harness.distill import trainer_of
-from llm_gym.harness.lora import LoraConfig
-from llm_gym.harness.model import new_model, prepare
-from llm_gym.harness.optimizers import OptimizerConfig
-from llm_gym.harness.parallel import ParallelConfig, here
-from llm_gym.harness.replay import replay
-from llm_gym.harness.sft import SFTConfig, SFTEvalConfig, sft
-from llm_gym.harness.sharding import whole
-from llm_gym.harness.stages import read_plan, run_plan
+from llm_gym.harness.distributed.fsdp import whole
+from llm_gym.harness.distributed.world import ParallelConfig, here
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.loops import sft as module
+from llm_gym.harness.loops.distill import trainer_of
+from llm_gym.harness.loops.pipeline import read_plan, run_plan
+from llm_gym.harness.loops.replay import replay
+from llm_gym.harness.loops.sft import SFTConfig, SFTEvalConfig, sft
+from llm_gym.harness.model.loading import new_model, prepare
+from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.runs.run_folder import RunFolder
 
 SMOOTH: dict[str, Any] = {"eps": 1e-3, "schedule": "constant"}
 SMALL = ["eval.episodes=4", "prompts_per_step=3", "group_size=4", "sampling.max_tokens=8", "checkpoint.every=1"]
@@ -147,7 +147,7 @@ def staged(folder: Path, strategy: str) -> None:
 
 def teacher(folder: Path) -> None:
     """The embedded model with moved weights, as a folder."""
-    from llm_gym.harness.model import load_model
+    from llm_gym.harness.model.loading import load_model
 
     torch.manual_seed(0)
     model = load_model(None)

@@ -21,17 +21,17 @@ from forks import reserved  # noqa: E402
 from small_models import qwen3  # noqa: E402
 from test_presets import prepared  # noqa: E402
 
-from llm_gym.harness.batching import Batch, pack  # noqa: E402
+from llm_gym.harness.algorithms.presets import PRESETS  # noqa: E402
+from llm_gym.harness.batching.packing import Batch, pack  # noqa: E402
 from llm_gym.harness.config import TrainConfig, load  # noqa: E402
-from llm_gym.harness.learner import Learner  # noqa: E402
-from llm_gym.harness.lora import LoraConfig  # noqa: E402
-from llm_gym.harness.memory import MemoryConfig, economise  # noqa: E402
-from llm_gym.harness.model import prepare  # noqa: E402
-from llm_gym.harness.optimizers import OPTIMIZERS, OptimizerConfig  # noqa: E402
-from llm_gym.harness.parallel import ParallelConfig, World, connect  # noqa: E402
-from llm_gym.harness.presets import PRESETS  # noqa: E402
-from llm_gym.harness.sharding import split_as, whole  # noqa: E402
-from llm_gym.harness.weights import restore, save  # noqa: E402
+from llm_gym.harness.distributed.fsdp import split_as, whole  # noqa: E402
+from llm_gym.harness.distributed.world import ParallelConfig, World, connect  # noqa: E402
+from llm_gym.harness.learner.learner import Learner  # noqa: E402
+from llm_gym.harness.learner.optimizers import OPTIMIZERS, OptimizerConfig  # noqa: E402
+from llm_gym.harness.learner.weights import restore, save  # noqa: E402
+from llm_gym.harness.model.loading import prepare  # noqa: E402
+from llm_gym.harness.model.lora import LoraConfig  # noqa: E402
+from llm_gym.harness.model.memory import MemoryConfig, economise  # noqa: E402
 
 
 def start(command: Sequence[str], size: int, **popen: Any) -> list[subprocess.Popen[str]]:

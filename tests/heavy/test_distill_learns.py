@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.distill import Distiller
+from llm_gym.harness.loops.distill import Distiller
 
 pytestmark = pytest.mark.heavy
 EVAL = "eval.episodes=256"

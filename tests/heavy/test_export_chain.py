@@ -21,7 +21,7 @@ from corpus import Mix, examples
 
 import llm_gym  # noqa: F401  registers the environments
 from llm_gym.cli.group import llmgym
-from llm_gym.harness.evaluation import EVAL_SEED
+from llm_gym.harness.evaluation.evaluator import EVAL_SEED
 
 pytestmark = pytest.mark.heavy
 EPISODES = 256

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from test_teacher import Server
 
 from llm_gym.cli.group import llmgym
-from llm_gym.harness.checkpoint import RunFolder
-from llm_gym.harness.replay import compare_tensors, processes_of, replay
-from llm_gym.harness.sft import sft
+from llm_gym.harness.loops.replay import compare_tensors, processes_of, replay
+from llm_gym.harness.loops.sft import sft
+from llm_gym.harness.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.heavy
 LLMGYM = [sys.executable, "-m", "llm_gym.cli"]

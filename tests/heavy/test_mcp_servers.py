@@ -21,10 +21,10 @@ from leftovers import living
 from sandbox_tiers import within
 
 from llm_gym.core import StopReason
-from llm_gym.envs.tools.mcp import MCPTool
+from llm_gym.envs.tools.mcp.env import MCPTool
 from llm_gym.errors import ConfigError
 from llm_gym.policies.scripted import ScriptedPolicy
-from llm_gym.rollout import rollout
+from llm_gym.rollouts.driver import rollout
 from llm_gym.testing import check_environment
 
 pytestmark = pytest.mark.heavy
@@ -196,7 +196,7 @@ def test_git(tmp_path: Path) -> None:
 
 def test_our_own_server_over_stdio(tmp_path: Path) -> None:
     config = tmp_path / "servers.json"
-    server = entry(sys.executable, "-m", "llm_gym.envs.tools.mcp_server", PYTHONPATH=str(ROOT))
+    server = entry(sys.executable, "-m", "llm_gym.envs.tools.mcp.calculator_server", PYTHONPATH=str(ROOT))
     config.write_text(json.dumps({"mcpServers": {"own": server}}))
     with closing(MCPTool(servers=str(config), start_timeout=START, ahead=1)) as env:
         player = Player(env)
@@ -211,7 +211,7 @@ def test_our_own_server_over_stdio(tmp_path: Path) -> None:
 def test_over_http() -> None:
     """A server that somebody else runs; when it goes away the episode ends and says so, and the next has it again."""
     port = free_port()
-    code = "import sys; from llm_gym.envs.tools.mcp_server import build; build().run('http', port=int(sys.argv[1]))"
+    code = "import sys; from llm_gym.envs.tools.mcp.calculator_server import build; build().run('http', port=int(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(port)]
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = lambda: subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: E731
@@ -414,7 +414,7 @@ def test_everything_ends_with_the_trainer(tmp_path: Path) -> None:
     servers.write_text(json.dumps({"mcpServers": {"it": odd("say(message, 'fine')", FAMILY)}}))
     code = f"""
     import sys, time
-    from llm_gym.envs.tools.mcp import MCPTool
+    from llm_gym.envs.tools.mcp.env import MCPTool
     env = MCPTool(servers={str(servers)!r}, start_timeout={START}, ahead=2)
     env.reset(seed=0)
     env.step(env.chat.encode_reply(env.call_text("act", text="x")))

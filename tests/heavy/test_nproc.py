@@ -20,7 +20,7 @@ from leftovers import living
 from safetensors.torch import load_file
 from sandbox_tiers import within
 
-from llm_gym.harness.checkpoint import RunFolder
+from llm_gym.harness.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.heavy
 

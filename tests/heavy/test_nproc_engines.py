@@ -29,7 +29,7 @@ __all__ = ["begun"]
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """One that starts while the first runs do without it."""
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     settings = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
     with ServerProcess(settings=settings) as process:

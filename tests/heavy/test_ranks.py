@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from llm_gym.harness.parallel import World
+from llm_gym.harness.distributed.world import World
 
 pytestmark = pytest.mark.heavy
 

@@ -13,7 +13,7 @@ import templates as t
 import tool_table as table
 
 from llm_gym.chat import Chat
-from llm_gym.harness.replies import reply_ids
+from llm_gym.harness.data.sft_replies import reply_ids
 
 pytestmark = pytest.mark.heavy
 NAMES = [name for name in table.NAMES if isinstance(table.chat_for(name, False), Chat)]

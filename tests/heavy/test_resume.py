@@ -22,7 +22,7 @@ processes = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module", autouse=True)
 def _preload() -> None:
-    processes.set_forkserver_preload(["llm_gym.harness.trainer", "llm_gym.cli.train", "llm_gym.envs.arithmetic"])
+    processes.set_forkserver_preload(["llm_gym.harness.loops.trainer", "llm_gym.cli.train", "llm_gym.envs.arithmetic"])
 
 
 def train(out: Path) -> None:

@@ -16,8 +16,9 @@ import tool_table as table
 from llm_gym.chat import Chat
 from llm_gym.core import Messages
 from llm_gym.env import Reply
-from llm_gym.envs.tools import ToolEnv, formats
-from llm_gym.envs.tools.calls import THINKING, ToolCall, open_thinking
+from llm_gym.envs.tools import ToolEnv
+from llm_gym.envs.tools.parsers import formats
+from llm_gym.envs.tools.parsers.calls import THINKING, ToolCall, open_thinking
 from llm_gym.errors import TemplateError
 
 pytestmark = pytest.mark.heavy

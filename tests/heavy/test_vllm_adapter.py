@@ -22,8 +22,8 @@ from engine_checks import (
 
 from llm_gym.core import Completion
 from llm_gym.errors import PolicyError
-from llm_gym.harness.model import load_model
-from llm_gym.policies.checksums import checksums
+from llm_gym.harness.model.loading import load_model
+from llm_gym.models.checksums import checksums
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -32,7 +32,7 @@ RANK, ALPHA = 6, 10  # neither a rank that vLLM has kernels for nor a scaling th
 
 @pytest.fixture(scope="module")
 def policy() -> Iterator[Any]:
-    from llm_gym.policies.vllm import VLLMPolicy
+    from llm_gym.policies.vllm.policy import VLLMPolicy
 
     engine = VLLMPolicy(max_context=512, dtype="float32", lora_rank=RANK)
     yield engine

@@ -18,7 +18,7 @@ START = """
 import signal, threading
 import numpy as np
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import llm_gym.policies.vllm as module
+import llm_gym.policies.vllm.policy as module
 from llm_gym.core import Sampling
 from llm_gym.errors import PolicyError
 

@@ -14,12 +14,12 @@ from llm_gym.chat import load_tokenizer
 from llm_gym.core import Episode, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.batching import MicroBatch, Sample, pack
-from llm_gym.harness.distill import Distiller
-from llm_gym.harness.exporting import export_run
-from llm_gym.harness.teacher import LocalTeacher, ServedTeacher
-from llm_gym.policies.serving import ServerProcess
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.loops.distill import Distiller
+from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher
+from llm_gym.harness.runs.export import export_run
+from llm_gym.policies.builtin.policy import TransformersPolicy
+from llm_gym.policies.vllm_server.process import ServerProcess
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")

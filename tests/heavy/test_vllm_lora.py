@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness.loops.trainer import Silent
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -12,9 +12,9 @@ import transformers
 from tiny_models import tiny
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.model import load_model
-from llm_gym.harness.trainer import Silent
-from llm_gym.policies.checksums import checksums
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.model.loading import load_model
+from llm_gym.models.checksums import checksums
 from llm_gym.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.heavy
@@ -118,9 +118,9 @@ def test_experts_train_with_weights_proven_after_every_step(experts: Trainer) ->
 
 def test_where_sending_corrupts_the_engine_a_run_restarts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM does by itself: experts that are sent again stay unpacked. It is found out when the run starts."""
-    from llm_gym.policies import vllm_worker
+    from llm_gym.policies.vllm import worker
 
-    monkeypatch.setattr(vllm_worker, "_pack_experts_again", lambda model: None)
+    monkeypatch.setattr(worker, "_pack_experts_again", lambda model: None)
     listens = Listens()
     run = trainer("Qwen3Moe", tmp_path, observer=listens, moe_intermediate_size=32)
     run.sync.close()

@@ -23,9 +23,9 @@ from engine_checks import (
 
 from llm_gym.core import Completion, Sampling, StopReason
 from llm_gym.errors import ConfigError, PolicyError, SettingError
-from llm_gym.harness.model import load_model
-from llm_gym.policies.checksums import checksums
-from llm_gym.rollout import rollout
+from llm_gym.harness.model.loading import load_model
+from llm_gym.models.checksums import checksums
+from llm_gym.rollouts.driver import rollout
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -34,7 +34,7 @@ CONTEXT = 512
 
 @pytest.fixture(scope="module")
 def policy() -> Iterator[Any]:
-    from llm_gym.policies.vllm import VLLMPolicy
+    from llm_gym.policies.vllm.policy import VLLMPolicy
 
     engine = VLLMPolicy(max_context=CONTEXT, dtype="float32", max_num_seqs=64)
     yield engine
@@ -274,7 +274,7 @@ def test_adapters_and_sleep_need_an_engine_made_for_them(policy: Any) -> None:
     ],
 )
 def test_bad_engine_arguments_are_refused_early_by_name(arguments: dict[str, Any], message: str) -> None:
-    from llm_gym.policies.vllm import check
+    from llm_gym.policies.vllm.policy import check
 
     with pytest.raises(ConfigError, match=message):
         check(arguments)
@@ -283,7 +283,7 @@ def test_bad_engine_arguments_are_refused_early_by_name(arguments: dict[str, Any
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has sleep mode")
 def test_sleep_mode_without_cuda_is_refused() -> None:
-    from llm_gym.policies.vllm import check
+    from llm_gym.policies.vllm.policy import check
 
     with pytest.raises(SettingError, match="enable_sleep_mode"):
         check({"enable_sleep_mode": True})

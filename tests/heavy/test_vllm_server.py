@@ -30,14 +30,14 @@ from sandbox_tiers import within
 
 from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.harness.batching import Sample, pack
-from llm_gym.harness.learner import Learner
-from llm_gym.harness.model import load_model
-from llm_gym.policies.checksums import checksums
+from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.model.loading import load_model
+from llm_gym.models.checksums import checksums
 from llm_gym.policies.openai import OpenAIPolicy
-from llm_gym.policies.server import ServerPolicy
-from llm_gym.policies.serving import EXTENSION, ServerProcess, _known, checked, command
-from llm_gym.rollout import rollout
+from llm_gym.policies.vllm_server.policy import ServerPolicy
+from llm_gym.policies.vllm_server.process import EXTENSION, ServerProcess, _known, checked, command
+from llm_gym.rollouts.driver import rollout
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -11,10 +11,10 @@ import pytest
 
 from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.parallel import World
-from llm_gym.harness.proof import Found, Proof
-from llm_gym.harness.sync import check
-from llm_gym.harness.trainer import Silent
+from llm_gym.harness.distributed.world import World
+from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.weight_sync.sync import check
+from llm_gym.harness.weight_sync.verify import Found, Proof
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -124,7 +124,7 @@ def test_with_several_processes_an_engine_of_several_devices_is_refused() -> Non
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """A server of its own, ready for adapters."""
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     settings = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
     with ServerProcess(settings=settings) as process:
@@ -146,7 +146,7 @@ def test_every_mode_is_proven_through_a_server(tmp_path: Path, server: str, mode
 
 def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server: str) -> None:
     """An adapter on a tied head: one that holds a single matrix is seen, one started as the run says works."""
-    from llm_gym.policies.serving import ServerProcess
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     told: list[str] = []
 

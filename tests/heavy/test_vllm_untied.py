@@ -11,7 +11,7 @@ import torch
 from engine_checks import COMBINATIONS, TOLERANCE, nudged, sampling, worst
 from tiny_models import contexts, tiny
 
-from llm_gym.policies.checksums import checksums
+from llm_gym.models.checksums import checksums
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -25,7 +25,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def policy(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from llm_gym.policies.vllm import VLLMPolicy
+    from llm_gym.policies.vllm.policy import VLLMPolicy
 
     folder: Path = tmp_path_factory.mktemp("untied")
     model.save_pretrained(folder)

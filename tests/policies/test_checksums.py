@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_gym.policies.checksums import Report, checksum, checksums, differing
+from llm_gym.models.checksums import Report, checksum, checksums, differing
 
 MODULUS = 1 << 53
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_gym.policies.engine_thread import EngineThread
+from llm_gym.policies.vllm.engine_thread import EngineThread
 
 
 class Idle:

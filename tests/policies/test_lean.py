@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tiny_models import contexts, tiny
 
 from llm_gym.core import Sampling
-from llm_gym.policies.forward import feed
-from llm_gym.policies.kv_cache import SlotCache
-from llm_gym.policies.lean import Lean
-from llm_gym.policies.probing import probe
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.policies.builtin.forward import feed
+from llm_gym.policies.builtin.kv_cache import SlotCache
+from llm_gym.policies.builtin.numpy_forward import Lean
+from llm_gym.policies.builtin.policy import TransformersPolicy
+from llm_gym.policies.builtin.probing import probe
 
 SAMPLING = Sampling(max_tokens=12, stop_token_ids=())
 
@@ -94,7 +94,7 @@ def test_any_tokens_of_any_rows_are_fed_as_by_the_model(data, queries):
         cache.resize(6, 40)
     filled = np.zeros(6, np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_gym.policies.lean.QUERIES", queries)
+        patch.setattr("llm_gym.policies.builtin.numpy_forward.QUERIES", queries)
         for _ in range(3):
             rows = np.array(sorted(data.draw(st.sets(st.integers(0, 5), min_size=1))))
             counts = np.array([data.draw(st.sampled_from([1, 1, 2, 5, 9])) for _ in rows])
@@ -125,7 +125,7 @@ def test_what_it_does_not_know_is_left_to_the_model(family, changes):
 
 
 def test_a_step_that_is_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr("llm_gym.policies.lean._rotate", lambda x, cosine, sine: x.copy())
+    monkeypatch.setattr("llm_gym.policies.builtin.numpy_forward._rotate", lambda x, cosine, sine: x.copy())
     assert probe(tiny(), None)[0].lean is None
 
 

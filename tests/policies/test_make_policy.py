@@ -10,7 +10,7 @@ from tiny_models import contexts, tiny, worst_gap
 from llm_gym.core import Sampling
 from llm_gym.errors import SettingError
 from llm_gym.policies import ENGINES, Policy, make_policy
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 
 def test_a_module_is_served_in_place():
@@ -58,5 +58,5 @@ def test_every_row_names_a_class(name):
 
 
 def test_importing_the_package_imports_no_engine():
-    code = "import sys, llm_gym.policies, llm_gym.rollout; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    code = "import sys, llm_gym.policies, llm_gym.rollouts.driver; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

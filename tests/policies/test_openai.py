@@ -14,12 +14,12 @@ from aiohttp import web
 
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.core import Completion, Sampling, StopReason
-from llm_gym.envs.tools.formats import tool_chat
+from llm_gym.envs.tools.parsers.formats import tool_chat
 from llm_gym.errors import ConfigError, PolicyError, SettingError
 from llm_gym.policies import make_policy
+from llm_gym.policies.http import Loop
 from llm_gym.policies.openai import OpenAIPolicy
-from llm_gym.policies.remote import Loop
-from llm_gym.rollout import rollout
+from llm_gym.rollouts.driver import rollout
 
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.errors import PolicyError
-from llm_gym.policies import remote
-from llm_gym.policies.remote import FIRST, LONGEST, Loop, Remote, RemoteError, delay, message
+from llm_gym.policies import http
+from llm_gym.policies.http import FIRST, LONGEST, Loop, Remote, RemoteError, delay, message
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -39,11 +39,11 @@ def answer(handler: Handler, **options: float) -> object:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        remote = Remote(f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        http = Remote(f"http://127.0.0.1:{runner.addresses[0][1]}/")
         try:
-            return await remote.call("POST", "/x", {"a": 1}, **options)
+            return await http.call("POST", "/x", {"a": 1}, **options)
         finally:
-            await remote.close()
+            await http.close()
             await runner.cleanup()
 
     return asyncio.run(run())
@@ -116,11 +116,11 @@ def test_only_the_servers_own_errors_may_pass(status: int, passing: bool) -> Non
 
 def test_nobody_there_may_pass() -> None:
     async def run() -> None:
-        remote = Remote("http://127.0.0.1:1")
+        http = Remote("http://127.0.0.1:1")
         try:
-            await remote.call("GET", "/health")
+            await http.call("GET", "/health")
         finally:
-            await remote.close()
+            await http.close()
 
     with pytest.raises(RemoteError) as caught:
         asyncio.run(run())
@@ -132,8 +132,8 @@ def test_an_idle_connection_is_not_used_when_the_server_may_be_closing_it(
     monkeypatch, kept: float, connections: int
 ) -> None:
     """vLLM closes one that was idle for 5 s; a request that is on its way then has no answer."""
-    assert remote.KEPT < 5
-    monkeypatch.setattr(remote, "KEPT", kept)
+    assert http.KEPT < 5
+    monkeypatch.setattr(http, "KEPT", kept)
     seen: list[Any] = []
 
     async def handler(request: web.Request) -> web.Response:

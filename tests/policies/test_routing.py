@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.policies.routing import BLOCK, Prefixes, busy, choose, pieces
+from llm_gym.policies.vllm_server.routing import BLOCK, Prefixes, busy, choose, pieces
 
 servers = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 64)), min_size=1, max_size=8)
 

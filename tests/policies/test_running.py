@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
-from llm_gym.policies import running
-from llm_gym.policies.running import run_here
-from llm_gym.threads import Thread
+from llm_gym import concurrency
+from llm_gym.concurrency import Thread, run_here
 
 
 async def answer() -> int:
@@ -39,6 +38,6 @@ def test_ctrl_c_when_the_thread_has_just_ended_is_ctrl_c(monkeypatch: pytest.Mon
         def is_alive(self) -> bool:
             return True
 
-    monkeypatch.setattr(running, "Thread", Late)
+    monkeypatch.setattr(concurrency, "Thread", Late)
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(inside())

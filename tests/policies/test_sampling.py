@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llm_gym.policies.sampling import Knobs, draw, uniforms
+from llm_gym.policies.builtin.sampling import Knobs, draw, uniforms
 
 
 def knobs(n, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

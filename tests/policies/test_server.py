@@ -29,11 +29,12 @@ from hypothesis import strategies as st
 
 from llm_gym.core import Completion, Sampling
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.policies import make_policy, server_state
-from llm_gym.policies.remote import Loop, RemoteError
-from llm_gym.policies.server import ServerPolicy, addresses
-from llm_gym.policies.server_labels import Weights, new_run, read
-from llm_gym.policies.serving import reserved
+from llm_gym.policies import make_policy
+from llm_gym.policies.http import Loop, RemoteError
+from llm_gym.policies.vllm_server import state
+from llm_gym.policies.vllm_server.labels import Weights, new_run, read
+from llm_gym.policies.vllm_server.policy import ServerPolicy, addresses
+from llm_gym.policies.vllm_server.process import reserved
 
 MODEL = "a/model"
 CONTEXT = np.arange(5, dtype=np.int32)
@@ -155,7 +156,7 @@ def fake() -> Iterator[Fake]:
 
 @pytest.fixture
 def policy(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerPolicy]:
-    monkeypatch.setattr(server_state, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(state, "HEARTBEAT", 0.05)
     engine = ServerPolicy(MODEL, servers=[fake.url], retry_seconds=60)
     yield engine
     engine.close()
@@ -184,7 +185,7 @@ def test_our_own_mistake_is_not_repeated(policy: ServerPolicy, fake: Fake, statu
 
 
 def test_a_healthy_server_that_always_fails_is_given_up(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
-    monkeypatch.setattr("llm_gym.policies.server.delay", lambda attempt: 0.0)
+    monkeypatch.setattr("llm_gym.policies.vllm_server.policy.delay", lambda attempt: 0.0)
     fake.fail.extend(["500"] * 50)
     with pytest.raises(PolicyError, match="it says why"):
         ask(policy)
@@ -194,7 +195,7 @@ def test_a_healthy_server_that_always_fails_is_given_up(policy: ServerPolicy, fa
 def test_a_restarted_server_gets_the_weights_before_any_request(
     policy: ServerPolicy, fake: Fake, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(server_state, "IDLE", 0.0)  # vLLM takes much longer to restart, the fake does not
+    monkeypatch.setattr(state, "IDLE", 0.0)  # vLLM takes much longer to restart, the fake does not
     policy.load(WEIGHTS.items(), version=4)
     assert ask(policy).version == 4
     fake.kill()
@@ -227,7 +228,7 @@ def test_weights_are_changed_under_a_pause_that_ends(policy: ServerPolicy, fake:
 def test_an_update_while_a_server_is_given_the_old_weights_is_not_lost(
     policy: ServerPolicy, fake: Fake, monkeypatch
 ) -> None:
-    monkeypatch.setattr(server_state, "IDLE", 0.0)
+    monkeypatch.setattr(state, "IDLE", 0.0)
     policy.load(WEIGHTS.items(), version=1)
     fake.kill()
     fake.start()
@@ -250,7 +251,7 @@ def test_an_update_while_a_server_is_given_the_old_weights_is_not_lost(
 
 def test_an_update_at_the_very_end_of_a_return_is_not_lost(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
     """The server has the weights that were wanted, but is not there yet: nobody else gives it the new ones."""
-    monkeypatch.setattr(server_state, "IDLE", 0.0)
+    monkeypatch.setattr(state, "IDLE", 0.0)
     policy.load(WEIGHTS.items(), version=1)
     fake.kill()
     fake.start()
@@ -325,7 +326,7 @@ def test_a_server_that_stays_away_is_named(policy: ServerPolicy, fake: Fake, cap
 
 
 def test_a_server_that_hangs_is_left(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
-    monkeypatch.setattr(server_state, "CONTROL", 0.2)
+    monkeypatch.setattr(state, "CONTROL", 0.2)
     fake.fail.append("hang")
 
     async def until_it_hangs() -> None:
@@ -360,7 +361,7 @@ def test_another_server_takes_over_and_the_lost_one_catches_up(fake: Fake, monke
 
 def test_requests_that_come_together_after_a_pause_are_shared(fake: Fake, monkeypatch) -> None:
     """Each server is asked for its label first; none of them may look idle until it has answered."""
-    monkeypatch.setattr(server_state, "IDLE", 0.0)
+    monkeypatch.setattr(state, "IDLE", 0.0)
     other = Fake()
     policy = ServerPolicy(MODEL, servers=[fake.url, other.url])
     policy.generate([CONTEXT] * 20, Sampling())

@@ -13,8 +13,8 @@ from test_server import CONTEXT, MODEL, WEIGHTS, Fake, ask
 
 from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.policies import server_state
-from llm_gym.policies.server import ServerPolicy
+from llm_gym.policies.vllm_server import state
+from llm_gym.policies.vllm_server.policy import ServerPolicy
 
 
 class Rank:
@@ -57,8 +57,8 @@ def policies(*servers: Fake, size: int = 2, **options: Any) -> list[ServerPolicy
 
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_state, "HEARTBEAT", 0.05)
-    monkeypatch.setattr(server_state, "IDLE", 0.0)
+    monkeypatch.setattr(state, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(state, "IDLE", 0.0)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import torch
 from sandbox_tiers import within
 
 from llm_gym.errors import SettingError
-from llm_gym.policies import serving
-from llm_gym.policies.serving import HOST, ServerProcess, environment, flag, healthy, last_error, reserved
+from llm_gym.policies.vllm_server import process
+from llm_gym.policies.vllm_server.process import HOST, ServerProcess, environment, flag, healthy, last_error, reserved
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerProcess]:
     """`running(script)`: a process of ours in the place of vLLM's server."""
 
     def start(script: str, **options: Callable[[str], None]) -> ServerProcess:
-        monkeypatch.setattr(serving, "command", lambda *_: [sys.executable, "-c", script])
+        monkeypatch.setattr(process, "command", lambda *_: [sys.executable, "-c", script])
         return ServerProcess(**options)  # type: ignore[arg-type]
 
     return start
@@ -89,7 +89,7 @@ def test_what_ends_while_starting_is_heard_to_the_end_and_leaves_nobody(running)
     )
     with pytest.raises(SettingError, match="ended while starting: ValueError: no room"):
         server.wait()
-    assert not serving._running(server.pid)
+    assert not process._running(server.pid)
     assert not server._reader.is_alive()
     server.stop()
 
@@ -113,7 +113,7 @@ def test_without_a_gpu_it_computes_in_float32() -> None:
     """The learner does; the embedded model is saved in bfloat16, where they would differ by half a nat."""
 
     def dtype(**settings: str) -> str:
-        line = serving.command("a/model", 1, settings)
+        line = process.command("a/model", 1, settings)
         return line[line.index("--dtype") + 1]
 
     assert dtype() == "float32"
@@ -131,7 +131,7 @@ def test_a_server_that_nobody_listens_to_is_not_held_up(running) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells nobody elsewhere")
 def test_a_server_whose_parent_died_before_it_asked_to_be_told_does_not_start() -> None:
     for parent, status in ((os.getpid(), 0), (1 << 30, 1)):
-        start = functools.partial(serving._die_with, parent)
+        start = functools.partial(process._die_with, parent)
         assert subprocess.run([sys.executable, "-c", ""], preexec_fn=start).returncode == status
 
 

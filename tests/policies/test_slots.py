@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_gym.policies.kv_cache import Layout, SlotCache
-from llm_gym.policies.slots import Slots
+from llm_gym.policies.builtin.cache_slots import Slots
+from llm_gym.policies.builtin.kv_cache import Layout, SlotCache
 
 LAYOUT = Layout(2, 1, 1, 1, torch.float64, torch.device("cpu"))
 

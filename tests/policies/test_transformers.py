@@ -12,8 +12,8 @@ from tiny_models import VOCABULARY, contexts, teacher_forced, tiny, worst_gap
 
 from llm_gym.core import Sampling
 from llm_gym.errors import PolicyError, SettingError
-from llm_gym.policies import engine, probing, selftest
-from llm_gym.policies.transformers import TransformersPolicy
+from llm_gym.policies.builtin import engine, probing, self_test
+from llm_gym.policies.builtin.policy import TransformersPolicy
 
 STOPS = (1, 2, 3)
 SAMPLING = Sampling(max_tokens=20, stop_token_ids=STOPS)
@@ -426,7 +426,7 @@ class TestWeights:
 
     @pytest.mark.parametrize(("family", "changes"), [("Qwen3", {}), ("Bloom", UNCACHED["Bloom"])])
     def test_a_learner_with_dropout_is_served_where_no_small_copy_can_be_built(self, monkeypatch, family, changes):
-        monkeypatch.setattr(selftest, "small_copy", lambda model: None)
+        monkeypatch.setattr(self_test, "small_copy", lambda model: None)
         monkeypatch.setattr(probing, "_BOUNDS", {})
         served = tiny(family, attention_dropout=0.5, hidden_dropout=0.5, **changes).train()
         policy = TransformersPolicy(served)

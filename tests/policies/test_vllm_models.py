@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_gym.errors import SettingError
-from llm_gym.policies.vllm_models import like_transformers
+from llm_gym.policies.vllm.models import like_transformers
 
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 12.0]}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32, **FACTORS}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from llm_gym.core import Completion, Episode, StopReason, Turn
-from llm_gym.harness.checkpoint import RunFolder
 from llm_gym.harness.config import TrainConfig, dump
+from llm_gym.harness.runs.run_folder import RunFolder
 
 
 def ids(text: str) -> np.ndarray:

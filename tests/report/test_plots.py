@@ -8,7 +8,7 @@ from pathlib import Path
 from run_folders import run
 
 from llm_gym import report
-from llm_gym.harness.evaluation import metrics
+from llm_gym.harness.evaluation.evaluator import metrics
 from llm_gym.report.plots import MOST_LINES, ending_plots, evaluation_plots, is_evaluation
 
 

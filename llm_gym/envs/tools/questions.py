@@ -14,8 +14,8 @@ from llm_gym.envs.dataset import check_references
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind
 from llm_gym.envs.rows import Row, check_columns, load_rows
+from llm_gym.envs.tools.env import ToolEnv
 from llm_gym.envs.tools.schema import Tool
-from llm_gym.envs.tools.tool_env import ToolEnv
 from llm_gym.errors import ConfigError, unknown
 
 

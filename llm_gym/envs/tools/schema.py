@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from llm_gym.envs.tools.literals import loads
+from llm_gym.envs.tools.parsers.literals import loads
 from llm_gym.errors import ConfigError, suggestion
 from llm_gym.tokenizer import well_formed
 

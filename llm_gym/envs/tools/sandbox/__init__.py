@@ -7,10 +7,10 @@
 See docs/sandbox.md for what each tier isolates and what it does not.
 """
 
+from llm_gym.envs.tools.sandbox.isolation import Tier
 from llm_gym.envs.tools.sandbox.limits import Limits
 from llm_gym.envs.tools.sandbox.pool import missing, shutdown, tier
 from llm_gym.envs.tools.sandbox.sandbox import SandboxError
 from llm_gym.envs.tools.sandbox.session import CellResult, PythonSession
-from llm_gym.envs.tools.sandbox.tiers import Tier
 
 __all__ = ["CellResult", "Limits", "PythonSession", "SandboxError", "Tier", "missing", "shutdown", "tier"]

@@ -12,9 +12,9 @@ import threading
 from collections import deque
 from collections.abc import Hashable
 
-from llm_gym.envs.tools.sandbox import tiers
-from llm_gym.envs.tools.sandbox.inside import confine
-from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox import isolation
+from llm_gym.envs.tools.sandbox.guest import confine
+from llm_gym.envs.tools.sandbox.guest.wire import poll
 from llm_gym.envs.tools.sandbox.limits import Limits
 from llm_gym.envs.tools.sandbox.sandbox import (
     START_SECONDS,
@@ -60,8 +60,8 @@ def _try(name: str) -> str:
         return "there is no program `bwrap` on the PATH"
     if name == "landlock" and not confine.landlock_abi():
         return "this kernel has no Landlock"
-    base = scratch(tiers.TIERS[name])
-    control, process = launch(tiers.TIERS[name], base, block_of_uids()[0], only_check=True)
+    base = scratch(isolation.TIERS[name])
+    control, process = launch(isolation.TIERS[name], base, block_of_uids()[0], only_check=True)
     try:
         message = control.receive()[0] if poll([control], START_SECONDS) else None
     finally:
@@ -72,7 +72,7 @@ def _try(name: str) -> str:
     return str(message.get("why", "")).strip().rpartition("\n")[2]
 
 
-def tier(sandbox: str = "auto") -> tiers.Tier:
+def tier(sandbox: str = "auto") -> isolation.Tier:
     """The kind of isolation that `sandbox` means on this machine.
 
     Args:
@@ -84,17 +84,17 @@ def tier(sandbox: str = "auto") -> tiers.Tier:
     if sandbox in ORDER:
         if reason := missing(sandbox):
             raise SettingError(f"sandbox: {sandbox!r} does not work here: {reason}.")
-        return tiers.TIERS[sandbox]
+        return isolation.TIERS[sandbox]
     if sandbox not in ("auto", "required"):
         raise SettingError(unknown("sandbox", sandbox, ("auto", "required", *ORDER)))
     found = next(name for name in ORDER if not missing(name))
     if found == "none" and sandbox == "required":
         reasons = "; ".join(f"{name}: {missing(name)}" for name in ORDER[:-1])
         raise SettingError(f"sandbox: 'required', but this machine allows none ({reasons}).")
-    return tiers.TIERS[found]
+    return isolation.TIERS[found]
 
 
-def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
+def take(kind: type[Handle], chosen: isolation.Tier, limits: Limits) -> Handle:
     """A session that nobody has used, ready for its first cell; more are ordered for those to come.
 
     Raises:
@@ -117,7 +117,7 @@ def take(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
     raise SandboxError("sessions of the sandbox die before their first cell.")
 
 
-def _next(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
+def _next(kind: type[Handle], chosen: isolation.Tier, limits: Limits) -> Handle:
     """A session, perhaps not yet ready; it counts as in use."""
     key = (kind, chosen.name, limits)
     with _lock:
@@ -131,7 +131,7 @@ def _next(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> Handle:
     return handle
 
 
-def give_back(kind: type[Handle], chosen: tiers.Tier, limits: Limits) -> None:
+def give_back(kind: type[Handle], chosen: isolation.Tier, limits: Limits) -> None:
     """One session fewer is in use. Where they are used in waves, those of the next wave start now."""
     key = (kind, chosen.name, limits)
     with _lock:
@@ -147,7 +147,7 @@ def _order(ready: deque[Handle], key: Hashable, sandbox: Sandbox, limits: Limits
         ready.append(sandbox.spawn(limits, kind))
 
 
-def _sandbox(chosen: tiers.Tier) -> Sandbox:
+def _sandbox(chosen: isolation.Tier) -> Sandbox:
     sandbox = _sandboxes.get(chosen.name)
     if sandbox is not None and not sandbox.alive():
         logger.warning("the sandbox (%s) ended; starting another.", chosen.name)

@@ -15,8 +15,8 @@ import tempfile
 import time
 from typing import Any, TypeVar
 
-from llm_gym.envs.tools.sandbox import tiers
-from llm_gym.envs.tools.sandbox.inside.wire import Channel, poll
+from llm_gym.envs.tools.sandbox import isolation
+from llm_gym.envs.tools.sandbox.guest.wire import Channel, poll
 from llm_gym.envs.tools.sandbox.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ AnyHandle = TypeVar("AnyHandle", bound=Handle)
 class Sandbox:
     """The zygote of one tier. Starting it takes about a second; a session then takes milliseconds."""
 
-    def __init__(self, tier: tiers.Tier) -> None:
+    def __init__(self, tier: isolation.Tier) -> None:
         self.tier = tier
         self.namespaces = tier.name in FULL_TIERS
         self.base = scratch(tier)
@@ -189,11 +189,11 @@ class Sandbox:
             shutil.rmtree(self.base, ignore_errors=True)
 
 
-def session(tier: tiers.Tier, limits: Limits, own_uid: int) -> dict[str, Any]:
+def session(tier: isolation.Tier, limits: Limits, own_uid: int) -> dict[str, Any]:
     """What the zygote is told about one session, but its personality."""
     root, reduced = os.geteuid() == 0, tier.name not in FULL_TIERS
     uid = own_uid if root else None
-    keep_read = root and reduced and not tiers.own_uid(uid or 0)
+    keep_read = root and reduced and not isolation.own_uid(uid or 0)
     if tier.name == "none" and keep_read:
         uid, keep_read = None, False  # an identity of its own could not even import
     return {
@@ -232,12 +232,12 @@ def _threads_of_user() -> int:
     return count
 
 
-def scratch(tier: tiers.Tier) -> str:
+def scratch(tier: isolation.Tier) -> str:
     """A new folder for the scratch folders of a tier whose sessions have no tmpfs of their own."""
     return "/tmp/zygote" if tier.name in FULL_TIERS else tempfile.mkdtemp(prefix=f"llm-gym-sandbox-{os.getpid()}-")
 
 
-def launch(tier: tiers.Tier, base: str, uid: int, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
+def launch(tier: isolation.Tier, base: str, uid: int, *, only_check: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
     """Starts the zygote in a new session with a clean environment; never forks the trainer's memory.
 
     `base` is a folder for the scratch folders of a reduced tier; `uid` is nobody's, for the session that is tried. The
@@ -264,7 +264,7 @@ def launch(tier: tiers.Tier, base: str, uid: int, *, only_check: bool) -> tuple[
     return control, process
 
 
-def _spec(tier: tiers.Tier, base: str, uid: int, only_check: bool) -> dict[str, Any]:
+def _spec(tier: isolation.Tier, base: str, uid: int, only_check: bool) -> dict[str, Any]:
     mounted = tier.name in FULL_TIERS
     return {
         "house": {
@@ -272,9 +272,9 @@ def _spec(tier: tiers.Tier, base: str, uid: int, only_check: bool) -> dict[str, 
             "user_namespaces": mounted and os.geteuid() != 0,
             "landlock": tier.name == "landlock",
             "seccomp": tier.name != "none",
-            "path": [tiers.seen(path) if mounted else path for path in tiers.packages()],
-            "readable": tiers.visible(),
-            "hidden": tiers.hidden(),
+            "path": [isolation.seen(path) if mounted else path for path in isolation.packages()],
+            "readable": isolation.visible(),
+            "hidden": isolation.hidden(),
             "base": base,
         },
         "probe": session(tier, Limits(), uid),
@@ -283,10 +283,10 @@ def _spec(tier: tiers.Tier, base: str, uid: int, only_check: bool) -> dict[str, 
     }
 
 
-def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
+def _command(tier: isolation.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
     mounted, user = tier.name in FULL_TIERS, os.geteuid() != 0
-    code = tiers.MOUNTED if mounted else str(tiers.INSIDE.parent)
-    python, *paths = (tiers.seen(p) if mounted else p for p in (tiers.interpreter(), *tiers.packages()))
+    code = isolation.MOUNTED if mounted else str(isolation.GUEST.parent)
+    python, *paths = (isolation.seen(p) if mounted else p for p in (isolation.interpreter(), *isolation.packages()))
     environment = {
         "PYTHONPATH": os.pathsep.join([code, *paths]),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -297,14 +297,14 @@ def _command(tier: tiers.Tier, fd: int) -> tuple[list[str], dict[str, str]]:
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",  # else every thread of a kernel gets memory of its own
     }
-    start = "from inside.zygote import main; main()"
-    light = ["-S"] if mounted else []  # there the zygote itself is not warm: see inside/full.py
+    start = "from guest.zygote import main; main()"
+    light = ["-S"] if mounted else []  # there the zygote itself is not warm: see guest/full.py
     zygote = [python, "-s", *light, "-c", start, str(fd)]
     if tier.name == "bubblewrap":
         settings = [word for name, value in environment.items() for word in ("--setenv", name, value)]
-        return [*tiers.bubblewrap_arguments(user), *settings, "--", *zygote], {}
+        return [*isolation.bubblewrap_arguments(user), *settings, "--", *zygote], {}
     if tier.name == "namespaces":
-        inner = {"user": user, "mounts": tiers.mounts(), "command": zygote, "environment": environment}
-        here = f"import sys; sys.path.insert(0, {str(tiers.INSIDE.parent)!r}); from inside.outer import main; main()"
-        return [tiers.interpreter(), "-I", "-S", "-c", here, json.dumps(inner)], {}
+        inner = {"user": user, "mounts": isolation.mounts(), "command": zygote, "environment": environment}
+        here = f"import sys; sys.path.insert(0, {str(isolation.GUEST.parent)!r}); from guest.outer import main; main()"
+        return [isolation.interpreter(), "-I", "-S", "-c", here, json.dumps(inner)], {}
     return zygote, environment

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llm_gym.envs.tools.sandbox import pool, text
-from llm_gym.envs.tools.sandbox.inside.wire import poll
+from llm_gym.envs.tools.sandbox.guest.wire import poll
+from llm_gym.envs.tools.sandbox.isolation import Tier
 from llm_gym.envs.tools.sandbox.limits import Limits
 from llm_gym.envs.tools.sandbox.sandbox import Handle
-from llm_gym.envs.tools.sandbox.tiers import Tier
 from llm_gym.errors import SettingError, unknown
 
 

@@ -1,0 +1,282 @@
+"""`ToolEnv`: a `TextEnv` whose model can call functions.
+
+    def calculator(expression: str) -> str:
+        '''Evaluates an arithmetic expression.'''
+        return str(evaluate(expression))
+
+    class Sums(ToolEnv):
+        def __init__(self, **kwargs):
+            super().__init__([calculator], **kwargs)
+
+        def open(self):                  # the first messages, as in any TextEnv
+            ...
+
+        def final(self, text):           # a reply that calls no tool
+            return Reply(reward={"correct": ...}, done=True)
+
+The tools' schemas are shown by the model's own chat template, or in words if it has none for them. A reply that
+calls tools is answered with their results, encoded by exact extension; one that does not goes to `final`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from llm_gym.chat import Chat
+from llm_gym.core import Message, StopReason
+from llm_gym.env import Reply, TextEnv
+from llm_gym.envs.tools.deadline import Overdue, Runner
+from llm_gym.envs.tools.parsers import formats
+from llm_gym.envs.tools.parsers.calls import ToolCall, open_thinking, without_calls
+from llm_gym.envs.tools.schema import Tool, check_arguments, example_arguments
+from llm_gym.errors import ConfigError, ToolError, ToolFailure, suggestion
+from llm_gym.tokenizer import well_formed
+
+
+class ToolEnv(TextEnv):
+    """Base of environments with tools; subclasses write `open` and `final`.
+
+    Calls are read from the reply's text outside its thinking, and run in the order in which they stand. Whatever is
+    wrong with a call (no JSON, an unknown tool, a missing argument, an exception in the tool, no result in time) is
+    answered with a sentence that says so, as that call's result. A reply that was cut runs no calls.
+
+    Args:
+        tools: functions with type hints, or `Tool`s.
+        tool_format: how the model writes calls, by name (see `formats.FORMATS`); None: as its template writes them, or
+            if that has no tools, as JSON in <tool_call> (a tool that runs code: as a fenced block of Python).
+        max_calls: calls in an episode; those beyond it are refused.
+        call_timeout: seconds a call may take. The thread of a function that takes longer is abandoned: it runs on
+            by itself, its result is dropped, and the episode goes on in another thread.
+        max_output: characters of one result shown to the model; of a longer one, the beginning and the end.
+        max_turns: completions in an episode; None: what `max_calls` leaves room for.
+        kwargs: the common arguments of `TextEnv`.
+
+    `open`, every call and `final` run in one thread of the environment's own, so a tool may use what is bound to the
+    thread that made it (a connection of sqlite); make it in `open`, not in `__init__`. Where every tool keeps its own
+    deadline (`Tool.timed`), they run in the caller's.
+
+    Reward components, besides those of `final`: `tool_calls`, the calls that ran (weight 0 unless given another:
+    a cost, or a curve to plot), and `format`, -1 for each reply with a call that was refused (weight 0.1).
+
+    Raises:
+        ConfigError: no tools, two of the same name, an unknown format or one in which a tool cannot be called, or a
+            limit out of range.
+        TemplateError: the chat template cannot be extended exactly.
+    """
+
+    metadata: dict[str, Any] = {**TextEnv.metadata, "blocking": True}  # noqa: RUF012
+    default_weights: ClassVar[Mapping[str, float]] = {"tool_calls": 0.0, "format": 0.1}
+    """Weights of reward components where the user gives none."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Adds the components that every environment with tools has to `reward_names`."""
+        super().__init_subclass__(**kwargs)
+        if cls.reward_names is not None:
+            cls.reward_names = tuple(dict.fromkeys([*cls.reward_names, *sorted(ToolEnv.default_weights)]))
+
+    def __init__(
+        self,
+        tools: Sequence[Tool | Callable[..., Any]],
+        /,
+        *,
+        tool_format: str | None = None,
+        max_calls: int = 8,
+        call_timeout: float = 30.0,
+        max_output: int = 4096,
+        max_turns: int | None = None,
+        reward_weights: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, limit, least in (("max_calls", max_calls, 0), ("max_output", max_output, 1)):
+            if not isinstance(limit, int) or limit < least:
+                raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least {least}.")
+        if not call_timeout > 0:
+            raise ConfigError(f"call_timeout: got {call_timeout!r}, want seconds, more than 0.")
+        self.tools = _by_name(tools)
+        self.max_calls, self.call_timeout, self.max_output = max_calls, call_timeout, max_output
+        self._format_name = tool_format
+        self._schemas = {name: tool.parameters for name, tool in self.tools.items()}
+        self._runner = Runner()
+        self._threaded = not all(tool.timed for tool in self.tools.values())
+        self._calls = self._made = 0
+        super().__init__(
+            max_turns=max_calls + 2 if max_turns is None else max_turns,
+            reward_weights={**self.default_weights, **(reward_weights or {})},
+            **kwargs,
+        )
+
+    def final(self, text: str) -> Reply:
+        """What follows a reply that calls no tool; `text` as in `TextEnv.reply`."""
+        raise NotImplementedError(f"{type(self).__name__} must define final().")
+
+    def reply(self, text: str) -> Reply:
+        """Runs the calls of a reply, or hands it to `final`."""
+        calls = [] if self._cut else self._read(text)
+        if not calls:
+            return _with_parts(self._hooked(self.final, text=text), self._parts(0, 0))
+        calls = [self._checked_call(call) for call in calls]
+        self._messages[-1] = self._said(text, calls)
+        before, results, failure = self._calls, [], None
+        for call in calls:
+            try:
+                output = self._answer(call)
+            except ToolFailure as error:
+                output = failure = f"Error: {error}"
+            results.append(self._result(call, output))
+            if failure:
+                break
+        parts = self._parts(self._calls - before, sum(bool(call.error) for call in calls))
+        stop = StopReason.TOOL_FAILURE if failure else None
+        return Reply(results, parts, stop_reason=stop)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """As `TextEnv.reset`; the info also has `tools`, the schemas shown to the model."""
+        self._calls = self._made = 0
+        return super().reset(seed=seed, options=options)
+
+    def close(self) -> None:
+        """Ends the thread that tools run in."""
+        self._runner.close()
+        super().close()
+
+    def render(self) -> str | None:
+        """The chat so far as text, calls included."""
+        if self.render_mode is None:
+            return None
+        lines = []
+        for message in self._messages:
+            calls = (call["function"] for call in message.get("tool_calls", ()))
+            said = [message.get("content") or "", *(f"{c['name']}({json.dumps(c['arguments'])})" for c in calls)]
+            lines.append(f"[{message['role']}] " + " ".join(filter(None, said)))
+        return "\n".join(lines)
+
+    def call_text(self, name: str, **arguments: Any) -> str:
+        """What a model says to call a tool, in the environment's format; for scripts and tests."""
+        return self.format.notation.write([ToolCall(name, arguments)])
+
+    @property
+    def example_replies(self) -> list[str]:
+        """A call of each tool with arguments of the right types, which `llm_gym.testing` plays too."""
+        return [self.call_text(name, **example_arguments(schema)) for name, schema in self._schemas.items()]
+
+    # Reading calls
+
+    def _load_chat(self, tokenizer: Any) -> Chat:
+        chat, self.format = formats.tool_chat(tokenizer, [t.schema for t in self.tools.values()], self._format_name)
+        return chat
+
+    def _read(self, text: str) -> list[ToolCall]:
+        assert self._context is not None
+        closing = open_thinking(self.chat.text(self._context[-16:]))
+        return formats.read(self.format, text, closing, self._schemas)
+
+    def _checked_call(self, call: ToolCall) -> ToolCall:
+        """The call with an id, its arguments converted where that is safe, or the reason why it is refused."""
+        self._made += 1
+        name, arguments, error = call.name, call.arguments, call.error
+        if not error and name not in self.tools:
+            hint = suggestion(name, self.tools) or f"the tools are: {', '.join(self.tools)}."
+            error = f"There is no tool {name!r}; {hint}"
+        elif not error:
+            arguments, wrong = check_arguments(arguments, self._schemas[name])
+            error = f"{name}: {'; '.join(wrong)}." if wrong else ""
+        return ToolCall(name, arguments, call.start, call.stop, error, call.id or f"call{self._made:05d}")
+
+    # Running them
+
+    def _answer(self, call: ToolCall) -> str:
+        """The text of one call's result.
+
+        Raises:
+            ToolFailure: the tool broke in a way that is not the policy's doing.
+        """
+        if call.error:
+            return f"Error: {call.error}"
+        if self._calls >= self.max_calls:
+            return f"Error: no calls are left (the limit is {self.max_calls}); give the final answer."
+        self._calls += 1
+        try:
+            return shorten(as_text(self._run(self.tools[call.name], call.arguments)), self.max_output)
+        except ToolFailure:
+            raise
+        except Overdue:
+            return f"Error: {call.name} gave no result within {self.call_timeout:g} seconds."
+        except ToolError as error:
+            return shorten(f"Error: {as_text(str(error))}", self.max_output)
+        except (Exception, SystemExit) as error:
+            return shorten(f"Error: {type(error).__name__}: {as_text(str(error))}", self.max_output)
+
+    def _run(self, tool: Tool, arguments: dict[str, Any]) -> Any:
+        if tool.timed:
+            return self._hooked(tool.run, **arguments)
+        return self._runner.call(tool.run, self.call_timeout, **arguments)
+
+    def _hooked(self, hook: Callable[..., Any], **arguments: Any) -> Any:
+        """In the thread that tools run in: what `open` makes, they may use, though it be bound to its thread."""
+        return self._runner.call(hook, None, **arguments) if self._threaded else hook(**arguments)
+
+    # What is said
+
+    def _said(self, text: str, calls: Sequence[ToolCall]) -> Message:
+        """The reply as a message: its text without the calls' markup, and the calls."""
+        made = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+            if call.name in self.tools
+        ]
+        message = {"role": "assistant", "content": without_calls(text, calls)}
+        return {**message, "tool_calls": made} if made else message
+
+    def _result(self, call: ToolCall, output: str) -> Message:
+        name = call.name if call.name in self.tools else next(iter(self.tools))
+        return {"role": "tool", "name": name, "tool_call_id": call.id, "content": output}
+
+    def _parts(self, calls: int, refused: int) -> dict[str, float]:
+        """The reward components of one step, those of `final` as zeros."""
+        named = dict.fromkeys(self.reward_names or (), 0.0)
+        return {**named, "tool_calls": float(calls), "format": -1.0 if refused else 0.0}
+
+    def _info(self) -> dict[str, Any]:
+        return {**super()._info(), "tools": copy.deepcopy([tool.schema for tool in self.tools.values()])}
+
+
+def as_text(value: Any) -> str:
+    """A tool's result as well-formed text: a string as it is, bytes as UTF-8, other data as JSON."""
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    try:
+        return well_formed(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        return well_formed(str(value))
+
+
+def shorten(text: str, most: int) -> str:
+    """The first and last `most / 2` characters of a longer text, and how many were left out."""
+    if len(text) <= most:
+        return text
+    head, tail = most - most // 2, most // 2
+    return f"{text[:head]}\n... ({len(text) - most} characters left out) ...\n{text[len(text) - tail :]}"
+
+
+def _with_parts(reply: Reply, parts: Mapping[str, float]) -> Reply:
+    """`reply` with further reward components; its own go first."""
+    own = reply.reward if isinstance(reply.reward, Mapping) else {"reward": reply.reward}
+    return Reply(reply.messages, {**parts, **own}, reply.done, reply.stop_reason, reply.rewrite)
+
+
+def _by_name(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
+    """The tools by name.
+
+    Raises:
+        ConfigError: there are none, or two of the same name.
+    """
+    made = [Tool.of(tool) for tool in tools]
+    names = [tool.name for tool in made]
+    if not made or len(set(names)) < len(names):
+        raise ConfigError(f"tools: got {names or 'none'}, want at least one, each with a name of its own.")
+    return dict(zip(names, made, strict=True))

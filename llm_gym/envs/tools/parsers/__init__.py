@@ -1,0 +1,1 @@
+"""How models write tool calls, and how they are read."""

@@ -1,0 +1,1 @@
+"""Sequences laid end to end in micro-batches, what they begin with in common once."""

@@ -1,0 +1,299 @@
+"""Which groups a step trains on: filters by name, more groups played for those that did not pass, and left-overs.
+
+Without filters a step trains on the groups it plays. With them, groups that do not pass are left out before
+anything is counted; with `oversample.max_factor` above 1 more are played in their place, until every slot of the
+step is filled or the bound is reached (dynamic sampling, https://arxiv.org/abs/2503.14476, section 3.2).
+
+More are played at once than are missing, by the share that passed so far; what passed and found no slot is kept
+for the next step. Such groups are one step old: they are trained on with the log-probabilities that they were
+sampled with, so that ratios and importance corrections are those of the weights that sampled them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_gym.core import Episode, Group
+from llm_gym.errors import CheckpointError, ConfigError, place
+from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.data.tasks import Task, Tasks
+from llm_gym.harness.registry import attempt, by_name
+
+Floats = npt.NDArray[np.float64]
+Filter = Callable[[Group, Any], bool]
+"""(group, limit) -> whether it may be trained on. Returns and lengths are those of episodes that did not fail."""
+Play = Callable[[Sequence[Task]], list[Group]]
+"""Tasks -> a group for each, in the same order."""
+
+STATE = "data.json"
+"""In a checkpoint: where the curricula are, and the groups that wait for a slot."""
+SMOOTHING = 0.5
+"""How much the newest round says about the share of groups that pass."""
+
+
+@dataclass(frozen=True)
+class OversampleConfig:
+    """How groups that do not pass the filters are replaced."""
+
+    max_factor: Annotated[float, Within("[1, inf)")] = 1.0
+    """Most groups played in a step, as a multiple of `prompts_per_step`; 1: none are replaced."""
+    max_age: Annotated[int, Within("[0, inf)")] = 1
+    """Steps for which groups that passed and found no slot are kept; 0: they are dropped."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "oversample")
+
+
+@dataclass(frozen=True, slots=True)
+class Harvest:
+    """What a step played, and what it trains on."""
+
+    groups: list[Group]
+    """To be trained on, in the order of the step's slots; some may be of an earlier step."""
+    played: list[Episode]
+    """Every episode of this step, once."""
+    dropped: list[Group]
+    """Groups of this step that a filter left out."""
+    metrics: dict[str, float]
+
+    @property
+    def episodes(self) -> list[Episode]:
+        """Those to be trained on, group by group."""
+        return [episode for group in self.groups for episode in group.episodes]
+
+
+# Filters
+
+
+def spread(group: Group, limit: float) -> bool:
+    """Greatest less smallest return above the limit; 0 leaves out groups that carry no signal."""
+    returns = _returns(group)
+    return bool(len(returns) and returns.max() - returns.min() > limit)
+
+
+def min_reward(group: Group, limit: float) -> bool:
+    """Mean return at least the limit."""
+    return _mean(_returns(group)) >= limit
+
+
+def max_reward(group: Group, limit: float) -> bool:
+    """Mean return at most the limit."""
+    return _mean(_returns(group)) <= limit
+
+
+def min_length(group: Group, limit: float) -> bool:
+    """Mean number of sampled tokens at least the limit."""
+    return _mean([e.tokens_generated for e in _sound(group)]) >= limit
+
+
+def max_length(group: Group, limit: float) -> bool:
+    """Mean number of sampled tokens at most the limit."""
+    return _mean([e.tokens_generated for e in _sound(group)]) <= limit
+
+
+def distinct(group: Group, limit: float) -> bool:
+    """At least so many episodes with different completions (token by token)."""
+    said = {tuple(turn.completion.tokens.tobytes() for turn in e.turns) for e in _sound(group)}
+    return len(said) >= limit
+
+
+def sound(group: Group, limit: float) -> bool:
+    """At least so many episodes that did not fail."""
+    return len(_sound(group)) >= limit
+
+
+FILTERS: dict[str, Filter] = {
+    f.__name__: f for f in (spread, min_reward, max_reward, min_length, max_length, distinct, sound)
+}
+
+
+def filters(chosen: Mapping[str, Any]) -> Mapping[str, Callable[..., bool]]:
+    """The filters of a configuration, by name.
+
+    Args:
+        chosen: a name in `FILTERS` -> its limit, or `package.module:function` -> what it is given as its limit.
+
+    Raises:
+        ConfigError: there is no such filter, or its limit is no number.
+    """
+    made = {}
+    for name, limit in chosen.items():
+        number = isinstance(limit, int | float) and not isinstance(limit, bool) and not math.isnan(limit)
+        if name in FILTERS and not number:
+            raise ConfigError(f"filters.{name}: got {limit!r}, want a number.")
+        made[name] = partial(_call, by_name("filters", name, FILTERS), limit)
+    return made
+
+
+class Selection:
+    """Fills the slots of each step; see the top of this file.
+
+    Args:
+        tasks: what is played.
+        count: slots of a step.
+        chosen: the filters.
+        oversample: how groups that do not pass are replaced.
+        names: of the environments, in the order of `Task.env`.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        count: int,
+        chosen: Mapping[str, Any] | None = None,
+        oversample: OversampleConfig | None = None,
+        names: Sequence[str] = ("",),
+    ) -> None:
+        self.tasks, self.count, self.names = tasks, count, list(names)
+        self.filters, self.oversample = filters(chosen or {}), oversample or OversampleConfig()
+        if self.oversample.max_factor > 1 and not self.filters:
+            raise ConfigError(
+                "oversample.max_factor: there are no filters, so nothing is replaced; set filters.spread=0."
+            )
+        self.budget = math.floor(count * self.oversample.max_factor)
+        self.rates = [1.0] * len(self.names)
+        """Share of each environment's groups that pass, smoothed."""
+        self.kept: list[list[tuple[int, Group]]] = [[] for _ in self.names]
+        """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
+
+    def harvest(self, step: int, play: Play) -> Harvest:
+        """Plays a step's groups, and chooses among them."""
+        self.tasks.begin(step)
+        slots = self.tasks.slots(self.count)
+        counts: Counter[str] = Counter()
+        played: list[tuple[Task, Group]] = []
+        dropped: list[Group] = []
+        while (missing := self._open(slots)) and len(played) < self.budget:
+            tasks = self.tasks.draw(self._round(missing, self.budget - len(played)))
+            fresh = list(zip(tasks, play(tasks), strict=True))
+            played += fresh
+            dropped += self._sort(step, fresh, counts)
+        self.tasks.learn(played)
+        chosen = self._fill(slots)
+        counts["expired"] = self._expire(step + 1)
+        counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
+        groups = [group for _, group in chosen]
+        metrics = self._metrics(counts, len(groups), [group for _, group in played])
+        return Harvest(groups, [episode for _, group in played for episode in group.episodes], dropped, metrics)
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that later steps depend on, groups that wait for a slot included."""
+        kept = [[[born, [e.to_dict() for e in group.episodes]] for born, group in own] for own in self.kept]
+        state = {"envs": self.names, "tasks": self.tasks.state_dict(), "rates": self.rates, "kept": kept}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Goes on where `save` was called.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of other environments or another curriculum.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if state["envs"] != self.names:
+                raise ValueError(f"it is of the environments {state['envs']}, the run of {self.names}")
+            self._load(state)
+        except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
+
+    # Inside
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.tasks.load_state_dict(state["tasks"])
+        self.rates = list(state["rates"])
+        self.kept = [[(born, _group(episodes)) for born, episodes in own] for own in state["kept"]]
+
+    def _open(self, slots: Sequence[int]) -> list[int]:
+        """The environments of the slots for which no group is ready."""
+        ready = [len(own) for own in self.kept]
+        missing = []
+        for env in slots:
+            ready[env] -= 1
+            if ready[env] < 0:
+                missing.append(env)
+        return missing
+
+    def _round(self, missing: Sequence[int], most: int) -> list[int]:
+        """The environments to play next: as many groups as should fill what is missing, taken in turns."""
+        wanted = {env: math.ceil(count / self.rates[env]) for env, count in Counter(missing).items()}
+        dealt: Counter[int] = Counter()
+        turns = []
+        for env in list(missing) * math.ceil(self.oversample.max_factor):
+            if dealt[env] < wanted[env]:
+                dealt[env] += 1
+                turns.append(env)
+        return turns[:most]
+
+    def _sort(self, step: int, fresh: Sequence[tuple[Task, Group]], counts: Counter[str]) -> list[Group]:
+        """Makes ready what passes, and learns how much that is; returns the others."""
+        dropped = []
+        tried: dict[int, list[bool]] = {}
+        for task, group in fresh:
+            refused = next((name for name, passes in self.filters.items() if not passes(group)), None)
+            tried.setdefault(task.env, []).append(refused is None)
+            if refused is None:
+                self.kept[task.env].append((step, group))
+            else:
+                counts[f"dropped/{refused}"] += 1
+                dropped.append(group)
+        for env, passed in tried.items():
+            seen = (1 - SMOOTHING) * self.rates[env] + SMOOTHING * sum(passed) / len(passed)
+            self.rates[env] = max(seen, 1 / self.oversample.max_factor)
+        return dropped
+
+    def _fill(self, slots: Sequence[int]) -> list[tuple[int, Group]]:
+        """Takes a group for every slot that has one, the oldest first."""
+        return [self.kept[env].pop(0) for env in slots if self.kept[env]]
+
+    def _expire(self, step: int) -> int:
+        """Drops groups that `step` would find too old; returns how many."""
+        before, age = sum(map(len, self.kept)), self.oversample.max_age
+        self.kept = [[(born, group) for born, group in own if step - born <= age] for own in self.kept]
+        return before - sum(map(len, self.kept))
+
+    def _metrics(self, counts: Counter[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
+        """Where groups went: kept by the step before + played = trained + dropped + expired + kept."""
+        flat = sum(not spread(group, 0) for group in played)
+        row = {"groups/trained": float(trained), "groups/zero_spread": flat / len(played) if played else math.nan}
+        if self.filters:
+            row |= {f"groups/dropped/{name}": float(counts[f"dropped/{name}"]) for name in self.filters}
+        if self.oversample.max_factor > 1:
+            row |= {f"groups/{name}": float(counts[name]) for name in ("reused", "kept", "expired")}
+        return row | {"groups/played": float(len(played))}
+
+
+def _call(function: Filter, limit: Any, group: Group, passing: tuple[type[Exception], ...] = ()) -> bool:
+    passed = attempt("filters", function, group, limit, form="(group, limit) -> true or false", passing=passing)
+    if np.ndim(passed):
+        raise ConfigError(f"filters: {place(function)} gave {passed!r:.80}, want true or false.")
+    return bool(passed)
+
+
+def _group(episodes: Iterable[Mapping[str, Any]]) -> Group:
+    every = tuple(Episode.from_dict(data) for data in episodes)
+    return Group(every[0].seed, every)
+
+
+def _sound(group: Group) -> list[Episode]:
+    return [episode for episode in group.episodes if not episode.stop_reason.failed]
+
+
+def _returns(group: Group) -> Floats:
+    returns: Floats = group.rewards
+    known: Floats = returns[~np.isnan(returns)]
+    return known
+
+
+def _mean(values: Floats | Sequence[int]) -> float:
+    """The mean; NaN (which passes no filter) of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan

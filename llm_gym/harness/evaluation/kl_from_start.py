@@ -1,0 +1,38 @@
+"""How far a policy has come from where its run began, measured on what it said then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llm_gym.core import Episode
+from llm_gym.harness.algorithms.kl import k3
+from llm_gym.harness.batching.packing import Sample
+from llm_gym.harness.learner.learner import Learner
+
+EPISODES = 16
+"""As many are looked at: one short forward pass."""
+
+
+def kl_from_start(learner: Learner, episodes: Sequence[Episode], *, temperature: float, max_tokens: int) -> float:
+    """KL(policy at the start || policy), nats a token: estimated without bias, never negative; NaN without a token.
+
+    Every rank takes part.
+
+    Args:
+        learner: the policy as it is now.
+        episodes: sampled from the policy at the start; the engine's log-probabilities in them are the start's.
+        temperature: at which they were sampled.
+        max_tokens: of a micro-batch.
+    """
+    sound = [episode for episode in episodes if not episode.stop_reason.failed][:EPISODES]
+    rows = [Sample(row, 1.0, i) for i, episode in enumerate(sound) for row in episode.rows()]
+    batch, total = learner.world.pack(rows, max_tokens=max_tokens), 0.0
+    idle = learner.world.idle(len(batch.micro))
+    for micro in batch.micro:
+        now, _ = learner.logprobs(micro, temperature=temperature, entropy=False)
+        total += float(k3(micro.old_logprobs.to(now.device).double(), now.double()).sum())
+    for micro in idle:
+        learner.logprobs(micro, temperature=temperature, entropy=False)
+    total = learner.world.add({"kl": total}, "comparing with the start")["kl"]
+    return total / batch.tokens if batch.tokens else math.nan

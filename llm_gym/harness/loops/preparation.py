@@ -1,0 +1,67 @@
+"""Everything about a run that can be known before a model loads, looked at in one place.
+
+`Trainer` begins with it, and `llmgym run` does it for every stage before the first one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llm_gym.errors import ConfigError
+from llm_gym.harness.algorithms.advantages import AdvantageFn, advantage
+from llm_gym.harness.data.filters import Selection
+from llm_gym.harness.data.mixture import Arena, arenas, exams_of, selection_of
+from llm_gym.harness.distributed.world import World
+from llm_gym.harness.evaluation.evaluator import Exam
+from llm_gym.harness.learner.optimizers import check_optimizer
+from llm_gym.harness.loops.trials import learns_nothing, try_functions
+from llm_gym.harness.model.loading import check_model
+from llm_gym.harness.runs import loggers
+from llm_gym.harness.weight_sync.sync import check
+
+if TYPE_CHECKING:
+    from llm_gym.harness.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run plays and how it is weighed; every setting that can be judged without a model is sound."""
+
+    arenas: Sequence[Arena]
+    exams: Sequence[Exam]
+    selection: Selection
+    weigh: AdvantageFn
+
+
+def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Prepared:
+    """Looks at a whole configuration, its model's config, environments, data and functions.
+
+    Args:
+        config: resolved.
+        world: the processes that train together.
+        learns: whether it will train; a run that only plays may have settings that teach nothing.
+
+    Raises:
+        SettingError: something that cannot work, or could not teach anything.
+    """
+    weigh = advantage(config.advantage)
+    check(config, world)
+    check_optimizer(config.optimizer)
+    loggers.check(config.log)
+    check_model(config.model, lora=config.lora, memory=config.memory, device=world.device)
+    try_functions(config)
+    if learns and config.distill is None and not config.loss.needs_every_sequence:
+        _check_credit(config, weigh)
+    found = arenas(config)
+    return Prepared(found, exams_of(config, found), selection_of(config, found), weigh)
+
+
+def _check_credit(config: TrainConfig, weigh: AdvantageFn) -> None:
+    """Looks whether episodes of such groups can earn any credit."""
+    if learns_nothing(weigh, config.prompts_per_step, config.group_size):
+        raise ConfigError(
+            f"group_size: got {config.group_size}, but advantage {config.advantage!r} compares the episodes of a "
+            "group, and so would teach nothing; pass at least 2, or an advantage without groups (none, reinforce_pp)."
+        )

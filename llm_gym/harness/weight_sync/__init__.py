@@ -1,0 +1,1 @@
+"""New weights to the engine, and the proof that they arrived."""

@@ -1,0 +1,204 @@
+"""One HTTP server: JSON in and out, what a failure means, and how long to wait before the next try."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
+
+import aiohttp
+
+from llm_gym.concurrency import Thread
+from llm_gym.errors import PolicyError
+
+T = TypeVar("T")
+FIRST, LONGEST = 0.25, 5.0
+"""Seconds before the second try, and before any later one."""
+KEPT = 2.0
+"""Seconds that an idle connection is used again: less than the 5 after which vLLM closes it. A request that crosses
+that end on its way has no answer, and the server seems lost."""
+CLOSED = "The policy was closed."
+PASSING = frozenset({408, 425, 429})
+"""Client errors that another try may not meet: timeouts and rate limits."""
+
+
+class RemoteError(PolicyError):
+    """A request that failed; `status` is None if there was no answer, or none that can be read."""
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+
+    @property
+    def passing(self) -> bool:
+        """Whether another try may succeed: no answer, a server's error (5xx) or a rate limit; never our own mistake."""
+        return self.status is None or self.status >= 500 or self.status in PASSING
+
+
+def delay(attempt: int, fraction: float | None = None) -> float:
+    """Seconds to wait after failure number `attempt` (from 0): doubled each time, with jitter.
+
+    Between half and all of `min(LONGEST, FIRST * 2**attempt)`, so that requests that failed together do not
+    return together ("equal jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+
+    Args:
+        attempt: failures before this one.
+        fraction: the jitter, in [0, 1); None: random.
+    """
+    most = min(LONGEST, FIRST * 2.0 ** min(attempt, 32))
+    return most * (0.5 + 0.5 * (random.random() if fraction is None else fraction))
+
+
+class Remote:
+    """A server at `url`, reached through connections that are kept; use it inside one event loop."""
+
+    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, proxies: bool = False) -> None:
+        self.url = url.rstrip("/")
+        self._headers, self._proxies = dict(headers or {}), proxies
+        self._session: aiohttp.ClientSession | None = None
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        seconds: float | None = None,
+        plain: bool = False,
+    ) -> Any:
+        """The answer's JSON, or None for an empty answer; cancelling closes the connection.
+
+        Args:
+            method: `GET` or `POST`.
+            path: behind the server's URL.
+            body: sent as JSON unless None.
+            params: the query string.
+            seconds: most time for the whole exchange; None: no limit (a completion takes what it takes).
+            plain: the answer is text, not JSON, and returned as it is.
+
+        Raises:
+            RemoteError: no answer in time, an HTTP status of 400 or more, or an answer that is no JSON.
+        """
+        try:
+            timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=10)
+            async with self._open().request(method, self.url + path, json=body, params=params, timeout=timeout) as got:
+                text = await got.text()
+                status = got.status
+        except TimeoutError as error:
+            raise RemoteError(f"{self.url} did not answer in time") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise RemoteError(f"{self.url}: {type(error).__name__}: {error}") from error
+        if status >= 400:
+            raise RemoteError(f"{self.url}{path} answered {status}: {message(text)}", status)
+        if plain:
+            return text
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise RemoteError(f"{self.url}{path} answered what is no JSON: {text[:80]!r}") from error
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # No limits: as many requests at once as there are episodes; the engine queues them better.
+            connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEPT)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=self._proxies)
+        return self._session
+
+
+def message(text: str) -> str:
+    """What an error's body says, in one line: its message if it is JSON of a known form."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError:
+        found = text
+    while isinstance(found, dict):
+        found = next((found[key] for key in ("error", "message", "detail") if key in found), str(found))
+    return " ".join(str(found).split())[:500] or "nothing"
+
+
+class Loop:
+    """An event loop in a thread of its own, in which connections outlive the callers' loops."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.stopped = self._halted = False
+        self._door = threading.Lock()
+        self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._thread = Thread(self._run, name=name)
+        self._thread.start()
+
+    async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.
+
+        Raises:
+            PolicyError: the loop was stopped, before or meanwhile.
+        """
+        try:
+            return await asyncio.wrap_future(self._submit(coroutine))
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self.stopped and caller is not None and not caller.cancelling():
+                raise PolicyError(CLOSED) from None
+            raise
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs `coroutine` to its end; Ctrl-C cancels it.
+
+        Raises:
+            PolicyError: the loop was stopped, before or meanwhile.
+        """
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except CancelledError:
+            raise PolicyError(CLOSED) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._door:  # what comes in is in the loop before its end is
+            if not self.stopped:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise PolicyError(CLOSED)
+
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancels what is still running there, lets it clean up, runs `last`, and ends the thread.
+
+        May be repeated, from any thread but its own.
+        """
+        with self._door:
+            self.stopped, self._last = True, self._last or last
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._halt)
+        self._thread.join()
+
+    def _halt(self) -> None:
+        if not self._halted:
+            self._halted = True
+            self._loop.stop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            while left := asyncio.all_tasks(self._loop):  # what ends may begin something
+                for task in left:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            if self._last is not None:
+                self._loop.run_until_complete(self._last())
+        finally:
+            self._loop.close()

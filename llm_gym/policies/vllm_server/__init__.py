@@ -1,0 +1,1 @@
+"""vLLM servers, started here or elsewhere."""

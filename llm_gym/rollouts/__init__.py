@@ -1,0 +1,1 @@
+"""Episodes played against a policy, none waiting for another's turn."""

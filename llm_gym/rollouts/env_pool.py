@@ -1,0 +1,152 @@
+"""Where episodes are played: environments kept for reuse, those that block each in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+
+from llm_gym import envs
+from llm_gym.concurrency import Worker
+from llm_gym.errors import SettingError
+
+Env = gymnasium.Env[Any, Any]
+PATIENCE = 10.0
+"""Seconds that `Seats.close` waits for environments that close in a thread."""
+BRIEF = 1.0
+"""Seconds that it waits where a call is still under way in an environment: most tools answer by then."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """An environment, and the thread its calls run in if they block."""
+
+    env: Env
+    worker: Worker | None
+    abandoned: bool = False
+    """Whether a call was left unfinished."""
+
+    async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, in the thread if there is one; cancelling it leaves the call unfinished."""
+        if self.worker is None:
+            return function(*args, **kwargs)
+        try:
+            return await self.worker.run(function, *args, **kwargs)
+        except asyncio.CancelledError:
+            self.abandoned = True
+            raise
+
+
+class Seats:
+    """Environments of one kind: made when nobody leaves one free, used again, closed together.
+
+    Args:
+        env: an id, short or full, or a callable that makes an environment.
+        args: its keyword arguments.
+        name: what episodes call it; None: its id.
+
+    Raises:
+        SettingError: an unknown id; from `take`, the first environment cannot be made.
+    """
+
+    def __init__(self, env: str | Callable[..., Env], args: Mapping[str, Any], name: str | None = None) -> None:
+        if isinstance(env, gymnasium.Env):
+            raise SettingError(
+                f"env: got {env}, which is made already, but many are played in at once; pass its id, or a function "
+                "that makes one."
+            )
+        self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        self._make, self._args, self._name = env, dict(args), name
+        self._blocking: bool | None = None  # not known before the first environment was made
+        self._free: list[Seat] = []
+        self._every: set[Seat] = set()
+        self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
+
+    async def take(self) -> Seat:
+        """An environment nobody plays in; a new one if there is none."""
+        if self._free:
+            return self._free.pop()
+        if self._blocking is None:
+            seat = Seat(self._first(), None)
+            self._blocking = bool(seat.env.metadata.get("blocking", False))
+            seat.worker = Worker() if self._blocking else None
+        elif self._blocking:
+            seat = await self._make_in_thread()
+        else:
+            seat = Seat(self._new(), None)
+        self._every.add(seat)
+        return seat
+
+    def leave(self, seat: Seat, *, broken: bool) -> None:
+        """Frees an environment, or closes one that may be broken."""
+        if broken or seat.abandoned:
+            self._discard(seat)
+        else:
+            self._free.append(seat)
+
+    def close(self) -> None:
+        """Closes every environment, and waits for their threads."""
+        for seat in list(self._every):
+            self._discard(seat)
+        self._free.clear()
+        ending, self._ending = self._ending, []
+        began = time.monotonic()
+        left = [w for w, patience in ending if not w.join(max(0.0, began + patience - time.monotonic()))]
+        if left:
+            log.warning("%d environments of %s did not close and are left behind", len(left), self.env_id)
+
+    async def _make_in_thread(self) -> Seat:
+        """A seat whose environment is made, used and closed in a thread of its own."""
+        worker, made = Worker(), list[Env]()
+        try:
+            await worker.run(lambda: made.append(self._new()))
+        except BaseException:  # if cancelled, the environment may yet appear
+            self._end(worker, lambda: _close(*made), BRIEF)
+            raise
+        return Seat(made[0], worker)
+
+    def _first(self) -> Env:
+        """The first environment: if it cannot be made, none can."""
+        try:
+            env = self._new()
+        except SettingError:
+            raise
+        except Exception as error:
+            raise SettingError(
+                f"env: cannot make {self.env_id!r} with {self._args}: {type(error).__name__}: {error}"
+            ) from error
+        if env.spec is not None:
+            self.env_id = env.spec.id
+        self.env_id = self._name or self.env_id
+        return env
+
+    def _new(self) -> Env:
+        return envs.make(self._make, **self._args) if isinstance(self._make, str) else self._make(**self._args)
+
+    def _discard(self, seat: Seat) -> None:
+        self._every.discard(seat)
+        if seat.worker is None:
+            _close(seat.env)
+            return
+        self._end(seat.worker, lambda: _close(seat.env), BRIEF if seat.abandoned else PATIENCE)
+
+    def _end(self, worker: Worker, last: Callable[[], None], patience: float) -> None:
+        """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
+        worker.stop(last)
+        self._ending.append((worker, patience))
+
+
+def _close(*every: Env) -> None:
+    """Closes environments; an error is only logged, for nothing depends on them any more."""
+    for env in every:
+        try:
+            env.close()
+        except Exception:
+            log.warning("closing an environment failed", exc_info=True)
