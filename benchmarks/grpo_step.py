@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from llm_gym.embedded import PATH
 from llm_gym.envs import make
 from llm_gym.envs.grading import verify
-from llm_gym.harness.config import TrainConfig, load
+from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.loops.trainer import Silent, Trainer
+from llm_gym.harness.settings import load
 
 PROMPTS, GROUP, TOKENS, LR = 16, 8, 40, 1e-7
 

@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "unequal lengths: a mean of means instead of a mean over tokens",
-        "harness/batching/packing.py",
+        "harness/algorithms/normalisers.py",
         "np.full(len(counts), 1.0 / max(1, counts.sum()))",
         "1.0 / (max(1, len(counts)) * np.maximum(counts, 1))",
         ("harness/test_batching.py::test_ten_against_a_thousand_tokens",),

@@ -26,7 +26,7 @@ SETTINGS = (
     ),
     Mutant(
         "a preset's mapping stays under a file's",
-        "harness/config.py",
+        "harness/settings.py",
         "    both = [key for key in _section_defaults(cls) if",
         "    both = [key for key in over if",
         (f"{_WRONG}test_what_a_file_says_replaces_what_a_preset_says",),

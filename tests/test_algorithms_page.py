@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_gym.harness.algorithms import importance_sampling, kl, losses
+from llm_gym.harness.algorithms import importance_sampling, kl, losses, normalisers
 from llm_gym.harness.algorithms.advantages import ADVANTAGES
 from llm_gym.harness.algorithms.presets import PRESETS
-from llm_gym.harness.batching import packing
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "algorithms.md"
@@ -22,7 +21,7 @@ BLOCK = re.compile(r"<!-- code: (\w+)\.(\w+) -->\n(?:```python\n.*?```\n)?", re.
 
 def code(module: str, name: str) -> str:
     """A function's source without its docstring."""
-    source = (ROOT / "llm_gym" / "harness" / f"{module}.py").read_text(encoding="utf-8")
+    source = (ROOT / "llm_gym" / "harness" / "algorithms" / f"{module}.py").read_text(encoding="utf-8")
     (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
     lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
     if ast.get_docstring(node) is not None:
@@ -49,7 +48,7 @@ def test_every_test_that_is_named_exists() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
 
 
-@pytest.mark.parametrize("table", [ADVANTAGES, losses.LOSSES, packing.NORMALISERS])
+@pytest.mark.parametrize("table", [ADVANTAGES, losses.LOSSES, normalisers.NORMALISERS])
 def test_every_row_has_a_section(table: dict[str, object]) -> None:
     headings = re.findall(r"^### `(\w+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(table) <= set(headings)

@@ -35,7 +35,7 @@ def commented(config: Any) -> str:
     """A configuration as YAML; above each key stands the docstring of its field."""
     import yaml
 
-    from llm_gym.harness.config import to_dict
+    from llm_gym.harness.settings import to_dict
 
     plain, notes, hints = to_dict(config), field_notes(type(config)), typing.get_type_hints(type(config))
     lines = []

@@ -136,8 +136,8 @@ def make_plan(
     from llm_gym.envs import resolve
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
-    from llm_gym.harness.data.mixture import entries
     from llm_gym.harness.evaluation.evaluator import exam
+    from llm_gym.harness.loops.environments import entries
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path, run_of
 

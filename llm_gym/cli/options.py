@@ -105,7 +105,7 @@ def parse_args(env_args: Iterable[str], option: str = "--env-arg") -> dict[str, 
     """
     found = {}
     for text in env_args:
-        from llm_gym.harness.config import parse_scalar  # takes seconds: torch comes with it
+        from llm_gym.harness.settings import parse_scalar  # takes seconds: torch comes with it
 
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():

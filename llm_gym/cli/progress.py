@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llm_gym.harness.config import to_dict
+from llm_gym.harness.settings import to_dict
 from llm_gym.report.run import problems
 from llm_gym.report.scale import duration, short
 

@@ -38,10 +38,11 @@ def command(
     exit code is 1 if anything differs. Episodes of `llmgym train --rollout-only` are trained, with nothing to compare.
     A run of several processes comes out the same with as many.
     """
-    from llm_gym.harness.config import TrainConfig, load
+    from llm_gym.harness.config import TrainConfig
     from llm_gym.harness.distributed.world import here
     from llm_gym.harness.loops.replay import processes_of, replay, starting_point
     from llm_gym.harness.runs.run_folder import RunFolder
+    from llm_gym.harness.settings import load
 
     with settings():
         load(TrainConfig, RunFolder(run).config_of(step), sets)

@@ -157,8 +157,8 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
 
 def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Greedy and sampled reward in evaluation, first against last."""
-    from llm_gym.harness.config import to_dict
     from llm_gym.harness.evaluation.statistics import different
+    from llm_gym.harness.settings import to_dict
     from llm_gym.report.run import problems
 
     lines = []

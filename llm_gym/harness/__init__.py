@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_gym.harness.config import TrainConfig, load
+    from llm_gym.harness.config import TrainConfig
     from llm_gym.harness.loops.trainer import Observer, Trainer
+    from llm_gym.harness.settings import load
 
 __all__ = ["Observer", "TrainConfig", "Trainer", "load"]
-_HOME = {"Observer": "loops.trainer", "TrainConfig": "config", "Trainer": "loops.trainer", "load": "config"}
+_HOME = {"Observer": "loops.trainer", "TrainConfig": "config", "Trainer": "loops.trainer", "load": "settings"}
 
 
 def __getattr__(name: str) -> Any:

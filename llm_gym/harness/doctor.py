@@ -18,8 +18,8 @@ import torch
 
 from llm_gym.errors import ConfigError, LLMGymError
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.mixture import entries
 from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.loops.environments import entries
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.weight_sync.parity import Parity, measure

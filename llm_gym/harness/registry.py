@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,3 +61,13 @@ def want_shape(argument: str, function: Any, value: Any, shape: Sequence[int], w
     if got is None or tuple(got) != tuple(shape):
         kind = f"something of shape {tuple(got)}" if got is not None else f"{value!r:.80}"
         raise ConfigError(f"{argument}: {place(function)} gave {kind}, want {words}, here {tuple(shape)}.")
+
+
+def require(package: str | None, what: str) -> None:
+    """One sentence if `what` needs an optional package that is not installed.
+
+    Raises:
+        ConfigError: that sentence.
+    """
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}, which is not installed: pip install {package}")

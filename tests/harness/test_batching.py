@@ -13,7 +13,8 @@ from small_models import row
 
 from llm_gym.core import Completion, Episode, Group, Row, StopReason, Turn
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching.packing import NORMALISERS, Batch, MicroBatch, Sample, pack, samples
+from llm_gym.harness.algorithms.normalisers import NORMALISERS
+from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack, samples
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 

@@ -21,7 +21,7 @@ from llm_gym.chat import load_chat
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.data.mixture import arenas
+from llm_gym.harness.loops.environments import arenas
 from llm_gym.harness.loops.pipeline import check_plan, read_plan, run_plan
 from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.runs.export import export_run

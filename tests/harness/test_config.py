@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.config import LossConfig, TrainConfig, dump, from_dict, load, parse_scalar
+from llm_gym.harness.config import LossConfig, TrainConfig
+from llm_gym.harness.settings import dump, from_dict, load, parse_scalar
 
 
 def test_round_trip_is_equal() -> None:

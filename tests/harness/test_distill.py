@@ -14,12 +14,13 @@ from llm_gym.errors import SettingError
 from llm_gym.harness import TrainConfig, load
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.config import DistillConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.loops import trainer
 from llm_gym.harness.loops.distill import Distiller, DistillLearner, trainer_of
-from llm_gym.harness.loops.teacher import DistillConfig, LocalTeacher, ServedTeacher, Teacher
+from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher, Teacher
 from llm_gym.harness.loops.trainer import Silent, Trainer
 from llm_gym.harness.model.loading import Body, export, load_model
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from llm_gym.harness.weight_sync import divergence
-from llm_gym.harness.weight_sync.divergence import Head, reverse_kl, top_k_kl, top_logprobs
+from llm_gym.harness.model import divergence
+from llm_gym.harness.model.divergence import Head, reverse_kl, top_k_kl, top_logprobs
 
 DOUBLE = torch.float64
 

@@ -170,7 +170,7 @@ def test_a_run_writes_it_all_and_keeps_its_best_step(tmp_path: Path, monkeypatch
 
 
 def config_file(tmp_path: Path, *sets: str) -> Path:
-    from llm_gym.harness.config import dump
+    from llm_gym.harness.settings import dump
 
     (tmp_path / "config.yaml").write_text(dump(config(*sets)))
     return tmp_path / "config.yaml"

@@ -16,7 +16,6 @@ from tiny_models import contexts, tiny
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig
-from llm_gym.harness.config import dump
 from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.loading import Body, export, load_model, merged, plain_tensors, prepare
@@ -24,6 +23,7 @@ from llm_gym.harness.model.lora import LoraConfig
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.settings import dump
 from llm_gym.harness.weight_sync.sync import Sync
 from llm_gym.models.plain import HELD, as_saved, fold
 from llm_gym.policies import make_policy

@@ -16,8 +16,9 @@ from torch import Tensor
 from llm_gym.core import Row
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.algorithms.streams import Streams
-from llm_gym.harness.batching.packing import NORMALISERS, Batch, Sample, pack
+from llm_gym.harness.batching.packing import Batch, Sample, pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig, clip_gradients, lr_factor, parameter_groups
 from llm_gym.harness.model.loading import LoraConfig, prepare

@@ -131,7 +131,7 @@ def test_after_a_resume_tensorboard_shows_each_step_once(tmp_path: Path) -> None
 def test_the_settings_of_a_run_with_loggers_load_again(tmp_path: Path) -> None:
     config = load(TrainConfig, sets=["log.to=[wandb, trackio]", "log.options.wandb.project=sums"])
     folder = RunFolder(tmp_path / "run")
-    from llm_gym.harness.config import dump
+    from llm_gym.harness.settings import dump
 
     folder.start(dump(config))
     assert load(TrainConfig, folder.config_file) == config

@@ -20,9 +20,9 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.envs import make
 from llm_gym.errors import ConfigError, RewardError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.data.mixture import arenas
 from llm_gym.harness.evaluation.evaluator import Evaluation
 from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops.environments import arenas
 from llm_gym.harness.loops.trainer import Silent
 
 ROWS = 12

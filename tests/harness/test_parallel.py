@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
 from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.config import TrainConfig, load
+from llm_gym.harness.batching.shards import dummy_batches, pack_shard
+from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed import heartbeat, world
 from llm_gym.harness.distributed.heartbeat import Watch
 from llm_gym.harness.distributed.world import ParallelConfig, World
@@ -31,6 +32,7 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.loading import load_model, plain_tensors
 from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.settings import load
 from llm_gym.harness.weight_sync.sync import check
 
 
@@ -56,7 +58,7 @@ def test_alone_everything_is_the_identity() -> None:
     assert world.first(lambda: 7, "x") == 7
     assert world.worst({"a": 1.5, "b": "c"}, "x") == {"a": 1.5, "b": "c"}
     assert world.add({"a": 1.5}, "x") == {"a": 1.5}
-    assert world.idle(0) == []
+    assert dummy_batches(world, 0) == []
     assert not World(config=ParallelConfig("fsdp")).sharded
 
 
@@ -82,7 +84,8 @@ def test_what_is_dealt_comes_back_in_order(seeds: list[int], size: int, each: in
 def test_shares_of_a_batch_are_all_of_it_once(lengths: list[int], size: int, budget: int) -> None:
     whole = pack(samples(lengths), max_tokens=10**6)
     shares = [
-        Told(r, size, lambda value: [value] * size).pack(samples(lengths), max_tokens=budget) for r in range(size)
+        pack_shard(Told(r, size, lambda value: [value] * size), samples(lengths), max_tokens=budget)
+        for r in range(size)
     ]
     assert {(b.tokens, b.episodes) for b in shares} == {(whole.tokens, whole.episodes)}
     for name in ("target", "weight", "advantages"):
@@ -93,7 +96,9 @@ def test_shares_of_a_batch_are_all_of_it_once(lengths: list[int], size: int, bud
 
 
 def test_the_smallest_token_budget_of_any_rank_counts_for_all() -> None:
-    made = [Told(r, 2, lambda value: [10, 1000]).pack(samples([9] * 6), max_tokens=(10, 1000)[r]) for r in range(2)]
+    made = [
+        pack_shard(Told(r, 2, lambda value: [10, 1000]), samples([9] * 6), max_tokens=(10, 1000)[r]) for r in range(2)
+    ]
     assert {len(b.micro) for b in made} == {3}
 
 
@@ -134,9 +139,9 @@ def test_metrics_are_summed_by_name_or_the_worst() -> None:
 def test_idle_passes_weigh_nothing() -> None:
     """A rank with less work runs as often as the others, and its gradient stays what it was."""
     busy = Told(0, 2, lambda value: [value, 3], "fsdp")
-    idle = busy.idle(1)
+    idle = dummy_batches(busy, 1)
     assert [len(m.tokens) for m in idle] == [1, 1]
-    assert World().idle(1) == Told(0, 2, lambda value: [value, 3]).idle(1) == []
+    assert dummy_batches(World(), 1) == dummy_batches(Told(0, 2, lambda value: [value, 3]), 1) == []
     learner = Learner(qwen3())
     for micro in idle:
         learner._backward(micro, 1.0)
@@ -168,7 +173,7 @@ def test_two_ranks_take_the_steps_of_one(strategy: str, optimizer: str) -> None:
     def work(world: World) -> list[dict[str, float]]:
         settings = OptimizerConfig(optimizer, lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=1e3)
         learner = Learner(qwen3(dtype=torch.float64), settings, total_steps=4, world=world)
-        batch = world.pack(samples([9, 14, 5, 11, 8]), max_tokens=20)
+        batch = pack_shard(world, samples([9, 14, 5, 11, 8]), max_tokens=20)
         return [learner.step(batch) for _ in range(3)]
 
     alone = work(World())
@@ -194,7 +199,7 @@ def test_weights_of_4_bits_are_split_too(kind: str, targets: Any) -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         learner = Learner(model, OptimizerConfig(lr=1e-2), total_steps=4, world=world)
-        batch = world.pack(samples([9, 14, 5, 11, 8]), max_tokens=20)
+        batch = pack_shard(world, samples([9, 14, 5, 11, 8]), max_tokens=20)
         metrics = [learner.step(batch) for _ in range(3)]
         sent = {name: float(tensor.double().norm()) for name, tensor in plain_tensors(model)}
         held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
@@ -339,11 +344,12 @@ ORPHAN = """
 import sys, threading
 from torch.distributed import TCPStore
 from llm_gym.errors import RankError
-from llm_gym.harness import parallel, watch, weights
+from llm_gym.harness.distributed import heartbeat, world
+from llm_gym.harness.learner import weights
 
-watch.BEAT, watch.GRACE = 0.01, float(sys.argv[3])
+heartbeat.BEAT, heartbeat.GRACE = 0.01, float(sys.argv[3])
 held = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
-mine = watch.Watch(held, 1, 2, 600)
+mine = heartbeat.Watch(held, 1, 2, 600)
 print("begun", flush=True)
 try:
     mine.wait("packing") if sys.argv[2] == "waits" else threading.Event().wait()

@@ -19,8 +19,9 @@ from llm_gym.harness.algorithms.advantages import advantage
 from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.algorithms.rewards import rewards_of
 from llm_gym.harness.batching.packing import Batch, Sample, pack, samples
-from llm_gym.harness.config import TrainConfig, dump, from_dict, load
+from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.settings import dump, from_dict, load
 
 WANTED = {
     "grpo": ("group_norm", "ppo_clip", 0.2, 0.2, "sequence"),

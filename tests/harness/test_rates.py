@@ -12,12 +12,12 @@ from transformers import AutoConfig
 
 from llm_gym import embedded
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.config import dump
 from llm_gym.harness.learner.optimizers import OPTIMIZERS
 from llm_gym.harness.loops.sft import SFTConfig
 from llm_gym.harness.model.lora import KINDS, LoraConfig
 from llm_gym.harness.rates import ADAPTERS, FULL, by_size, hidden_size, muon_rate
 from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.settings import dump
 
 LARGE = (896, 1024, 1536, 2048, 4096, 8192)
 """Hidden sizes from 0.5B to 70B."""

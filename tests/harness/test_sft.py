@@ -17,12 +17,14 @@ from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import CheckpointError, ConfigError, DataError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import Sample, pack
-from llm_gym.harness.config import CheckpointConfig, load
+from llm_gym.harness.batching.shards import pack_shard
+from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.data.sft_examples import encode
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.loops.sft import SFTConfig, SFTEvalConfig, held_out_loss, indices, prepare, sft
 from llm_gym.harness.model.loading import LoraConfig, load_model, new_model
+from llm_gym.harness.settings import load
 
 INIT = {
     "model_type": "qwen3",
@@ -279,7 +281,7 @@ def test_held_out_tokens_of_other_processes_count() -> None:
     sums = {}
     for rank in range(2):
         learner.world = Told(rank, 2, lambda value: [value, value])
-        share = learner.world.pack(rows, max_tokens=150)
+        share = pack_shard(learner.world, rows, max_tokens=150)
         learner.world = Told(rank, 2, lambda value: [value, {"loss": 7.0}])
         sums[rank] = held_out_loss(learner, share)["eval/loss"] * share.tokens - 7.0
         assert 0 < sums[rank] / share.tokens < whole["eval/loss"]

@@ -19,9 +19,9 @@ from llm_gym.chat import load_tokenizer
 from llm_gym.core import Row
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.config import DistillConfig
 from llm_gym.harness.loops.teacher import (
     UNKNOWN,
-    DistillConfig,
     LocalTeacher,
     ServedTeacher,
     apart,

@@ -12,9 +12,9 @@ import pytest
 from llm_gym import report
 from llm_gym.cli.train import closing
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.config import dump
 from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.harness.runs.verdict import LEAST, MOVED, warnings
+from llm_gym.harness.settings import dump
 
 
 def rows(start: float, end: float, *, steps: int = 60, noise: float = 0.04, seed: int = 0, **more: Any) -> list[dict]:

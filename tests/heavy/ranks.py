@@ -23,7 +23,8 @@ from test_presets import prepared  # noqa: E402
 
 from llm_gym.harness.algorithms.presets import PRESETS  # noqa: E402
 from llm_gym.harness.batching.packing import Batch, pack  # noqa: E402
-from llm_gym.harness.config import TrainConfig, load  # noqa: E402
+from llm_gym.harness.batching.shards import pack_shard  # noqa: E402
+from llm_gym.harness.config import TrainConfig  # noqa: E402
 from llm_gym.harness.distributed.fsdp import split_as, whole  # noqa: E402
 from llm_gym.harness.distributed.world import ParallelConfig, World, connect  # noqa: E402
 from llm_gym.harness.learner.learner import Learner  # noqa: E402
@@ -32,6 +33,7 @@ from llm_gym.harness.learner.weights import restore, save  # noqa: E402
 from llm_gym.harness.model.loading import prepare  # noqa: E402
 from llm_gym.harness.model.lora import LoraConfig  # noqa: E402
 from llm_gym.harness.model.memory import MemoryConfig, economise  # noqa: E402
+from llm_gym.harness.settings import load  # noqa: E402
 
 
 def start(command: Sequence[str], size: int, **popen: Any) -> list[subprocess.Popen[str]]:
@@ -121,7 +123,7 @@ def two_steps(case: Case, world: World, share: str) -> dict[str, Any]:
                 gradients.setdefault(name, whole(parameter.grad).clone())
 
     learner.optimizers[0].register_step_pre_hook(keep)
-    batch = world.pack(rows, max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
+    batch = pack_shard(world, rows, max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
     if case.sets[:1] == ("loss.correction.name=mis",):
         batch = learner.remember(batch)
     metrics = [learner.step(batch), learner.step(batch)]

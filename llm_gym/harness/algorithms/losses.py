@@ -21,8 +21,8 @@ from torch import Tensor
 from llm_gym.errors import ConfigError, place, unknown
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig
 from llm_gym.harness.algorithms.kl import KL
+from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.algorithms.streams import Streams, same_shape, sequence_mean
-from llm_gym.harness.batching.packing import NORMALISERS
 from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.registry import by_name, want_shape
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,7 +27,6 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from llm_gym.errors import PolicyError, RankError
-from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack
 from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.distributed.heartbeat import Watch
 
@@ -164,41 +163,6 @@ class World:
 
     # Training
 
-    def pack(self, rows: Sequence[Sample], *, max_tokens: int, **how: Any) -> Batch:
-        """`batching.pack`, of which this rank keeps its share: the same total on every rank, micro-batches dealt.
-
-        Denominators are those of all rows. The token budget is the smallest of any rank, and no more than makes a
-        micro-batch for each of them.
-        """
-        max_tokens = min(self.gather(max_tokens, "packing"))
-        batch = pack(rows, max_tokens=max_tokens, **how)
-        if self.size == 1 or not batch.micro:
-            return batch
-        fair = -(-sum(len(m.tokens) for m in batch.micro) // self.size)
-        if fair < max_tokens:
-            batch = pack(rows, max_tokens=fair, **how)
-        return replace(batch, micro=self._share(batch.micro))
-
-    def _share(self, micro: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """The largest micro-batch first, each to the rank with the fewest tokens so far."""
-        loads, mine = [0] * self.size, []
-        for i in sorted(range(len(micro)), key=lambda i: -len(micro[i].tokens)):
-            rank = loads.index(min(loads))
-            loads[rank] += len(micro[i].tokens)
-            if rank == self.rank:
-                mine.append(i)
-        return tuple(micro[i] for i in sorted(mine))
-
-    def idle(self, passes: int) -> list[MicroBatch]:
-        """Micro-batches of weight 0: what this rank must run beside its `passes` so that all run equally often.
-
-        A pass through a sharded model gathers weights from all ranks, so a rank with less work, or none, must take
-        part. Elsewhere there are none. To be asked before the first pass.
-        """
-        if not self.sharded:
-            return []
-        return [_nothing()] * (max(self.gather(passes, "counting micro-batches")) - passes)
-
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Adds up every rank's gradients; sharded ones are already summed by their backward pass.
 
@@ -313,12 +277,6 @@ def here() -> tuple[int, int]:
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def _nothing() -> MicroBatch:
-    """One token that weighs nothing."""
-    zero, zeros = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-    return MicroBatch(zero, zero, (1,), zero, zero, zeros, zeros, zeros, zero)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

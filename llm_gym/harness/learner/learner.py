@@ -19,6 +19,7 @@ from llm_gym.harness.algorithms.kl import k3, kl_loss, kl_to_go
 from llm_gym.harness.algorithms.losses import LossConfig, loss_function
 from llm_gym.harness.algorithms.streams import Streams
 from llm_gym.harness.batching.packing import Batch, MicroBatch
+from llm_gym.harness.batching.shards import dummy_batches
 from llm_gym.harness.distributed.fsdp import gathered, is_sharded, shard
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.learner.memory_probe import all_or_nothing
@@ -109,7 +110,7 @@ class Learner:
             ShortOfMemory: a micro-batch does not fit; nothing has changed (see `budget`).
         """
         totals: dict[str, float] = {}
-        peak_gap, idle = 0.0, self.world.idle(len(batch.micro))
+        peak_gap, idle = 0.0, dummy_batches(self.world, len(batch.micro))
         with all_or_nothing(self.model):
             for micro in batch.micro:
                 sums = self._backward(micro.to(self.device), temperature)
@@ -136,7 +137,7 @@ class Learner:
 
     def remember(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
         """The batch with this model's log-probabilities as its proximal ones; before the first of several updates."""
-        idle = self.world.idle(len(batch.micro))
+        idle = dummy_batches(self.world, len(batch.micro))
         known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in (*batch.micro, *idle)]
         known = known[: len(batch.micro)]
         return replace(batch, micro=tuple(replace(m, proximal=p) for m, p in zip(batch.micro, known, strict=True)))

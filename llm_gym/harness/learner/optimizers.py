@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from llm_gym.errors import ConfigError, Diverged, unknown
 from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.distributed.fsdp import whole, whole_steps
+from llm_gym.harness.registry import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +212,3 @@ def check_optimizer(settings: OptimizerConfig) -> None:
         ConfigError: it is not installed.
     """
     require(OPTIMIZERS[settings.name].package, f"optimizer.name: {settings.name!r}")
-
-
-def require(package: str | None, what: str) -> None:
-    """One sentence if `what` needs an optional package that is not installed.
-
-    Raises:
-        ConfigError: that sentence.
-    """
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{what} needs {package}, which is not installed: pip install {package}")

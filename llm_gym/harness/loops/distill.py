@@ -19,10 +19,9 @@ from llm_gym.core import Group
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import Batch, MicroBatch
-from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.config import DistillConfig, TrainConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.teacher import (
-    DistillConfig,
     Indifferent,
     LocalTeacher,
     ServedTeacher,
@@ -31,10 +30,10 @@ from llm_gym.harness.loops.teacher import (
 )
 from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.devices import device_of
+from llm_gym.harness.model.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import config_of
 from llm_gym.harness.runs.lineage import model_path
-from llm_gym.harness.weight_sync.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.tokenizer import load_tokenizer
 
 NO_TEACHER = (

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
-from llm_gym.harness.config import TrainConfig, dump, load, to_dict
+from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.world import ParallelConfig, World, connect, here
 from llm_gym.harness.loops.distill import check_distill, trainer_of
 from llm_gym.harness.loops.preparation import prepare_run
@@ -33,6 +33,7 @@ from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import STAGES, locate, model_path
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of, write_atomically
+from llm_gym.harness.settings import dump, load, to_dict
 from llm_gym.templates import read_template
 from llm_gym.tokenizer import load_tokenizer
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import AdvantageFn, advantage
 from llm_gym.harness.data.filters import Selection
-from llm_gym.harness.data.mixture import Arena, arenas, exams_of, selection_of
+from llm_gym.harness.data.mixture import Arena
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import Exam
 from llm_gym.harness.learner.optimizers import check_optimizer
+from llm_gym.harness.loops.environments import arenas, exams_of, selection_of
 from llm_gym.harness.loops.trials import learns_nothing, try_functions
 from llm_gym.harness.model.loading import check_model
 from llm_gym.harness.runs import loggers

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from llm_gym.errors import CheckpointError
-from llm_gym.harness.config import PolicyConfig, TrainConfig, load
+from llm_gym.harness.config import PolicyConfig, TrainConfig
 from llm_gym.harness.distributed.fsdp import read_parts
 from llm_gym.harness.evaluation.evaluator import EvalConfig
 from llm_gym.harness.learner.weights import PARTS, STATE, read_tensors, restore, save
@@ -27,6 +27,7 @@ from llm_gym.harness.loops.distill import trainer_of
 from llm_gym.harness.loops.trainer import Observer, Trainer
 from llm_gym.harness.runs.loggers import LogConfig
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of
+from llm_gym.harness.settings import load
 from llm_gym.tokenizer import load_tokenizer
 
 COMPARED = ("policy/", "sampler/", "tokens/trained")

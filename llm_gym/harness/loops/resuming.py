@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.config import dump, load, to_dict
 from llm_gym.harness.runs.run_folder import RunFolder, step_of
+from llm_gym.harness.settings import dump, load, to_dict
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from llm_gym.core import Row
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import Batch, Sample
-from llm_gym.harness.config import dump
+from llm_gym.harness.batching.shards import dummy_batches, pack_shard
 from llm_gym.harness.data.sft_examples import Example, encode, encode_all, load_examples
 from llm_gym.harness.distributed.fsdp import is_sharded
 from llm_gym.harness.distributed.world import World, connect
@@ -44,6 +44,7 @@ from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.model.layers import base_of
 from llm_gym.harness.model.loading import check_model, load_model, merged, new_model
 from llm_gym.harness.runs.run_folder import Follower, RunFolder
+from llm_gym.harness.settings import dump
 
 MODEL = "model"
 """Folder of the finished model, in the run folder."""
@@ -203,7 +204,7 @@ def held_out_loss(learner: Learner, batch: Batch) -> dict[str, float]:
 
     Every token weighs the same, so the numbers do not depend on how the set was packed, or dealt to processes.
     """
-    idle, total = learner.world.idle(len(batch.micro)), 0.0
+    idle, total = dummy_batches(learner.world, len(batch.micro)), 0.0
     for micro in batch.micro:
         logprobs, _ = learner.logprobs(micro, entropy=False)
         total -= float(logprobs.double().sum())
@@ -270,7 +271,9 @@ def _held_out(config: SFTConfig, tokenizer: Any) -> list[Row]:
 
 def _pack(budget: Budget, rows: Sequence[Row]) -> Batch:
     """This process's share of the rows, packed."""
-    return budget.learner.world.pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget.tokens)
+    return pack_shard(
+        budget.learner.world, [Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget.tokens
+    )
 
 
 def _model(config: SFTConfig, world: World, model: Any) -> Any:

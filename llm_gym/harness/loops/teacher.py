@@ -10,18 +10,17 @@ import asyncio
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.batching.packing import MicroBatch
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.model.divergence import Head, top_logprobs
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Body, load_model
-from llm_gym.harness.weight_sync.divergence import Head, top_logprobs
 from llm_gym.policies.http import Loop, Remote, RemoteError, delay
 from llm_gym.tokenizer import load_tokenizer
 
@@ -31,37 +30,6 @@ PROBES = ("Hello, world! 2+2=4\n\n\tdef f(x):", "Füße 東京 🙂 \u00a0naïve
 """Texts that tell tokenizers apart."""
 ATTEMPTS, CONTROL = 6, 60.0
 """Tries of one request, and seconds that an answer about the server may take."""
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """On-policy distillation: the student samples in the environment, the teacher judges every token.
-
-    In place of the environment's reward; advantages and the loss's clipping do not apply to `top_k` and `full`.
-    """
-
-    teacher: str = ""
-    """Folder, hub id or run folder of the teacher; or addresses of vLLM servers (`http://...`, separated by commas)."""
-    kl: Literal["sampled", "top_k", "full"] = "sampled"
-    """`full`: the exact reverse KL of every position (a local teacher). `top_k`: over the teacher's likeliest tokens
-    and all others as one. `sampled`: the policy gradient with advantage log q - log p of each sampled token."""
-    top_k: Annotated[int, Within("[1, inf)")] = 16
-    """Tokens of `top_k`; vLLM servers give 20 at most unless started with a larger `max_logprobs`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of a local teacher's weights; `auto`: bfloat16 on CUDA."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "distill")
-        if self.served and self.kl == "full":
-            raise ConfigError(
-                "distill.kl: 'full' needs the teacher's whole distribution, which no server sends; "
-                "pass top_k or sampled, or a local teacher."
-            )
-
-    @property
-    def served(self) -> bool:
-        """Whether the teacher is behind servers."""
-        return self.teacher.startswith(("http://", "https://"))
 
 
 class Teacher(Protocol):

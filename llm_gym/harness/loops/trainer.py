@@ -19,8 +19,8 @@ from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.errors import CheckpointError, TrainingError
 from llm_gym.harness.algorithms.rewards import RewardWatch, rewards_of
 from llm_gym.harness.batching.packing import Batch, Floats, samples
-from llm_gym.harness.config import TrainConfig, dump, to_dict
-from llm_gym.harness.data import mixture
+from llm_gym.harness.batching.shards import pack_shard
+from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.data.filters import Harvest
 from llm_gym.harness.data.mixture import Drivers, describe_each, scoring
 from llm_gym.harness.data.tasks import Task
@@ -30,6 +30,7 @@ from llm_gym.harness.evaluation.kl_from_start import kl_from_start
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.learner.weights import restore, save
+from llm_gym.harness.loops.environments import best_metric, eval_reward
 from llm_gym.harness.loops.preparation import prepare_run
 from llm_gym.harness.loops.resuming import open_run
 from llm_gym.harness.model.devices import device_of
@@ -39,6 +40,7 @@ from llm_gym.harness.runs import loggers, provenance
 from llm_gym.harness.runs.metrics import clock, combine, describe, speeds, staleness
 from llm_gym.harness.runs.run_folder import Follower, RunFolder
 from llm_gym.harness.runs.verdict import MOVED, alarms
+from llm_gym.harness.settings import dump, to_dict
 from llm_gym.harness.weight_sync.sync import Sync
 from llm_gym.models.loading import set_threads
 from llm_gym.rollouts.driver import Driver, OnEpisode
@@ -253,7 +255,8 @@ class Trainer:
     def pack(self, groups: Sequence[Group], advantages: Floats) -> Batch:
         """Groups as packed micro-batches."""
         loss = self.config.loss
-        return self.world.pack(
+        return pack_shard(
+            self.world,
             samples(groups, advantages, train_truncated=self.config.truncated == "train"),
             max_tokens=self.budget.tokens,
             normaliser=loss.normaliser,
@@ -285,7 +288,7 @@ class Trainer:
             row, transcripts = self.evaluation(self._play)
         for name, episodes in transcripts.items():
             self.run.write_episodes("_".join(filter(None, (f"eval_{self.step:06d}", name))), episodes)
-        return {**row, **mixture.eval_reward(self.arenas, row), **times} if row else {}
+        return {**row, **eval_reward(self.arenas, row), **times} if row else {}
 
     def moved(self) -> dict[str, float]:
         """Where an evaluation follows: how far the policy is from its start, on what the first step sampled."""
@@ -350,7 +353,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the run keeps its best step, and that is the one just written."""
-        best = lambda: self.run.best(mixture.best_metric(self.arenas)) == self.step  # noqa: E731
+        best = lambda: self.run.best(best_metric(self.arenas)) == self.step  # noqa: E731
         return self.config.checkpoint.keep_best and self.world.first(best, "choosing the best step")
 
     def _write(self, row: Mapping[str, Any]) -> None:

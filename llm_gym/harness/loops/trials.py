@@ -19,9 +19,9 @@ from llm_gym.harness.algorithms.advantages import ADVANTAGES, AdvantageFn, advan
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, importance_weights
 from llm_gym.harness.algorithms.kl import KL, kl_loss
 from llm_gym.harness.algorithms.losses import LOSSES, LossConfig, loss_function
+from llm_gym.harness.algorithms.normalisers import NORMALISERS, normaliser_of
 from llm_gym.harness.algorithms.rewards import Rewards
 from llm_gym.harness.algorithms.streams import Streams
-from llm_gym.harness.batching.packing import NORMALISERS, normaliser_of
 from llm_gym.harness.data.curriculum import CURRICULA, CurriculumConfig
 from llm_gym.harness.data.filters import FILTERS, filters
 from llm_gym.harness.registry import attempt, by_name

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.bounds import Within, check_bounds
-from llm_gym.harness.learner.optimizers import require
 from llm_gym.harness.model.layers import decoder_layers, parse_layers
+from llm_gym.harness.registry import require
 from llm_gym.models.folding import base_of, beneath, places, plain_tensors
 from llm_gym.models.plain import HELD, full_precision, plain_class, plain_config
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from llm_gym import embedded
 from llm_gym.chat import load_chat
 from llm_gym.errors import CheckpointError, ConfigError, TemplateError, unknown
+from llm_gym.harness.runs.lineage import Source, locate
 from llm_gym.harness.runs.model_card import card
 from llm_gym.harness.runs.run_folder import put
-from llm_gym.harness.runs.lineage import Source, locate
 from llm_gym.models.plain import BASE, fold, is_adapter
 from llm_gym.tokenizer import declared_stops, load_tokenizer
 

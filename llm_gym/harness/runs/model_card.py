@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 import llm_gym
-from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.harness.runs.lineage import Source, lineage
+from llm_gym.harness.runs.run_folder import RunFolder
 
 EMBEDDED = "the embedded model of llm_gym"
 VERBS = {"sft": "supervised fine-tuning", "train": "reinforcement learning", "distill": "on-policy distillation"}

@@ -1,0 +1,220 @@
+"""One typed, frozen configuration: dataclasses in Python, YAML on disk, `a.b=c` on the command line.
+
+`load` builds any frozen dataclass (nested ones included) from a mapping; a key that does not exist or
+a value of the wrong type is refused with one sentence before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from llm_gym.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:
+    """Builds a configuration: defaults, a preset, the YAML file, keyword arguments, `a.b=c` strings; the last wins.
+
+    `preset` (in the file, the keywords or the strings) names a row of `cls.presets`; it is no setting itself.
+
+    Args:
+        cls: a (frozen) dataclass such as `TrainConfig`.
+        file: a YAML file.
+        sets: assignments with dotted keys; values are YAML scalars.
+        given: top-level fields; None means "not given".
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    data = _read(Path(file)) if file is not None else {}
+    data |= {key: value for key, value in given.items() if value is not None}
+    assigned = [_assignment(text) for text in sets]
+    named = [value for path, value in assigned if path == ["preset"]]
+    data = _with_preset(cls, data | ({"preset": named[-1]} if named else {}))
+    for path, value in assigned:
+        if path != ["preset"] or "preset" in data:  # a class without presets does not know it
+            _assign(data, path, value)
+    return from_dict(cls, data)
+
+
+def parse_scalar(text: str) -> Any:
+    """A YAML scalar or flow collection; text that is no YAML is a string, and `1e-4` is a number.
+
+    YAML's other surprises stay text as well: `-` and `a: b` (collections), `12:30` (a number in base 60), dates.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        return _number(value) if value == text.strip() else value
+    if isinstance(value, list | dict):
+        return value if text.lstrip()[0] in "[{" else text
+    return value if isinstance(value, bool | int | float | None) and ":" not in text else text
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | None = None) -> T:
+    """A dataclass from a mapping, nested ones included; what the mapping leaves out is as in `over`, or default.
+
+    Raises:
+        ConfigError: names the key, the value received and the nearest valid one.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    base = {name: getattr(over, name) for name in names} if over is not None else _section_defaults(cls)
+    for key in data:
+        if key not in names:
+            raise ConfigError(unknown("configuration key", f"{where}{key}", [f"{where}{name}" for name in names]))
+    given = {key: _coerce(value, hints[key], f"{where}{key}", base.get(key)) for key, value in data.items()}
+    try:
+        return cls(**(base | given))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain form of a configuration, complete, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def dump(config: Any) -> str:
+    """YAML that `load` reads back to an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"config file: cannot read {str(file)!r} ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file: {str(file)!r} is not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file: {str(file)!r} holds a {type(data).__name__}, want a mapping of settings.")
+    return data
+
+
+def _assignment(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` as a path and a value."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set: got {text!r}, want key=value such as loss.clip_high=0.28.")
+    return key.strip().split("."), parse_scalar(value)
+
+
+def _with_preset(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings over those of the preset that they name: sections setting by setting, all else (`filters`) whole."""
+    presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "presets", {})
+    if "preset" not in data or not presets:
+        return dict(data)
+    name = data["preset"]
+    if name not in presets:
+        raise ConfigError(unknown("preset", name, presets))
+    under, over = presets[name], {key: value for key, value in data.items() if key != "preset"}
+    both = [key for key in _section_defaults(cls) if isinstance(over.get(key), Mapping) and key in under]
+    return {**under, **over, **{key: {**under[key], **over[key]} for key in both}}
+
+
+def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        data = data[key]
+    data[path[-1]] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) and "_" not in text else text
+    except ValueError:
+        return text
+
+
+def _section_defaults(cls: type[Any]) -> dict[str, Any]:
+    """The nested sections as they are by default: a section given in part changes only that part."""
+    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
+    return {name: value for name, value in made.items() if dataclasses.is_dataclass(value)}
+
+
+def _coerce(value: Any, hint: Any, where: str, over: Any = None) -> Any:
+    """`value` as the annotated type, or a ConfigError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, args, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(unknown(where, value, map(str, args)))
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        _require(isinstance(value, Mapping), where, value, "a mapping of settings")
+        return from_dict(typing.cast(type, hint), value, f"{where}.", over)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), where, value, "a list")
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        _require(inner is not None or len(value) == len(args), where, value, f"{len(args)} values")
+        return tuple(_coerce(v, inner or args[i], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping), where, value, "a mapping")
+        return dict(value)
+    return _coerce_scalar(value, hint, where)
+
+
+def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    concrete = [option for option in options if option is not type(None)]
+    if len(concrete) == 1:
+        return _coerce(value, concrete[0], where)
+    for option in concrete:
+        with suppress(ConfigError):
+            return _coerce(value, option, where)
+    raise ConfigError(f"{where}: got {value!r}, want {' or '.join(map(_words, concrete))}.")
+
+
+def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float:
+        value = _number(value) if isinstance(value, str) else value
+        _require(isinstance(value, int | float) and not isinstance(value, bool), where, value, _words(hint))
+        return float(value)
+    if hint is int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        _require(whole and not isinstance(value, bool), where, value, _words(hint))
+        return int(value)
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # what YAML read as a number, such as the layers -4
+    if hint in (bool, str):
+        _require(isinstance(value, hint), where, value, _words(hint))
+    return value
+
+
+def _words(hint: Any) -> str:
+    """What a person is to give for a type."""
+    known = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    return known.get(hint) or ", ".join(o for o in typing.get_args(hint) if isinstance(o, str)) or "a list"
+
+
+def _require(ok: bool, where: str, value: Any, want: str) -> None:
+    if not ok:
+        raise ConfigError(f"{where}: got {value!r}, want {want}.")
