@@ -6,10 +6,10 @@ are imported when they are first used, so that this costs no torch and no transf
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_gym.envs import register
+from llm_gym.lazy import forward_moved, names
 
 if TYPE_CHECKING:
     from llm_gym.chat import Chat, load_chat, load_tokenizer
@@ -35,8 +35,6 @@ _MODULES = {
     "testing": ("check_environment",),
     "vector": ("TextVectorEnv",),
 }
-_HOME = {name: f"llm_gym.{module}" for module, names in _MODULES.items() for name in names}
-
 __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
     "Chat", "load_chat", "load_tokenizer",
     "Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn",
@@ -44,15 +42,8 @@ __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
 ]  # fmt: skip
 
 register()
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'llm_gym' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+forward_moved()
+__getattr__ = names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:
