@@ -14,6 +14,7 @@ growth of the resident set at its peak.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,12 +33,12 @@ from head import Memory, clock
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from llm_gym.core import Row
 from llm_gym.embedded import PATH
-from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.heads import token_loss
 from llm_gym.harness.model.loading import prepare
+from llm_gym.harness.types import TrainSequence
 
 Update = tuple[Callable[[], None], Callable[[], None]]
 """What is measured, and what clears its gradients after it."""
@@ -61,7 +62,7 @@ def qwen3(vocabulary: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).float()
 
 
-def rollout(vocabulary: int, prompts: int, group: int, even: bool) -> tuple[list[Row], np.ndarray]:
+def rollout(vocabulary: int, prompts: int, group: int, even: bool) -> tuple[list[TrainSequence], np.ndarray]:
     """Random rows as an engine would have sampled them, and their advantages."""
     rng = np.random.default_rng(0)
     rows = []
@@ -70,14 +71,12 @@ def rollout(vocabulary: int, prompts: int, group: int, even: bool) -> tuple[list
         for _ in range(group):
             length = COMPLETION if even else int(rng.integers(COMPLETION // 4, COMPLETION + 1))
             tokens = np.concatenate([prompt, rng.integers(0, vocabulary, length)]).astype(np.int32)
-            trained = np.arange(len(tokens)) >= PROMPT
-            logprobs = np.where(trained, -np.log(vocabulary), 0).astype(np.float32)
-            turns = np.where(trained, 0, -1).astype(np.int32)
-            rows.append(Row(tokens, trained, logprobs, turns, turns))
+            known = {"old_logprobs": np.full(length, -np.log(vocabulary), np.float32)}
+            rows.append(TrainSequence(tokens, np.arange(PROMPT, len(tokens)), known))
     return rows, rng.standard_normal(len(rows))
 
 
-def trl_update(vocabulary: int, rows: list[Row], advantages: np.ndarray) -> Update:
+def trl_update(vocabulary: int, rows: list[TrainSequence], advantages: np.ndarray) -> Update:
     """Loss and backward of TRL's trainer on the rows."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -124,11 +123,14 @@ def trl_update(vocabulary: int, rows: list[Row], advantages: np.ndarray) -> Upda
     return update, model.zero_grad
 
 
-def our_update(vocabulary: int, rows: list[Row], advantages: np.ndarray) -> Update:
+def our_update(vocabulary: int, rows: list[TrainSequence], advantages: np.ndarray) -> Update:
     """Loss and backward of our learner on the rows."""
     learner = Learner(prepare(qwen3(vocabulary)))
-    samples = [Sample(row, float(a), i) for i, (row, a) in enumerate(zip(rows, advantages, strict=True))]
-    batch = pack(samples, max_tokens=16384, share=True)
+    credited = [
+        replace(row, streams={**row.streams, "advantages": np.full(len(row.trained), a)}, episode=i)
+        for i, (row, a) in enumerate(zip(rows, advantages, strict=True))
+    ]
+    batch = pack(credited, max_tokens=16384, share=True)
 
     def update() -> None:
         for micro in batch.micro:
@@ -197,7 +199,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows, advantages = rollout(args.vocabulary, args.prompts, args.group, args.even)
-    tokens = sum(int(r.trained.sum()) for r in rows)
+    tokens = sum(len(r.trained) for r in rows)
     if not args.heads:
         updates = {
             "TRL": trl_update(args.vocabulary, rows, advantages),

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from llm_gym.core import Row
-from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.model.loading import Body, prepare
+from llm_gym.harness.types import MicroBatch, TrainSequence
 
 VOCABULARY = 32_000
 WAYS = ("padded", "packed", "cat", "merge")
@@ -65,13 +65,11 @@ def shapes() -> dict[str, list[np.ndarray]]:
     }
 
 
-def samples(rows: list[np.ndarray]) -> list[Sample]:
+def samples(rows: list[np.ndarray]) -> list[TrainSequence]:
     """Rows whose last token only is trained: what is computed is all but that one."""
     made = []
     for i, tokens in enumerate(rows):
-        trained = np.arange(len(tokens)) == len(tokens) - 1
-        zeros = np.zeros(len(tokens))
-        made.append(Sample(Row(tokens, trained, zeros.astype(np.float32), *2 * [zeros.astype(np.int32)]), 1.0, i))
+        made.append(TrainSequence(tokens, np.array([len(tokens) - 1]), {"old_logprobs": np.zeros(1)}, i))
     return made
 
 
@@ -100,7 +98,7 @@ class Way:
         self.name, self.body = name, body
         self.batch: MicroBatch
         (self.batch,) = pack(samples(rows), max_tokens=10**9, share=name in ("cat", "merge")).micro
-        count = len(self.batch.target)
+        count = self.batch.trained
         self.weight = torch.randn(count, body.config.hidden_size, generator=torch.Generator().manual_seed(1))
 
     @property
@@ -119,8 +117,8 @@ class Way:
             body.causal.set_attn_implementation("llm_gym")
             body.form = "cat" if self.name == "cat" else "merge"
             hidden = body._packed(batch)
-        picked = hidden.index_select(0, batch.source)
-        order = batch.target.argsort()  # the same rows whatever the layout (targets of random rows differ)
+        picked = hidden.index_select(0, batch.streams["source"])
+        order = batch.streams["target"].argsort()  # the same rows whatever the layout (targets of random rows differ)
         (picked.index_select(0, order) * self.weight).sum().backward()
 
     def gradients(self) -> list[Tensor]:

@@ -22,9 +22,9 @@ episodes = llm_gym.rollout("Arithmetic-v0", policy, seeds=range(8), group_size=4
 for group in llm_gym.core.group(episodes, 4):
     print(f"seed {group.seed}: rewards {group.rewards.tolist()}")
 
-# 3. An episode is its ledger: the ids read and sampled, never tokenised again. A trainer reads its rows.
-(row,) = episodes[0].rows()
-print(f"{len(row.tokens)} tokens, {row.trained.sum()} of them sampled, by version {row.versions.max()}")
+# 3. An episode is a trajectory of the ids read and sampled, never tokenised again. A trainer reads it as it is.
+(trajectory,) = episodes[0].trajectories
+print(f"{len(trajectory.tokens)} tokens, {len(trajectory.sampled)} of them sampled, spans {trajectory.spans}")
 print(f"it ended as {episodes[0].stop_reason}; the model said {episodes[0].messages[-1]['content']!r}")
 
 # 4. A scripted policy is the double for tests, and anything with `complete` is a policy too.

@@ -13,7 +13,7 @@ from llm_gym.lazy import forward_moved, names
 
 if TYPE_CHECKING:
     from llm_gym.chat import Chat, load_chat, load_tokenizer
-    from llm_gym.core import Completion, Episode, Group, Message, Messages, Row, Sampling, StopReason, Turn
+    from llm_gym.core import Completion, Episode, Group, Message, Messages, Sampling, Span, StopReason, Trajectory, Turn
     from llm_gym.env import Reply, TextEnv
     from llm_gym.errors import LLMGymError
     from llm_gym.policies import make_policy
@@ -26,7 +26,18 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "chat": ("Chat", "load_chat", "load_tokenizer"),
-    "core": ("Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn"),
+    "core": (
+        "Completion",
+        "Episode",
+        "Group",
+        "Message",
+        "Messages",
+        "Sampling",
+        "Span",
+        "StopReason",
+        "Trajectory",
+        "Turn",
+    ),
     "env": ("Reply", "TextEnv"),
     "errors": ("LLMGymError",),
     "policies": ("make_policy",),
@@ -37,7 +48,7 @@ _MODULES = {
 }
 __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
     "Chat", "load_chat", "load_tokenizer",
-    "Completion", "Episode", "Group", "Message", "Messages", "Row", "Sampling", "StopReason", "Turn",
+    "Completion", "Episode", "Group", "Message", "Messages", "Sampling", "Span", "StopReason", "Trajectory", "Turn",
     "Reply", "TextEnv", "LLMGymError", "make_policy", "rollout", "Tokens", "check_environment", "TextVectorEnv",
 ]  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The nouns that travel: what a policy returns, what an episode was, what the trainer reads.
 
 Everything here is immutable, and everything downstream (advantages, packing, reports, replay)
-derives from this ledger. Nothing is ever re-tokenised: the ids in a `Turn` are the ids that the
-engine read and sampled.
+derives from this ledger. Nothing is ever re-tokenised: the ids in a `Trajectory` are the ids that the
+engine read and sampled, each of them once.
 """
 
 from __future__ import annotations
@@ -128,30 +128,68 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of a trajectory that the policy sampled: one completion."""
+
+    start: int
+    """Where it begins among the trajectory's own tokens."""
+    stop: int
+    """Where it ends."""
+    turn: int
+    """Its place among the completions of the episode, from 0."""
+    reward: float = 0.0
+    """Weighted reward of the step that it was."""
+    finish_reason: FinishReason = "stop"
+    """As in `Completion`."""
+    version: int = 0
+    """As in `Completion`."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """As in `Completion`; indices count from the span's first token."""
+    temperature: float = 1.0
+    """What the logits were divided by; 0: greedy."""
+    trained: bool = True
+    """Whether a step may train it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One uninterrupted sequence of tokens; an episode has one, unless its history was rewritten or branched."""
+
+    tokens: Ids
+    """Its own ids, int32 [n]: contexts and completions in turn, the last of which ends it."""
+    spans: tuple[Span, ...]
+    """What was sampled, in order; they do not overlap."""
+    streams: Mapping[str, npt.NDArray[np.float32]]
+    """What is known of each sampled token, float32 [m] each, m tokens in all spans. `logprobs`: the sampler's."""
+    parent: tuple[int, int] | None = None
+    """(number of an earlier trajectory of the episode, tokens of it) that it goes on from; None: from nothing."""
+    agent: str = ""
+    """Who speaks; empty where there is one only."""
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.float32]:
+        """The sampler's log-probabilities (nats), float32 [m]."""
+        return self.streams["logprobs"]
+
+    @property
+    def sampled(self) -> npt.NDArray[np.int64]:
+        """Where among its own tokens the sampled ones stand, int64 [m]."""
+        return np.concatenate([np.arange(s.start, s.stop) for s in self.spans] or [np.empty(0, np.int64)])
+
+    def of_tokens(self, name: str) -> npt.NDArray[Any]:
+        """A field of the spans for each sampled token, [m]."""
+        return np.repeat([getattr(s, name) for s in self.spans], [s.stop - s.start for s in self.spans])
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One exchange: the whole context shown, the completion sampled, the reward it earned."""
+    """A view of one exchange: the whole context shown, the completion sampled, the reward it earned."""
 
     prompt: Ids
     """The whole context, int32 [p]; it extends the previous turn's unless history was rewritten."""
     completion: Completion
-    reward: float
+    reward: float = 0.0
     """Weighted reward of this step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A training row: one uninterrupted token sequence of an episode, per-token streams of length n."""
-
-    tokens: Ids
-    """Ids, int32 [n]."""
-    trained: npt.NDArray[np.bool_]
-    """True where the policy sampled the token, bool [n]; prompts and tool results are False."""
-    logprobs: npt.NDArray[np.float32]
-    """The sampler's log-probabilities, float32 [n]; 0 where not trained."""
-    versions: npt.NDArray[np.int32]
-    """Version of the weights that sampled the token, int32 [n]; -1 where not trained."""
-    turns: npt.NDArray[np.int32]
-    """Index of the turn that sampled the token, int32 [n]; -1 where not trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +200,8 @@ class Episode:
     """The environment's id, or the name it was given in a mixture."""
     seed: int
     """The reset seed; episodes of one group share it."""
-    turns: tuple[Turn, ...]
+    trajectories: tuple[Trajectory, ...]
+    """Every token shown and sampled, once."""
     stop_reason: StopReason
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Reward components by name, summed over the episode, before weighting."""
@@ -180,80 +219,130 @@ class Episode:
     @property
     def reward(self) -> float:
         """The episode's return: the sum of its turns' weighted rewards."""
-        return float(sum(turn.reward for turn in self.turns))
+        return float(sum(span.reward for _, span in self.spans))
 
     @property
     def tokens_generated(self) -> int:
         """Sampled tokens."""
-        return sum(len(turn.completion.tokens) for turn in self.turns)
+        return sum(span.stop - span.start for _, span in self.spans)
 
-    def rows(self) -> list[Row]:
-        """The episode as training rows: one, unless the environment rewrote its history."""
-        rows: list[list[tuple[int, Turn]]] = []
-        known = np.empty(0, np.int32)
-        for index, turn in enumerate(self.turns):
-            if not rows or not is_prefix(known, turn.prompt):
-                rows.append([])
-            rows[-1].append((index, turn))
-            known = np.concatenate([turn.prompt, turn.completion.tokens])
-        return [_merge(turns) for turns in rows]
+    @property
+    def spans(self) -> list[tuple[int, Span]]:
+        """(number of its trajectory, span) of every completion, in the order of turns."""
+        found = [(i, span) for i, trajectory in enumerate(self.trajectories) for span in trajectory.spans]
+        return sorted(found, key=lambda pair: pair[1].turn)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form; `from_dict` gives back an equal episode, float32 values bit for bit."""
-        return {
-            "env_id": self.env_id,
-            "seed": self.seed,
-            "member": self.member,
-            "task": self.task,
-            "reward": self.reward,
-            "rewards": dict(self.rewards),
-            "stop_reason": str(self.stop_reason),
-            "error": self.error,
-            "seconds": self.seconds,
-            "messages": list(self.messages),
-            "turns": [
-                {
-                    "prompt": turn.prompt.tolist(),
-                    "tokens": turn.completion.tokens.tolist(),
-                    "logprobs": turn.completion.logprobs.tolist(),
-                    "finish_reason": turn.completion.finish_reason,
-                    "version": turn.completion.version,
-                    "updates": [list(update) for update in turn.completion.updates],
-                    "reward": turn.reward,
-                }
-                for turn in self.turns
-            ],
-        }
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The exchanges in order; arrays are views into the trajectories where nothing was branched."""
+        return tuple(self._turn(i, span) for i, span in self.spans)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Episode:
-        """The inverse of `to_dict`."""
-        turns = tuple(
-            Turn(
-                np.asarray(turn["prompt"], np.int32),
-                Completion(
-                    np.asarray(turn["tokens"], np.int32),
-                    np.asarray(turn["logprobs"], np.float32),
-                    turn["finish_reason"],
-                    turn["version"],
-                    tuple((start, version) for start, version in turn.get("updates", ())),
-                ),
-                turn["reward"],
+    def sequence(self, number: int) -> Ids:
+        """All tokens of a trajectory, those before its branch included, int32 [n]."""
+        own = self.trajectories[number]
+        if own.parent is None:
+            return own.tokens
+        parent, length = own.parent
+        return np.concatenate([self.sequence(parent)[:length], own.tokens])
+
+    def _turn(self, number: int, span: Span) -> Turn:
+        own = self.trajectories[number]
+        before = own.parent[1] if own.parent else 0
+        at = sum(s.stop - s.start for s in own.spans if s.start < span.start)
+        logprobs = own.logprobs[at : at + span.stop - span.start]
+        said = Completion(own.tokens[span.start : span.stop], logprobs, span.finish_reason, span.version, span.updates)
+        return Turn(self.sequence(number)[: before + span.start], said, span.reward)
+
+
+class TrajectoryBuilder:
+    """Puts an episode's turns together as they are played; no token is held twice.
+
+    A context that extends the newest trajectory goes on with it. Any other begins a new one, as a branch of the
+    trajectory with which it has most in common.
+
+    >>> builder = TrajectoryBuilder()
+    >>> said = Completion(np.array([7], np.int32), np.zeros(1, np.float32), "stop")
+    >>> for context in ([1, 2], [1, 2, 7, 3], [1, 9]):
+    ...     builder.add(np.array(context, np.int32), said)
+    >>> [(t.tokens.tolist(), t.parent) for t in builder.build()]
+    [([1, 2, 7, 3, 7], None), ([9, 7], (0, 1))]
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[_Growing] = []
+        self._parents: list[tuple[int, int] | None] = []
+        self._spans: list[list[Span]] = []
+        self._logprobs: list[list[npt.NDArray[np.float32]]] = []
+        self.turns = 0
+        """Completions so far."""
+
+    def add(self, prompt: Ids, completion: Completion, reward: float = 0.0, *, temperature: float = 1.0) -> None:
+        """One turn: the whole context int32 [p], and what was sampled after it."""
+        if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):
+            shared = [(common_prefix(known.tokens, prompt), -i) for i, known in enumerate(self._sequences)]
+            length, earlier = max(shared, default=(0, 0))
+            self._parents.append((-earlier, length) if length else None)
+            self._sequences.append(_Growing(prompt))
+            self._spans.append([])
+            self._logprobs.append([])
+        known = self._sequences[-1]
+        known.append(prompt[len(known.tokens) :])
+        start = len(known.tokens) - self._before(-1)
+        known.append(completion.tokens)
+        said = completion.finish_reason, completion.version, completion.updates
+        self._spans[-1].append(Span(start, start + len(completion.tokens), self.turns, reward, *said, temperature))
+        self._logprobs[-1].append(completion.logprobs)
+        self.turns += 1
+
+    @property
+    def reward(self) -> float:
+        """Of all turns so far."""
+        return float(sum(span.reward for spans in self._spans for span in spans))
+
+    def build(self) -> tuple[Trajectory, ...]:
+        """The trajectories so far, in the order in which they began."""
+        return tuple(
+            Trajectory(
+                sequence.tokens[self._before(i) :].copy(),
+                tuple(self._spans[i]),
+                {"logprobs": np.concatenate(self._logprobs[i])},
+                self._parents[i],
             )
-            for turn in data["turns"]
+            for i, sequence in enumerate(self._sequences)
         )
-        return cls(
-            data["env_id"],
-            data["seed"],
-            turns,
-            StopReason(data["stop_reason"]),
-            data["rewards"],
-            tuple(data["messages"]),
-            data["member"],
-            data["error"],
-            data["seconds"],
-            data.get("task"),
-        )
+
+    def _before(self, number: int) -> int:
+        """Tokens of a trajectory that are its parent's."""
+        parent = self._parents[number]
+        return 0 if parent is None else parent[1]
+
+
+class _Growing:
+    """An array of ids with room at its end: to append costs what is appended."""
+
+    def __init__(self, tokens: Ids) -> None:
+        self._room, self._used = np.array(tokens, np.int32), len(tokens)
+
+    @property
+    def tokens(self) -> Ids:
+        return self._room[: self._used]
+
+    def append(self, tokens: Ids) -> None:
+        used = self._used + len(tokens)
+        if used > len(self._room):
+            room = np.empty(2 * used, np.int32)
+            room[: self._used] = self.tokens
+            self._room = room
+        self._room[self._used : used] = tokens
+        self._used = used
+
+
+def trajectories(turns: Iterable[Turn]) -> tuple[Trajectory, ...]:
+    """Turns as trajectories: of episodes that were put together otherwise than by playing."""
+    builder = TrajectoryBuilder()
+    for turn in turns:
+        builder.add(turn.prompt, turn.completion, turn.reward)
+    return builder.build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,16 +377,8 @@ def is_prefix(prefix: Sequence[int] | Ids, tokens: Sequence[int] | Ids) -> bool:
     return len(prefix) <= len(tokens) and np.array_equal(prefix, tokens[: len(prefix)])
 
 
-def _merge(turns: list[tuple[int, Turn]]) -> Row:
-    """Turns whose contexts extend one another, as one row."""
-    last = turns[-1][1]
-    tokens = np.concatenate([last.prompt, last.completion.tokens]).astype(np.int32)
-    trained = np.zeros(len(tokens), np.bool_)
-    logprobs = np.zeros(len(tokens), np.float32)
-    versions = np.full(len(tokens), -1, np.int32)
-    of_turn = np.full(len(tokens), -1, np.int32)
-    for index, turn in turns:
-        span = slice(len(turn.prompt), len(turn.prompt) + len(turn.completion.tokens))
-        trained[span], logprobs[span] = True, turn.completion.logprobs
-        versions[span], of_turn[span] = turn.completion.versions, index
-    return Row(tokens, trained, logprobs, versions, of_turn)
+def common_prefix(a: Ids, b: Ids) -> int:
+    """How many tokens two sequences begin with in common."""
+    n = min(len(a), len(b))
+    unlike = a[:n] != b[:n]
+    return int(unlike.argmax()) if unlike.any() else n

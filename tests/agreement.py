@@ -15,11 +15,12 @@ import torch
 from architectures import VOCABULARY, Variant
 from torch import Tensor
 
-from llm_gym.core import Completion, Ids, Row, Sampling
+from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import ConfigError, SettingError
-from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.loading import LoraConfig, export, plain_tensors, prepare
+from llm_gym.harness.types import TrainSequence
 from llm_gym.models.plain import as_saved
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
@@ -86,13 +87,13 @@ class Plain:
         return logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
     def gradient(self, kept: Iterable[tuple[Ids, Any]]) -> dict[str, Tensor | None]:
-        """Of `_weights` times the log-probabilities of the tokens chosen by each row's mask, by parameter."""
+        """Of `_weights` times the log-probabilities of the tokens at each row's places, by parameter."""
         total: dict[str, Tensor | None] = dict.fromkeys(dict(self.model.named_parameters()))
         for tokens, trained in kept:
             found = self.logprobs(tokens)
             wanted = {n: p for n, p in self.used.named_parameters() if p.requires_grad}
             targets = torch.from_numpy(np.asarray(tokens, np.int64))[1:]
-            loss = (found * _weights(targets))[torch.from_numpy(trained[1:])].sum()
+            loss = (found * _weights(targets))[trained - 1].sum()
             parts = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
             for name, part in zip(wanted, parts, strict=True):
                 if part is not None:
@@ -130,16 +131,14 @@ def rows(variant: Variant, *, seed: int = 0) -> list[tuple[Ids, int]]:
     return [(draw(n, after), len(after)) for after, n in shared] + [(draw(n), 1) for n in alone]
 
 
-def samples(kept: Iterable[tuple[Ids, int]], reference: Plain) -> list[Sample]:
+def samples(kept: Iterable[tuple[Ids, int]], reference: Plain) -> list[TrainSequence]:
     """Rows that carry their own right answer as the sampler's log-probabilities."""
     made = []
     for number, (tokens, prompt) in enumerate(kept):
-        trained = np.arange(len(tokens)) >= prompt
+        trained = np.arange(prompt, len(tokens))
         with torch.no_grad():
-            right = np.r_[0.0, reference.logprobs(tokens).numpy()]
-        turns = np.where(trained, 0, -1).astype(np.int32)
-        row = Row(tokens, trained, np.where(trained, right, 0).astype(np.float32), turns, turns)
-        made.append(Sample(row, 1.0, number))
+            right = reference.logprobs(tokens).numpy()[trained - 1].astype(np.float32)
+        made.append(TrainSequence(tokens, trained, {"old_logprobs": right, "advantages": np.ones(len(right))}, number))
     return made
 
 
@@ -153,13 +152,13 @@ def learner(variant: Variant) -> Measured:
     return _learned(Learner(prepare(model)), samples(rows(variant), reference))
 
 
-def _learned(learner: Learner, given: Sequence[Sample]) -> Measured:
+def _learned(learner: Learner, given: Sequence[TrainSequence]) -> Measured:
     """The largest error over budgets: all rows at once, some, each alone; as in training, and without a gradient."""
     error = 0.0
     for budget, grad in ((1 << 20, True), (80, False), (1, False)):
         for micro in pack(given, max_tokens=budget, share=learner.body.shares).micro:
             found, _ = learner.logprobs(micro, grad=grad)
-            error = max(error, _gap(found.detach().double(), micro.old_logprobs.double()))
+            error = max(error, _gap(found.detach().double(), micro.streams["old_logprobs"].double()))
     return Measured(error, _way(learner))
 
 
@@ -177,11 +176,11 @@ def gradient(variant: Variant) -> Measured:
     model = variant.model()
     reference = plain(model)
     given = samples(rows(variant), reference)
-    right = reference.gradient((s.row.tokens, s.row.trained) for s in given)
+    right = reference.gradient((s.tokens, s.trained) for s in given)
     learner = Learner(prepare(model))
     for micro in pack(given, max_tokens=200, share=learner.body.shares).micro:
         found, _ = learner.logprobs(micro, grad=True)
-        (found * _weights(micro.target)).sum().backward()  # type: ignore[no-untyped-call]
+        (found * _weights(micro.streams["target"])).sum().backward()  # type: ignore[no-untyped-call]
     pairs = [(p.grad, right[name]) for name, p in model.named_parameters()]
     zeros = [(torch.zeros(()) if a is None else a.double(), torch.zeros(()) if b is None else b) for a, b in pairs]
     off = sum(float((a - b).square().sum()) for a, b in zeros)

@@ -27,18 +27,18 @@ MUTANTS = (
     Mutant(
         "the loss depends on how the batch is split: each micro-batch is averaged on its own",
         "harness/learner/learner.py",
-        "return part.weight * losses",
-        "return losses / len(batch.target)",
+        'return part["weight"] * losses',
+        "return losses / batch.trained",
         (
             "harness/test_learner.py::test_the_gradient_does_not_depend_on_the_layout",
             "harness/test_presets.py::test_one_gradient_in_float64_whatever_the_layout[dapo-]",
         ),
     ),
     Mutant(
-        "the denominator is that of a micro-batch, not of the step",
+        "the denominator is that of a sequence, not of the step",
         "harness/batching/packing.py",
-        "np.repeat([row.weight for row in rows], trained)",
-        "np.full(sum(trained), 1.0 / sum(trained))",
+        '"weight": np.full(len(row.trained), weight)',
+        '"weight": np.full(len(row.trained), 1.0 / len(row.trained))',
         ("harness/test_batching.py::test_weights_do_not_depend_on_budget_or_order",),
     ),
     Mutant(
@@ -72,8 +72,8 @@ MUTANTS = (
     Mutant(
         "a failed rollout shifts the credit of those behind it",
         "harness/batching/packing.py",
-        "for episode, credit in zip(group.episodes, credits, strict=True):",
-        "for episode, credit in zip([e for e in group.episodes if not e.stop_reason.failed], credits):",
+        "for g, episode in enumerate(group.episodes):",
+        "for g, episode in enumerate([e for e in group.episodes if not e.stop_reason.failed]):",
         ("harness/test_batching.py::test_failed_episodes_leave_no_token_and_shift_nobody",),
     ),
     Mutant(
@@ -100,15 +100,15 @@ MUTANTS = (
     Mutant(
         "labels are not shifted",
         "harness/batching/packing.py",
-        "target=flat((s.row.tokens[s.row.trained] for s in samples), np.int64),",
-        "target=flat((s.row.tokens[np.flatnonzero(s.row.trained) - 1] for s in samples), np.int64),",
+        '"target": row.tokens[row.trained],',
+        '"target": row.tokens[row.trained - 1],',
         ("harness/test_learner.py::test_log_probabilities_are_transformers_own",),
     ),
     Mutant(
         "position ids start again behind a shared prompt",
         "harness/batching/packing.py",
-        "flat((np.arange(p.start, p.end) for p in pieces), np.int64)",
-        "flat((np.arange(p.end - p.start) for p in pieces), np.int64)",
+        "flat(np.arange(p.start, p.end) for p in pieces)",
+        "flat(np.arange(p.end - p.start) for p in pieces)",
         ("harness/test_sharing.py::test_every_trained_token_keeps_its_context",),
     ),
     Mutant(
@@ -149,10 +149,10 @@ MUTANTS = (
     ),
     Mutant(
         "pad == eos: the final stop token is masked away",
-        "core.py",
-        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n",
-        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n"
-        "        trained[span.stop - 1] = False\n",
+        "harness/batching/packing.py",
+        """        tokens, kept = episode.sequence(i), trajectory.of_tokens("trained")\n""",
+        """        tokens, kept = episode.sequence(i), trajectory.of_tokens("trained")\n"""
+        """        kept[[s.stop - s.start - 1 for s in trajectory.spans[:1]]] = False\n""",
         ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
     ),
     Mutant(
@@ -172,15 +172,15 @@ MUTANTS = (
     Mutant(
         "truncated episodes are trained where they should be masked",
         "harness/batching/packing.py",
-        "(not train_truncated and episode.stop_reason in cut)",
+        "(not train_truncated and episode.stop_reason in CUT)",
         "False",
         ("harness/test_batching.py::test_a_cut_episode_is_trained_unless_masked",),
     ),
     Mutant(
         "tool tokens are trained",
         "core.py",
-        "        trained[span], logprobs[span] = True, turn.completion.logprobs\n",
-        "        trained[len(turns[0][1].prompt) : span.stop], logprobs[span] = True, turn.completion.logprobs\n",
+        "        known.append(prompt[len(known.tokens) :])\n        start = len(known.tokens) - self._before(-1)\n",
+        "        start = len(known.tokens) - self._before(-1)\n        known.append(prompt[len(known.tokens) :])\n",
         ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
     ),
     Mutant(
@@ -208,9 +208,9 @@ MUTANTS = (
     Mutant(
         "history that the template rewrote is trained as if it had been the context",
         "core.py",
-        "if not rows or not is_prefix(known, turn.prompt):",
-        "if not rows:",
-        ("test_core.py::test_rewritten_history_opens_a_new_row",),
+        "if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):",
+        "if not self._sequences:",
+        ("test_core.py::test_rewritten_history_branches_where_it_departs",),
     ),
     Mutant(
         "the temperature is missing from the learner's log-probabilities",
@@ -334,8 +334,8 @@ MUTANTS = (
     Mutant(
         "versions are mixed inside a completion without notice",
         "core.py",
-        "versions[span], of_turn[span] = turn.completion.versions, index",
-        "versions[span], of_turn[span] = turn.completion.version, index",
+        "versions[start:] = version",
+        "versions[start:] = self.version",
         ("test_core.py::test_every_token_has_the_version_that_sampled_it",),
     ),
     Mutant(

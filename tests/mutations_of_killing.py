@@ -9,14 +9,14 @@ _GOES_ON = "harness/test_resuming.py::test_other_settings_count_from_the_next_st
 KILLING = (
     Mutant(
         "a place that cannot be written is a traceback",
-        "harness/checkpoint.py",
+        "harness/runs/run_folder.py",
         "except (OSError, SafetensorError) as error:\n        why",
         "except SafetensorError as error:\n        why",
         ("cli/test_cli_readonly.py::test_a_place_that_cannot_be_written_is_one_sentence[stages]",),
     ),
     Mutant(
         "a stage that is complete ignores other settings",
-        "harness/stages.py",
+        "harness/loops/pipeline.py",
         "if different or not complete(stage, folder):",
         "if not complete(stage, folder):",
         ("harness/test_stages.py::test_a_stage_that_is_complete_keeps_its_settings[2.group_size=8-words1]",),

@@ -21,7 +21,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from llm_gym.core import group
+from llm_gym.core import Episode, Trajectory, group
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import LLMGymError
 from llm_gym.harness import TrainConfig, load
@@ -300,7 +300,7 @@ def _check_equal_rewards(config: TrainConfig, folder: Path) -> None:
         return  # something else moves weights
     trainer = trainer_of(config)(config, out=folder / "equal", play=False)
     episodes = [
-        dataclasses.replace(e, rewards=dict.fromkeys(e.rewards, 1.0), turns=[_paying(turn) for turn in e.turns])
+        dataclasses.replace(e, rewards=dict.fromkeys(e.rewards, 1.0), trajectories=_paying(e))
         for e in RunFolder(folder / "whole").read_episodes("step_000001")
         if not e.stop_reason.failed
     ]
@@ -313,8 +313,12 @@ def _check_equal_rewards(config: TrainConfig, folder: Path) -> None:
         assert torch.equal(before[name], tensor), f"{name} moved although all rewards are equal"
 
 
-def _paying(turn: Any) -> Any:
-    return dataclasses.replace(turn, reward=1.0)
+def _paying(episode: Episode) -> tuple[Trajectory, ...]:
+    """Its trajectories with 1 for each turn."""
+    return tuple(
+        dataclasses.replace(t, spans=tuple(dataclasses.replace(span, reward=1.0) for span in t.spans))
+        for t in episode.trajectories
+    )
 
 
 def _stable(row: Mapping[str, Any]) -> dict[str, Any]:

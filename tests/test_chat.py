@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llm_gym.chat import SENTINEL, Chat, load_chat
-from llm_gym.core import Completion, Episode, Ids, StopReason, Turn
+from llm_gym.core import Completion, Ids, Turn, trajectories
 from llm_gym.errors import TemplateError
 from llm_gym.tokenizer import load_tokenizer
 
@@ -143,8 +143,8 @@ def test_trained_ids_are_the_sampled_ids(name: str, data: Any) -> None:
         assert isinstance(chat.text(reply), str)
         turns.append(Turn(context, Completion(reply, np.zeros(len(reply), np.float32), "stop"), 0.0))
         context = np.concatenate([context, reply, chat.extend(reply, [t.user(chat.text(reply) or "?")])])
-    (row,) = Episode("x", 0, tuple(turns), StopReason.ANSWERED).rows()
-    assert row.tokens[row.trained].tolist() == np.concatenate(sampled).tolist()
+    (played,) = trajectories(turns)
+    assert played.tokens[played.sampled].tolist() == np.concatenate(sampled).tolist()
 
 
 def replies(chat: Chat) -> st.SearchStrategy[Ids]:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import teacher_forced
 
 import llm_gym
-from llm_gym.core import Completion, Episode, Sampling, StopReason, group
+from llm_gym.core import Completion, Sampling, StopReason, group
+from llm_gym.episode_files import decode, encode
 from llm_gym.errors import RewardError, SettingError
 from llm_gym.policies import make_policy
 from llm_gym.policies.scripted import ScriptedPolicy
@@ -100,7 +101,7 @@ class TestOrder:
         assert episode.stop_reason is StopReason.ANSWERED
         assert episode.messages == ({"role": "user", "content": "turn 3"},)
         assert episode.env_id == "Counting"
-        assert len(episode.rows()) == 1
+        assert len(episode.trajectories) == 1
 
     def test_nobody_waits_for_anothers_turn(self):
         """Seed 0's policy call hangs until every other episode has ended: with a barrier none would."""
@@ -266,7 +267,7 @@ class TestFailures:
         assert [e.task for e in episodes] == [4, 4, None, None, 8, 8]
         assert [e.messages[0]["content"] for e in episodes[::2]][::2] == ["q4", "q8"]
         assert {e.env_id for e in episodes} == {"mine"}
-        assert [Episode.from_dict(e.to_dict()).task for e in episodes] == [e.task for e in episodes]
+        assert [decode(encode(e)).task for e in episodes] == [e.task for e in episodes]
 
     def test_settings_that_every_episode_would_run_into_are_raised(self):
         policy = said(1, 1)
@@ -526,10 +527,10 @@ class TestWithTheRealEngine:
         assert len({len(e.turns) for e in episodes}) == 5
         assert len({len(turn.completion.tokens) for e in episodes for turn in e.turns}) > 30
         for episode in episodes:
-            (row,) = episode.rows()
-            assert row.trained.sum() == episode.tokens_generated
-            want = teacher_forced(policy.model, row.tokens[:1], row.tokens[1:], temperature=3.0)
-            assert np.abs(want - row.logprobs[1:])[row.trained[1:]].max() < 3e-5
+            (played,) = episode.trajectories
+            assert len(played.sampled) == episode.tokens_generated
+            want = teacher_forced(policy.model, played.tokens[:1], played.tokens[1:], temperature=3.0)
+            assert np.abs(want[played.sampled - 1] - played.logprobs).max() < 3e-5
 
     def test_the_number_under_way_changes_nothing(self):
         exact = make_policy(None, dtype=torch.float64, device="cpu")

@@ -107,7 +107,7 @@ def read(folder: str | Path) -> Run:
 
 def episodes(file: Path) -> list[Record]:
     """The episodes of one file, whole lines only."""
-    return [record for record in _lines(file) if isinstance(record.get("turns"), list)]
+    return [record for record in _lines(file) if isinstance(record.get("trajectories", record.get("turns")), list)]
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

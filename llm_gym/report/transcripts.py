@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llm_gym.core import Episode, Row
+from llm_gym import episode_files
+from llm_gym.core import Episode, Ids
 from llm_gym.report.run import Record, Run, episodes
 from llm_gym.report.scale import short
 
@@ -135,7 +134,7 @@ def transcript(record: Record, low: float, high: float, decode: Decode | None = 
     """One episode, its reward placed between `low` and `high`."""
     messages = [_message(m) for m in record.get("messages") or [] if isinstance(m, dict)]
     said = next((i for i, m in enumerate(messages) if m.role == "assistant"), len(messages))
-    reward = _reward(record)
+    reward, episode = _reward(record), episode_files.decode(record)
     return Transcript(
         seed=record.get("seed", 0),
         member=record.get("member", 0),
@@ -143,11 +142,11 @@ def transcript(record: Record, low: float, high: float, decode: Decode | None = 
         good=min(1.0, max(0.0, (reward - low) / (high - low))) if high > low and math.isfinite(reward) else 0.5,
         stop_reason=str(record.get("stop_reason", "")),
         components=_components(record.get("rewards") or {}, reward),
-        tokens=sum(len(turn.get("tokens", [])) for turn in record["turns"]),
+        tokens=episode.tokens_generated,
         error=str(record.get("error") or ""),
         opening=tuple(messages[:said]),
         rest=tuple(messages[said:]),
-        spans=tuple(_spans(record, decode)) if decode else (),
+        spans=tuple(_spans(episode, decode)) if decode else (),
     )
 
 
@@ -190,33 +189,34 @@ def _message(message: Mapping[str, Any]) -> Message:
     )
 
 
-def _spans(record: Record, decode: Decode) -> list[Span]:
+def _spans(episode: Episode, decode: Decode) -> list[Span]:
     """Prompt and environment text in whole stretches, sampled tokens one by one."""
     spans: list[Span] = []
     left = MOST_TOKENS
-    for row in Episode.from_dict(record).rows():
-        start = 0
-        while start < len(row.tokens) and left > 0:
-            if row.trained[start]:
-                stop = _character(row, start, decode)
-                spans.append(_sampled(decode(row.tokens[start:stop].tolist()), row.logprobs[start:stop].tolist()))
-                left -= stop - start
-            else:
-                ahead = np.flatnonzero(row.trained[start:])
-                stop = start + int(ahead[0]) if len(ahead) else len(row.tokens)
-                spans.append(Span("environment" if start else "prompt", decode(row.tokens[start:stop].tolist())))
-            start = stop
+    for number, trajectory in enumerate(episode.trajectories):
+        tokens = episode.sequence(number)
+        before, done, logprobs = len(tokens) - len(trajectory.tokens), 0, trajectory.logprobs
+        for said in trajectory.spans:
+            start, stop = said.start + before, said.stop + before
+            if start > done and left > 0:
+                spans.append(Span("environment" if done else "prompt", decode(tokens[done:start].tolist())))
+            own, logprobs = logprobs[: stop - start], logprobs[stop - start :]
+            while start < stop and left > 0:
+                end = _character(tokens[:stop], start, decode)
+                at = start - stop + len(own)
+                spans.append(_sampled(decode(tokens[start:end].tolist()), own[at : at + end - start].tolist()))
+                left -= end - start
+                start = end
+            done = stop
     if left <= 0:
         spans.append(Span("cut", f"… only the first {MOST_TOKENS:,} sampled tokens are shown"))
     return spans
 
 
-def _character(row: Row, start: int, decode: Decode) -> int:
+def _character(tokens: Ids, start: int, decode: Decode) -> int:
     """Where the tokens from `start` on make whole characters: a byte-level token may hold a part of one."""
-    for stop in range(start + 1, min(start + 4, len(row.tokens)) + 1):
-        if not row.trained[stop - 1]:
-            break
-        if "\ufffd" not in decode(row.tokens[start:stop].tolist()):
+    for stop in range(start + 1, min(start + 4, len(tokens)) + 1):
+        if "\ufffd" not in decode(tokens[start:stop].tolist()):
             return stop
     return start + 1
 

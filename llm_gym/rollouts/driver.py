@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llm_gym.concurrency import run_here
-from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, Turn
+from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, TrajectoryBuilder
 from llm_gym.env import finite
 from llm_gym.errors import RewardError, SettingError, boundary
 from llm_gym.policies import Completer
@@ -202,7 +202,7 @@ class Driver:
         return Episode(
             self._seats.env_id,
             job.seed,
-            tuple(tale.turns),
+            tale.builder.build(),
             tale.stop_reason,
             tale.rewards,
             tuple(tale.messages),
@@ -224,18 +224,19 @@ class Driver:
             prompt = np.array(context, np.int32)
             sampling = self._sampling(job.sampling, seat.env, prompt)
             tale.asking = True
-            request_seed = job.request_seed(len(tale.turns))
+            request_seed = job.request_seed(tale.builder.turns)
             if hasattr(self.policy, "reply"):  # it reads messages, not token ids
                 completion = await self._reply(seat.env, tale.messages, sampling, request_seed)
             else:
                 completion = await self.policy.complete(prompt, sampling, seed=request_seed)
             tale.asking = False
             context, reward, terminated, truncated, info = await seat.call(seat.env.step, completion.tokens)
-            tale.turns.append(Turn(prompt, completion, self._reward("reward", reward, job)))
+            earned = self._reward("reward", reward, job)
+            tale.builder.add(prompt, completion, earned, temperature=sampling.temperature)
             cut = completion.finish_reason == "length"
             done = terminated or truncated or cut
         tale.messages = info.get("messages", ())
-        parts = info.get("rewards", {"reward": sum(turn.reward for turn in tale.turns)})
+        parts = info.get("rewards", {"reward": tale.builder.reward})
         tale.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
         tale.stop_reason = _stop_reason(info, terminated, cut)
 
@@ -291,7 +292,7 @@ class _Tale:
     """An episode while it is being played."""
 
     seat: Seat | None = None
-    turns: list[Turn] = field(default_factory=list)
+    builder: TrajectoryBuilder = field(default_factory=TrajectoryBuilder)
     messages: Iterable[Message] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason = StopReason.CANCELLED

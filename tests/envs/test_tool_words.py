@@ -281,7 +281,8 @@ def test_what_a_user_says_behind_results_stands_in_their_message(name: str, tmp_
     row = encode({"messages": messages, "tools": [tool.schema for tool in env.tools.values()]}, env.chat.tokenizer)
     said = "<tool_response>\none\n</tool_response>\n" * 2 + "Hurry!"
     assert said in decoded(env, row.tokens)
-    assert decoded(env, row.tokens[row.turns == 1]).startswith("One.")
+    begins = row.trained[np.flatnonzero(np.diff(row.trained) > 1)[-1] + 1]
+    assert decoded(env, row.tokens[begins:]).startswith("One.")
     env.close()
 
 

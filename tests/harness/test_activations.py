@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import gradients, llama, qwen3, row, samples
+from small_models import gradients, llama, qwen3, row, sample, samples
 from torch.autograd.graph import saved_tensors_hooks
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching.packing import Batch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
-from llm_gym.harness.model import checkpointing
+from llm_gym.harness.model import checkpointing as saving
 from llm_gym.harness.model.checkpointing import Keep, elsewhere
 from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import LoraConfig, prepare
 from llm_gym.harness.model.memory import MemoryConfig, check_memory, economise
+from llm_gym.harness.types import Batch
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
 KINDS: dict[str, Any] = {"whole": None, "lora": LoraConfig(rank=4)}
@@ -29,7 +30,7 @@ def batches() -> dict[str, Batch]:
     rows = [row(n, 7, prompt=6) for n in (20, 12, 25, 9)]
     for other in rows[1:]:
         other.tokens[:6] = rows[0].tokens[:6]
-    group = [Sample(r, a, i) for i, (r, a) in enumerate(zip(rows, (1.0, -0.5, 0.3, -1.0), strict=True))]
+    group = [sample(r, a, i) for i, (r, a) in enumerate(zip(rows, (1.0, -0.5, 0.3, -1.0), strict=True))]
     return {"packed": pack(samples([24, 6, 17, 9]), max_tokens=40), "shared": pack(group, max_tokens=200, share=True)}
 
 
@@ -93,7 +94,7 @@ def test_offloading_gives_the_same_bits(
     kind: str, layout: str, checkpointing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved leaves by `away` and comes back; weights stay where they are."""
-    monkeypatch.setattr(checkpointing, "LEAST", 0)
+    monkeypatch.setattr(saving, "LEAST", 0)
     batch = batches()[layout]
     want = gradient(model_of(kind), batch)
     model = model_of(kind)
@@ -105,15 +106,15 @@ def test_offloading_gives_the_same_bits(
         moved.append(tensor.numel())
         return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
-    monkeypatch.setattr(checkpointing, "to_host", away)
-    checkpointing.thin(decoder_layers(model), checkpointing=checkpointing, offload=True)
+    monkeypatch.setattr(saving, "to_host", away)
+    saving.thin(decoder_layers(model), checkpointing=checkpointing, offload=True)
     got = gradient(model, batch)
     assert moved
     assert all(torch.equal(g, want[n]) for n, g in got.items())
 
 
 def test_offloaded_tensors_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "LEAST", 0)
+    monkeypatch.setattr(saving, "LEAST", 0)
     layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     with elsewhere(layer, lambda t: 2 * t):
         y = (x * x).sum() + layer(x).sum()

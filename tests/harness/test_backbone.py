@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.packing import Batch, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model import backbone
 from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.types import Batch
 
 LENGTHS = [5, 17, 33, 40]
 ROPE = {"rope_theta": 10000.0}
@@ -93,9 +94,9 @@ def rows_of(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
     (micro,) = batch.micro
     found, start = [], 0
     for number, tokens in enumerate(torch.split(micro.tokens, list(micro.lengths))):
-        mine = micro.sequence == number
-        weight = micro.weight[mine] * micro.advantages[mine]
-        found.append((tokens, micro.source[mine] - start, micro.target[mine], weight))
+        mine = micro.streams["sequence"] == number
+        weight = micro.streams["weight"][mine] * micro.streams["advantages"][mine]
+        found.append((tokens, micro.streams["source"][mine] - start, micro.streams["target"][mine], weight))
         start += len(tokens)
     return found
 

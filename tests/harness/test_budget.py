@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import gradients, qwen3, row, samples
+from small_models import gradients, qwen3, row, sample, samples
 from test_parallel import Told
 
 from llm_gym.errors import ConfigError, ShortOfMemory
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner import memory_probe, token_budget
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.learner.token_budget import Budget, fitted, measure
+from llm_gym.harness.types import Batch, MicroBatch
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def batches() -> dict[str, Batch]:
         rows += [row(n, 10 * group + i, prompt=8) for i, n in enumerate((20, 12, 25, 9))]
         for other in rows[-3:]:
             other.tokens[:8] = rows[-4].tokens[:8]
-    groups = [Sample(r, 0.3 * i - 1, i) for i, r in enumerate(rows)]
+    groups = [sample(r, 0.3 * i - 1, i) for i, r in enumerate(rows)]
     return {
         "packed": pack(samples([24, 6, 17, 9, 31]), max_tokens=10**6),
         "shared": pack(groups, max_tokens=10**6, share=True),
@@ -55,12 +56,12 @@ def test_split_micro_batches_have_the_same_gradient(layout: str, tokens: int) ->
     batch = learner.remember(batch)
     parts = fitted(batch, tokens)
     assert (parts.tokens, parts.episodes) == (batch.tokens, batch.episodes)
-    assert sum(len(m.target) for m in parts.micro) == len(whole.target)
-    assert all(len(m.tokens) <= tokens or int(m.sequence.max()) == 0 for m in parts.micro)
+    assert sum(m.trained for m in parts.micro) == whole.trained
+    assert all(len(m.tokens) <= tokens or int(m.streams["sequence"].max()) == 0 for m in parts.micro)
     assert (len(parts.micro) == 1) == (tokens >= len(whole.tokens))
     again = learner.remember(parts)
     for kept, anew in zip(parts.micro, again.micro, strict=True):
-        torch.testing.assert_close(kept.proximal, anew.proximal, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(kept.streams["proximal"], anew.streams["proximal"], rtol=1e-12, atol=1e-12)
     got, want = gradient(parts), gradient(batch)
     assert max(float(g.abs().max()) for g in want.values()) > 1e-3
     assert all(torch.allclose(got[n], g, rtol=1e-12, atol=1e-12) for n, g in want.items())
@@ -96,7 +97,7 @@ def cpu_says_no() -> None:
 def test_out_of_memory_halves_the_budget_and_repeats_the_step(error: Any, share: bool) -> None:
     """Gradients of the micro-batches before the failure are not counted again: float64, to 1e-12."""
     settings = OptimizerConfig(lr=1e-3, schedule="linear", max_grad_norm=0.0)
-    rows = [*samples([24, 6, 17, 9]), Sample(row(90, 5), 0.4, 4), Sample(row(88, 6), -0.4, 5)]
+    rows = [*samples([24, 6, 17, 9]), sample(row(90, 5), 0.4, 4), sample(row(88, 6), -0.4, 5)]
     two, one = pack(rows, max_tokens=100, share=share), pack(rows, max_tokens=200, share=share)
     plain = Learner(qwen3(dtype=torch.float64), settings, total_steps=4)
     short = Learner(qwen3(dtype=torch.float64), settings, total_steps=4)

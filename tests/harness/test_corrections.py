@@ -19,9 +19,10 @@ from llm_gym.harness.algorithms.importance_sampling import (
     truncate,
 )
 from llm_gym.harness.algorithms.losses import LOSSES, LossConfig
-from llm_gym.harness.batching.packing import Batch, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.types import Batch
 
 DOUBLE = torch.float64
 EVERY = [CorrectionConfig(name, level) for name in CORRECTIONS for level in ("token", "sequence")]  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def gradient(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
 def sampled_by(learner: Learner, batch: Batch) -> Batch:
     """The batch as if this learner had sampled it, to the last bit."""
     known = [learner.logprobs(m)[0] for m in batch.micro]
-    return replace(batch, micro=tuple(replace(m, old_logprobs=k) for m, k in zip(batch.micro, known, strict=True)))
+    return replace(batch, micro=tuple(m.having(old_logprobs=k) for m, k in zip(batch.micro, known, strict=True)))
 
 
 @pytest.mark.parametrize("correction", EVERY, ids=lambda c: f"{c.name}-{c.level}")
@@ -103,7 +104,7 @@ def test_a_mismatch_inside_every_bound_is_counted_once(name: str, correction: Co
     batch = sampled_by(plain, pack(samples([12, 7, 15]), max_tokens=20))
     off = 0.3 * torch.sin(torch.arange(100.0, dtype=DOUBLE))
     batch = replace(
-        batch, micro=tuple(replace(m, old_logprobs=m.old_logprobs - off[: len(m.target)]) for m in batch.micro)
+        batch, micro=tuple(m.having(old_logprobs=m.streams["old_logprobs"] - off[: m.trained]) for m in batch.micro)
     )
     corrected = Learner(model, loss=replace(loss, correction=correction))
     want, got = gradient(plain, batch), gradient(corrected, batch)
@@ -124,12 +125,12 @@ def test_with_several_updates_the_clip_is_about_the_learner_and_the_weight_about
     """Ratio = current / remembered, weight = remembered / sampler; the weight stays as it was before the updates."""
     learner, batch = drifted(CorrectionConfig("tis", high=1.5))
     (micro, *_), config = batch.micro, learner.loss.correction
-    assert micro.proximal is not None
+    assert "proximal" in micro.streams
     new = learner.logprobs(micro)[0]
-    assert (new - micro.proximal).abs().max() > 1e-3
-    old, weight, _ = learner._anchor(micro, new, micro.old_logprobs.double())
-    assert torch.equal(old, micro.proximal)
-    raw = torch.exp(micro.proximal - micro.old_logprobs.double())
+    assert (new - micro.streams["proximal"]).abs().max() > 1e-3
+    old, weight, _ = learner._anchor(micro.streams, new, micro.streams["old_logprobs"].double())
+    assert torch.equal(old, micro.streams["proximal"])
+    raw = torch.exp(micro.streams["proximal"] - micro.streams["old_logprobs"].double())
     torch.testing.assert_close(weight, raw.clamp(max=config.high))
 
 
@@ -140,5 +141,5 @@ def test_remembering_changes_nothing_but_the_proximal_log_probabilities() -> Non
     known = learner.remember(batch)
     assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
     for micro, plain in zip(known.micro, batch.micro, strict=True):
-        assert torch.equal(micro.proximal, learner.logprobs(plain)[0])  # type: ignore[arg-type]
+        assert torch.equal(micro.streams["proximal"], learner.logprobs(plain)[0])  # type: ignore[arg-type]
         assert torch.equal(micro.tokens, plain.tokens)

@@ -43,7 +43,7 @@ def naive(model: Any, teacher: LocalTeacher, every: list, kl: str, k: int) -> to
     """Mean over trained tokens, a row at a time, with whole distributions."""
     total, count = torch.zeros((), dtype=DOUBLE), 0
     for sample in every:
-        ids, trained = torch.from_numpy(sample.row.tokens).long(), torch.from_numpy(sample.row.trained[1:])
+        ids, trained = torch.from_numpy(sample.tokens).long(), sample.trained - 1
         p = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)[trained]
         with torch.no_grad():
             q = teacher.body.causal(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)[trained]
@@ -53,7 +53,7 @@ def naive(model: Any, teacher: LocalTeacher, every: list, kl: str, k: int) -> to
             p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1).log() for x in (p, q))
         if kl == "sampled":
             picked, other = (x.gather(1, ids[1:][trained][:, None])[:, 0] for x in (p, q))
-            old = torch.from_numpy(sample.row.logprobs[sample.row.trained]).double()
+            old = torch.from_numpy(sample.streams["old_logprobs"]).double()
             # PPO's gradient with a bound that no ratio reaches: ratio * advantage.
             total, count = total - ((picked - old).exp() * (other - old)).sum(), count + len(picked)
         else:

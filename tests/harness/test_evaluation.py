@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn
+from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn, trajectories
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
@@ -50,7 +50,7 @@ def config(*sets: str) -> TrainConfig:
 def episode(seed: int, reward: float, stop: StopReason = StopReason.ANSWERED, **parts: float) -> Episode:
     ids = np.zeros(3, np.int32)
     turn = Turn(ids, Completion(ids, np.zeros(3, np.float32), "stop"), reward)
-    return Episode("e", seed, (turn,), stop, parts or {"correct": reward})
+    return Episode("e", seed, trajectories([turn]), stop, parts or {"correct": reward})
 
 
 def test_metrics_of_a_summary() -> None:

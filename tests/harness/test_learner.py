@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import VOCABULARY, gradients, llama, qwen3, row, samples
+from small_models import VOCABULARY, credit_of, gradients, llama, qwen3, row, sample, samples, saying
 from torch import Tensor
 
-from llm_gym.core import Row
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.algorithms.streams import Streams
-from llm_gym.harness.batching.packing import Batch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig, clip_gradients, lr_factor, parameter_groups
 from llm_gym.harness.model.loading import LoraConfig, prepare
+from llm_gym.harness.types import Batch, TrainSequence
 
 LENGTHS = [24, 6, 17, 9, 31, 4, 12, 9]
 
@@ -86,26 +86,25 @@ def test_the_gradient_is_the_naive_one() -> None:
     model.set_attn_implementation("sdpa")
     loss = torch.zeros((), dtype=torch.float64)
     for s in rows:
-        ids = torch.from_numpy(s.row.tokens).long()
+        ids = torch.from_numpy(s.tokens).long()
         logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        ratio = torch.exp(logp - torch.from_numpy(s.row.logprobs[1:]).double())
-        per_token = -torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.3) * s.advantage)
-        loss = loss + per_token[torch.from_numpy(s.row.trained[1:])].sum()
-    (loss / sum(s.row.trained.sum() for s in rows)).backward()
+        ratio = torch.exp(logp[s.trained - 1] - torch.from_numpy(s.streams["old_logprobs"]).double())
+        loss = loss - torch.minimum(ratio * credit_of(s), ratio.clamp(0.8, 1.3) * credit_of(s)).sum()
+    (loss / sum(len(s.trained) for s in rows)).backward()
     assert_same(got, gradients(model), 1e-6)  # advantages and weights are float32
 
 
 def test_ten_against_a_thousand_tokens() -> None:
     """Unequal micro-batches: the gradient is that of the mean over 1010 tokens, not of a mean of means."""
     model = qwen3(dtype=torch.float64)
-    rows = [Sample(row(13, 0, prompt=3), 1.0, 0), Sample(row(1003, 1, prompt=3), -0.5, 1)]
+    rows = [sample(row(13, 0, prompt=3), 1.0, 0), sample(row(1003, 1, prompt=3), -0.5, 1)]
     apart, together = (gradient(model, pack(rows, max_tokens=n), LossConfig()) for n in (1, 10**4))
     assert_same(apart, together, 1e-9)
 
 
 def test_zero_advantages_may_be_skipped() -> None:
     model = qwen3(dtype=torch.float64)
-    rows = [Sample(s.row, 0.0 if i % 2 else s.advantage, i) for i, s in enumerate(samples(LENGTHS))]
+    rows = [sample(s, 0.0 if i % 2 else credit_of(s), i) for i, s in enumerate(samples(LENGTHS))]
     every, fewer = (gradient(model, pack(rows, max_tokens=50, skip_zero=s), LossConfig()) for s in (False, True))
     assert_same(every, fewer, 1e-12)
 
@@ -114,11 +113,11 @@ def test_an_episode_in_three_rows_weighs_what_its_tokens_weigh() -> None:
     """Under `sequence`, splitting an episode into rows changes no token's weight."""
     model = qwen3(dtype=torch.float64)
     short = [row(7, i, prompt=3) for i in range(3)]
-    other = Sample(row(20, 9), 1.0, 7)
+    other = sample(row(20, 9), 1.0, 7)
     loss = LossConfig(normaliser="sequence")
-    as_one = pack([*(Sample(r, 1.0, 0) for r in short), other], max_tokens=100, normaliser="sequence")
-    as_three = pack([*(Sample(r, 1.0, i) for i, r in enumerate(short)), other], max_tokens=100, normaliser="sequence")
-    weights = [sorted(set(b.micro[0].weight.tolist())) for b in (as_one, as_three)]
+    as_one = pack([*(sample(r, 1.0, 0) for r in short), other], max_tokens=100, normaliser="sequence")
+    as_three = pack([*(sample(r, 1.0, i) for i, r in enumerate(short)), other], max_tokens=100, normaliser="sequence")
+    weights = [sorted(set(b.micro[0].streams["weight"].tolist())) for b in (as_one, as_three)]
     assert weights[0] == pytest.approx([1 / 24, 1 / 20])
     assert weights[1] == pytest.approx([1 / 40, 1 / 16])
     assert as_one.episodes == 2
@@ -139,11 +138,11 @@ def test_log_probabilities_are_transformers_own(make: Any, temperature: float) -
     got, entropy = learner.logprobs(micro, temperature=temperature)
     model.set_attn_implementation("eager")
     want, disorder = [], []
-    for s in sorted(rows, key=lambda s: -len(s.row.tokens)):
-        ids = torch.from_numpy(s.row.tokens).long()
+    for s in sorted(rows, key=lambda s: -len(s.tokens)):
+        ids = torch.from_numpy(s.tokens).long()
         with torch.no_grad():
             logp = (model(input_ids=ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
-        keep = torch.from_numpy(s.row.trained[1:])
+        keep = s.trained - 1
         want.append(logp.gather(1, ids[1:, None])[keep, 0])
         disorder.append(-(logp.exp() * logp).sum(-1)[keep])
     torch.testing.assert_close(got, torch.cat(want), rtol=0, atol=1e-5)
@@ -161,19 +160,17 @@ def test_changing_one_sequence_leaves_the_others_bits() -> None:
         start = sum(micro.lengths[:changed])
         tokens[start] = (tokens[start] + 1) % 61
         after, _ = learner.logprobs(replace(micro, tokens=tokens))
-        others = micro.sequence != changed
+        others = micro.streams["sequence"] != changed
         assert torch.equal(before[others], after[others])
         assert not torch.equal(before[~others], after[~others])
 
 
-def on_policy(learner: Learner, rows: list[Sample], temperature: float = 1.0) -> list[Sample]:
+def on_policy(learner: Learner, rows: list[TrainSequence], temperature: float = 1.0) -> list[TrainSequence]:
     """The same rows as if this policy had sampled them at this temperature."""
     made = []
     for s in rows:
         (micro,) = pack([s], max_tokens=10**6).micro
-        logprobs = s.row.logprobs.copy()
-        logprobs[s.row.trained] = learner.logprobs(micro, temperature=temperature)[0].numpy()
-        made.append(Sample(replace(s.row, logprobs=logprobs), s.advantage, s.episode))
+        made.append(saying(s, learner.logprobs(micro, temperature=temperature)[0].numpy()))
     return made
 
 
@@ -220,14 +217,14 @@ def test_pad_equal_to_eos_still_trains_the_final_eos() -> None:
     base = row(9, 0, prompt=4)
     tokens = base.tokens.copy()
     tokens[-1] = eos
-    sample = Sample(replace(base, tokens=tokens), 1.0, 0)
-    (micro,) = pack([sample], max_tokens=100).micro
-    assert micro.target[-1] == eos
+    ended = sample(replace(base, tokens=tokens), 1.0, 0)
+    (micro,) = pack([ended], max_tokens=100).micro
+    assert micro.streams["target"][-1] == eos
     untied = Learner(model, loss=LossConfig(name="sft"))
     before = untied.logprobs(micro)[0][-1]
     untied.optimizers = [torch.optim.SGD([{"params": list(model.parameters()), "peak": 0.05}], lr=0.05)]
-    last = replace(base, tokens=tokens, trained=np.arange(9) == 8)
-    untied.step(pack([Sample(last, 1.0, 0)], max_tokens=100))
+    last = replace(base, tokens=tokens, trained=np.array([8]), streams={"old_logprobs": np.zeros(1)})
+    untied.step(pack([sample(last, 1.0, 0)], max_tokens=100))
     assert untied.logprobs(micro)[0][-1] > before
 
 
@@ -299,7 +296,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
         Learner(model).step(pack(samples(LENGTHS), max_tokens=60))
     model = qwen3()
     learner = Learner(model)
-    rows = [Sample(s.row, math.inf, s.episode) for s in samples(LENGTHS)]
+    rows = [sample(s, math.inf, s.episode) for s in samples(LENGTHS)]
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match="weights were left as they are"):
         learner.step(pack(rows, max_tokens=60))
@@ -335,7 +332,7 @@ def test_metrics_do_not_depend_on_the_split(loss: LossConfig) -> None:
         every.append(learner.step(pack(samples(LENGTHS), max_tokens=budget)))
     for other in every[1:]:
         assert other == pytest.approx(every[0], rel=1e-3, abs=1e-6)
-    assert every[0]["tokens/trained"] == sum(s.row.trained.sum() for s in samples(LENGTHS))
+    assert every[0]["tokens/trained"] == sum(len(s.trained) for s in samples(LENGTHS))
     assert ("policy/kl" in every[0]) == loss.uses_reference
 
 
@@ -344,7 +341,7 @@ def test_a_step_without_a_gradient_moves_the_clock_only() -> None:
     learner = Learner(model, OptimizerConfig(lr=1e-3, schedule="linear"), total_steps=4)
     learner.step(pack(samples(LENGTHS), max_tokens=100))
     before = copy.deepcopy(model.state_dict())
-    empty = pack([Sample(s.row, 0.0, s.episode) for s in samples(LENGTHS)], max_tokens=100, skip_zero=True)
+    empty = pack([sample(s, 0.0, s.episode) for s in samples(LENGTHS)], max_tokens=100, skip_zero=True)
     metrics = learner.step(empty)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert metrics["policy/grad_norm"] == metrics["policy/loss"] == 0
@@ -360,7 +357,7 @@ def test_the_kl_is_zero_at_the_start_and_pulls_back_later(lora: LoraConfig | Non
     model = prepare(qwen3(), lora=lora)
     learner = Learner(model, OptimizerConfig(lr=1e-2), LossConfig(kl="k2", kl_weight=1.0), total_steps=9)
     rows = on_policy(learner, samples(LENGTHS))
-    quiet = [Sample(s.row, 0.0, s.episode) for s in rows]
+    quiet = [sample(s, 0.0, s.episode) for s in rows]
     first = learner.step(pack(quiet, max_tokens=60))
     assert first["policy/kl"] == pytest.approx(0, abs=1e-6)
     assert first["policy/grad_norm"] == pytest.approx(0, abs=1e-5)
@@ -387,10 +384,10 @@ def distance(loss: LossConfig, steps: int = 24) -> float:
     for step in range(steps):
         logits = model(contexts).logits[:, -1].detach().log_softmax(-1)
         drawn = torch.multinomial(logits.exp(), 1, generator=torch.Generator().manual_seed(step))
-        old = torch.nn.functional.pad(logits.gather(1, drawn), (4, 0))
+        old = logits.gather(1, drawn)
         tokens = torch.cat([contexts, drawn], 1).int()
         rows = [
-            Sample(replace(row(5, 0, prompt=4), tokens=ids, logprobs=said), 1.0 - 2.0 * (int(ids[-1]) % 2), i)
+            sample(saying(replace(row(5, 0, prompt=4), tokens=ids), said), 1.0 - 2.0 * (int(ids[-1]) % 2), i)
             for i, (ids, said) in enumerate(zip(tokens.numpy(), old.numpy(), strict=True))
         ]
         learner.step(pack(rows, max_tokens=1000))
@@ -457,6 +454,6 @@ def reinforce(s: Streams, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]
 
 def test_an_id_outside_the_vocabulary_is_refused() -> None:
     """As a target it would be in no block of the head, and its log-probability nonsense."""
-    bad = Row(np.array([1, 99], np.int32), np.array([False, True]), *(np.zeros(2, t) for t in ("f4", "i4", "i4")))
+    bad = TrainSequence(np.array([1, 99], np.int32), np.array([1]), {"old_logprobs": np.zeros(1)})
     with pytest.raises(ValueError, match=r"targets: got 99, want ids in \[0, 61\)"):
-        Learner(qwen3()).step(pack([Sample(bad, 1.0, 0)], max_tokens=9))
+        Learner(qwen3()).step(pack([sample(bad, 1.0, 0)], max_tokens=9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from small_models import gradients, qwen3, samples
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.learner import optimizers, weights
+from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.layers import decoder_layers
@@ -161,7 +162,7 @@ def test_bad_settings_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(lora=LoraConfig(layers="20-31"))
     with pytest.raises(ConfigError, match=r"lora\.target_modules: .*'nothing'"):
         prepare(qwen3(), lora=LoraConfig(target_modules=("nothing",)))
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"lora\.base: 'nf4' needs bitsandbytes"):
         load_model(lora=LoraConfig(base="nf4"))
 

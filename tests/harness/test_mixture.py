@@ -18,6 +18,7 @@ from llm_gym import report
 from llm_gym.core import Episode, StopReason
 from llm_gym.env import Reply, TextEnv
 from llm_gym.envs import make
+from llm_gym.episode_files import decode
 from llm_gym.errors import ConfigError, RewardError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.evaluation.evaluator import Evaluation
@@ -72,7 +73,7 @@ def config(*sets: str, **given) -> TrainConfig:
 
 
 def episodes(run: Path, name: str) -> list[Episode]:
-    return [Episode.from_dict(json.loads(line)) for line in (run / "episodes" / f"{name}.jsonl").open()]
+    return [decode(json.loads(line)) for line in (run / "episodes" / f"{name}.jsonl").open()]
 
 
 def coin(text: str, row: dict) -> float:

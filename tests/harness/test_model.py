@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -98,7 +99,7 @@ def test_sequences_cannot_see_each_other() -> None:
         for changed in range(len(LENGTHS)):
             rows = list(batch.tokens.split(list(batch.lengths)))
             rows[changed] = (rows[changed] + 1) % VOCABULARY
-            other = MicroBatch(torch.cat(rows), *(getattr(batch, n) for n in MicroBatch.__slots__ if n != "tokens"))
+            other = replace(batch, tokens=torch.cat(rows))
             after = body.hidden(other).split(list(batch.lengths))
             same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
             assert same == [i != changed for i in range(len(LENGTHS))]
@@ -109,7 +110,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     batch = micro([30])
     tokens = batch.tokens.clone()
     tokens[20] = (tokens[20] + 1) % VOCABULARY
-    other = MicroBatch(tokens, *(getattr(batch, n) for n in MicroBatch.__slots__ if n != "tokens"))
+    other = replace(batch, tokens=tokens)
     with torch.no_grad():
         a, b = body.hidden(batch), body.hidden(other)
     assert torch.equal(a[:20], b[:20])

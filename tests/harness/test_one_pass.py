@@ -9,17 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import gradients, qwen3, row
+from small_models import gradients, qwen3, row, sample
 from torch import Tensor
 
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig
 from llm_gym.harness.algorithms.losses import LOSSES, LossConfig, loss_function, token_level
 from llm_gym.harness.algorithms.streams import Streams
-from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model import heads
 from llm_gym.harness.model.heads import Sizes
 from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.types import MicroBatch
 
 DOUBLE = torch.float64
 WHOLE = {"gspo", "gmpo"}
@@ -31,12 +32,16 @@ def parts() -> tuple[Learner, MicroBatch]:
     """A learner, and rows with gaps in their masks, sampled by yet another one."""
     learner = Learner(qwen3(dtype=DOUBLE))
     rows = [row(n, i, prompt=2) for i, n in enumerate([14, 5, 9, 11])]
-    rows = [replace(r, trained=r.trained & (r.tokens % 5 != 0)) for r in rows]
+    kept = [r.tokens[r.trained] % 5 != 0 for r in rows]
+    rows = [
+        replace(r, trained=r.trained[k], streams={"old_logprobs": r.streams["old_logprobs"][k]})
+        for r, k in zip(rows, kept, strict=True)
+    ]
     credit = [1.5, -1.0, 0.4, -0.3]
-    (micro,) = pack([Sample(r, credit[i], i) for i, r in enumerate(rows)], max_tokens=99).micro
+    (micro,) = pack([sample(r, credit[i], i) for i, r in enumerate(rows)], max_tokens=99).micro
     near = learner.logprobs(micro)[0]
     wave = torch.sin(torch.arange(len(near), dtype=DOUBLE))
-    return learner, replace(micro, old_logprobs=near + 0.5 * wave, proximal=near + 0.2 * wave.flip(0))
+    return learner, micro.having(old_logprobs=near + 0.5 * wave, proximal=near + 0.2 * wave.flip(0))
 
 
 @cache
@@ -55,12 +60,12 @@ def gradient(learner: Learner, micro: MicroBatch, temperature: float) -> tuple[d
 def naive(learner: Learner, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
     """Full logits and autograd, with the learner's own per-token terms."""
     weight, _ = learner.body.head()
-    logits = learner.body.hidden(micro)[micro.source] @ weight.t() / temperature
+    logits = learner.body.hidden(micro)[micro.streams["source"]] @ weight.t() / temperature
     every = logits.log_softmax(-1)
-    new, entropy = every.gather(1, micro.target[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    new, entropy = every.gather(1, micro.streams["target"][:, None])[:, 0], -(every.exp() * every).sum(-1)
     reference = learner._reference_logprobs(micro, temperature)
-    losses, _ = learner._losses(micro, new, entropy, reference)
-    (micro.weight * losses).sum().backward()
+    losses, _ = learner._losses(micro.streams, new, entropy, reference)
+    (micro.streams["weight"] * losses).sum().backward()
     found = gradients(learner.model)
     learner.model.zero_grad(set_to_none=True)
     return found
@@ -137,8 +142,8 @@ def tokens(s: Streams, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_a_user_s_loss_sees_whole_micro_batches_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(heads.SIZES, "cpu", Sizes(4, 10**6, 10**6, 64))
-    batch = pack([Sample(row(n, n), 1.0, n) for n in (9, 7, 12)], max_tokens=99)
-    count = len(batch.micro[0].target)
+    batch = pack([sample(row(n, n), 1.0, n) for n in (9, 7, 12)], max_tokens=99)
+    count = batch.micro[0].trained
     for fn, calls in ((whole_batches, [count]), (tokens, [4] * (count // 4) + [count % 4] * (count % 4 > 0))):
         CALLS.clear()
         learner = Learner(qwen3(), loss=LossConfig(f"test_one_pass:{fn.__name__}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from small_models import qwen3, samples
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.learner import optimizers, weights
+from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer, require
 
@@ -119,7 +120,7 @@ def test_bfloat16_weights_would_not_move_and_are_refused() -> None:
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'adamw8bit' needs bitsandbytes, which is not installed: pip install"):
         check_optimizer(OptimizerConfig(name="adamw8bit"))
     check_optimizer(OptimizerConfig())

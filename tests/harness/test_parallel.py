@@ -89,8 +89,8 @@ def test_shares_of_a_batch_are_all_of_it_once(lengths: list[int], size: int, bud
     ]
     assert {(b.tokens, b.episodes) for b in shares} == {(whole.tokens, whole.episodes)}
     for name in ("target", "weight", "advantages"):
-        dealt = sorted(x for b in shares for m in b.micro for x in getattr(m, name).tolist())
-        assert dealt == sorted(x for m in whole.micro for x in getattr(m, name).tolist())
+        dealt = sorted(x for b in shares for m in b.micro for x in m.streams[name].tolist())
+        assert dealt == sorted(x for m in whole.micro for x in m.streams[name].tolist())
     loads = [sum(len(m.tokens) for m in b.micro) for b in shares]
     assert max(loads) - min(loads) <= max(len(m.tokens) for b in shares for m in b.micro)
 

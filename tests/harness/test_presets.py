@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_models import VOCABULARY, gradients, qwen3, row
+from small_models import VOCABULARY, gradients, qwen3, row, saying
 from torch import Tensor
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn
+from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import advantage
 from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.algorithms.rewards import rewards_of
-from llm_gym.harness.batching.packing import Batch, Sample, pack, samples
+from llm_gym.harness.batching.packing import pack, samples
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.settings import dump, from_dict, load
+from llm_gym.harness.types import Batch, TrainSequence
 
 WANTED = {
     "grpo": ("group_norm", "ppo_clip", 0.2, 0.2, "sequence"),
@@ -89,28 +90,26 @@ def step_of_groups(seed: int = 0) -> list[Group]:
         episodes = []
         for member in range(4):
             said = row(int(rng.integers(4, 20)), int(rng.integers(1000)), prompt=0)
-            completion = Completion(said.tokens, said.logprobs, "stop")
+            completion = Completion(said.tokens, said.streams["old_logprobs"], "stop")
             parts = {"right": float(rng.integers(0, 2)), "style": float(rng.random())}
             turn = Turn(prompt, completion, sum(parts.values()))
-            episodes.append(Episode("e", task, (turn,), StopReason.ANSWERED, parts, member=member))
+            episodes.append(Episode("e", task, trajectories([turn]), StopReason.ANSWERED, parts, member=member))
         made.append(Group(task, tuple(episodes)))
     return made
 
 
-def near(rows: list[Sample], model: Any) -> list[Sample]:
+def near(rows: list[TrainSequence], model: Any) -> list[TrainSequence]:
     """The rows with a sampler that is near this model, so that some tokens are inside every clip and some not."""
     learner, made = Learner(model), []
     for i, s in enumerate(rows):
         (micro,) = pack([s], max_tokens=10**6).micro
-        logprobs = s.row.logprobs.copy()
-        noise = 0.3 * np.random.default_rng(i).standard_normal(len(micro.target))
+        noise = 0.3 * np.random.default_rng(i).standard_normal(micro.trained)
         noise[noise > 0] *= i % 2  # half of the sequences lie below on average, half are mixed
-        logprobs[s.row.trained] = (learner.logprobs(micro)[0].numpy() + noise).astype(np.float32)
-        made.append(dataclasses.replace(s, row=dataclasses.replace(s.row, logprobs=logprobs)))
+        made.append(saying(s, (learner.logprobs(micro)[0].numpy() + noise).astype(np.float32)))
     return made
 
 
-def prepared(name: str, model: Any) -> tuple[TrainConfig, list[Sample]]:
+def prepared(name: str, model: Any) -> tuple[TrainConfig, list[TrainSequence]]:
     config = load(TrainConfig, preset=name, sets=["loss.constant_length=20"])
     groups = step_of_groups()
     credit = advantage(config.advantage)(rewards_of(groups, limit=20, overlong=config.overlong))

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm_gym.cli.group import llmgym
-from llm_gym.core import Completion, Episode, StopReason, Turn
+from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
 from llm_gym.env import Reply, TextEnv
+from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.learner.weights import read_tensors
@@ -114,8 +115,10 @@ def test_a_mixture_with_left_over_groups_comes_out_the_same(tmp_path: Path) -> N
 def test_one_bit_of_one_log_probability_is_seen(copy: Path) -> None:
     file = copy / "episodes" / "step_000002.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    old = torch.tensor(lines[0]["turns"][0]["logprobs"][0])
-    lines[0]["turns"][0]["logprobs"][0] = torch.nextafter(old, torch.tensor(-100.0)).item()
+    first = decode(lines[0])
+    logprobs = first.trajectories[0].logprobs
+    logprobs[0] = np.nextafter(logprobs[0], np.float32(-100))
+    lines[0] = encode(first)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = replay(copy, 2)
     assert not first.differences
@@ -215,7 +218,9 @@ floats = st.floats(width=32, allow_nan=False)
 def test_episodes_are_read_back_to_the_last_bit(logprobs: list[float], reward: float, seed: int) -> None:
     ids = np.arange(len(logprobs), dtype=np.int32)
     completion = Completion(ids, np.array(logprobs, np.float32), "stop", 3, ((1, 4),))
-    told = Episode("e", seed, (Turn(ids, completion, reward),), StopReason.ANSWERED, {"a": reward}, member=2)
+    told = Episode(
+        "e", seed, trajectories((Turn(ids, completion, reward),)), StopReason.ANSWERED, {"a": reward}, member=2
+    )
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         run.start("")

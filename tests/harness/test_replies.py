@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import stretches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import templates as t
@@ -46,7 +47,7 @@ def trained(name: str, reply: dict[str, Any], *before: dict[str, Any], tools: An
     """The text of a row's last reply, stop token included."""
     messages = [*(before or [ASK]), {"role": "assistant", **reply}]
     row = encode({"messages": messages, "tools": tools}, tokenizer(name))
-    last = row.turns == row.turns.max()
+    last = slice(*stretches(row)[-1])
     assert row.tokens[-1] in load_chat(tokenizer(name), tools).stop_ids
     return tokenizer(name).decode(row.tokens[last], clean_up_tokenization_spaces=False)
 
@@ -130,7 +131,7 @@ def test_where_no_prompt_follows_a_tools_result_nothing_is_closed() -> None:
     """DeepSeek opens thinking behind a question, and adds no generation prompt behind the results of tools."""
     chat = Chat(tokenizer("deepseekv3"), None)
     row = encode({"messages": [ASK, t.assistant("Wait."), t.user("Go."), t.assistant(ANSWER)]}, tokenizer("deepseekv3"))
-    assert chat.text(row.tokens[row.turns == 1]) == f"\n</think>\n\n{ANSWER}"
+    assert chat.text(row.tokens[slice(*stretches(row)[1])]) == f"\n</think>\n\n{ANSWER}"
     context = chat.extend(chat.encode_reply("Wait."), t.results(["4"]))
     assert not chat.text(context).endswith("<think>\n")
     assert chat.text(reply_ids(chat, t.assistant(ANSWER), context)) == ANSWER
@@ -181,7 +182,7 @@ def test_rows_are_contexts_of_an_episode() -> None:
     context = chat.open([ASK])
     for turn, following in ((0, [t.user("Sure?")]), (1, None)):
         assert row.tokens[: len(context)].tolist() == context.tolist()
-        reply = row.tokens[row.turns == turn]
+        reply = row.tokens[slice(*stretches(row)[turn])]
         context = np.concatenate([context, reply, *([] if following is None else [chat.extend(reply, following)])])
     assert context.tolist() == row.tokens.tolist()
 
@@ -192,8 +193,8 @@ def test_calls_in_words_are_trained_where_the_prompt_opens_thinking(name: str, t
     reply = {**t.calling(["print(2 + 2)"]), "content": "Let me see.", "reasoning_content": thoughts}
     row = encode({"messages": [ASK, reply, *t.results(["4"]), t.assistant("4")], "tools": [t.PYTHON]}, tokenizer(name))
     chat, form = formats.tool_chat(tokenizer(name), [t.PYTHON])
-    assert chat.open([ASK]).tolist() == row.tokens[: row.trained.argmax()].tolist()
-    text = chat.text(row.tokens[row.turns == 0])
+    assert chat.open([ASK]).tolist() == row.tokens[: row.trained[0]].tolist()
+    text = chat.text(row.tokens[slice(*stretches(row)[0])])
     assert (
         text
         == f"{thoughts}\n</think>\n\nLet me see.\n{form.notation.write([ToolCall('python', {'code': 'print(2 + 2)'})])}"

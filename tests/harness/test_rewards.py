@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn
+from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
 from llm_gym.harness.algorithms.rewards import overlong_penalty, rewards_of
 
 
@@ -17,7 +17,7 @@ def episode(*turns: tuple[int, float], reason: StopReason = StopReason.ANSWERED,
         Turn(np.zeros(2, np.int32), Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), "stop"), reward)
         for n, reward in turns
     )
-    return Episode("e", 0, made, reason, rewards)
+    return Episode("e", 0, trajectories(made), reason, rewards)
 
 
 GROUPS = [

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks import group_of
 
-from llm_gym.core import Completion, Group, StopReason
+from llm_gym.core import Completion, Group, StopReason, trajectories
+from llm_gym.episode_files import encode
 from llm_gym.errors import CheckpointError, ConfigError
 from llm_gym.harness.data.filters import FILTERS, OversampleConfig, Selection, filters
 from llm_gym.harness.data.tasks import Task, Tasks
@@ -53,7 +54,7 @@ def spoken(*lengths: int) -> Group:
     return Group(
         0,
         tuple(
-            dataclasses.replace(e, turns=(dataclasses.replace(e.turns[0], completion=c),))
+            dataclasses.replace(e, trajectories=trajectories([dataclasses.replace(e.turns[0], completion=c)]))
             for e, c in zip(group.episodes, completions, strict=True)
         ),
     )
@@ -218,7 +219,7 @@ def test_a_saved_selection_goes_on_exactly(tmp_path: Path, moment: int) -> None:
         elif step > moment:
             same = again.harvest(step, other)
             assert same.metrics == found.metrics
-            assert [e.to_dict() for e in same.episodes] == [e.to_dict() for e in found.episodes]
+            assert [encode(e) for e in same.episodes] == [encode(e) for e in found.episodes]
 
 
 def test_a_checkpoint_of_other_environments_is_refused(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_models import sample
 from test_parallel import Told
 
 from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import CheckpointError, ConfigError, DataError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.batching.shards import pack_shard
 from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.data.sft_examples import encode
@@ -141,7 +142,7 @@ def naive(model, rows) -> torch.Tensor:
     for row in rows:
         ids = torch.from_numpy(row.tokens).long()
         logp = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
-        picked = logp.gather(1, ids[1:, None])[:, 0][torch.from_numpy(row.trained[1:])]
+        picked = logp.gather(1, ids[1:, None])[:, 0][row.trained - 1]
         total, count = total - picked.sum(), count + len(picked)
     return total / count
 
@@ -167,7 +168,7 @@ def test_loss_and_gradient_are_those_of_one_chat_at_a_time(budget: int) -> None:
     wanted = torch.autograd.grad(want, list(model.parameters()))
     want = want.detach()
     learner = Learner(model, OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
-    batch = pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget)
+    batch = pack([sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget)
     assert len(batch.micro) == {1: 7, 150: 3, 10_000: 1}[budget]
     losses = [learner._backward(micro, 1.0)["policy/loss"] for micro in batch.micro]
     assert sum(losses) == pytest.approx(float(want), rel=1e-6)
@@ -176,7 +177,7 @@ def test_loss_and_gradient_are_those_of_one_chat_at_a_time(budget: int) -> None:
     found = held_out_loss(learner, batch)
     assert found["eval/loss"] == pytest.approx(float(want), rel=1e-12)
     assert found["eval/perplexity"] == pytest.approx(np.exp(float(want)), rel=1e-12)
-    assert found["eval/tokens"] == sum(row.trained.sum() for row in rows)
+    assert found["eval/tokens"] == sum(len(row.trained) for row in rows)
 
 
 def test_held_out_loss_from_a_split_and_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +195,7 @@ def test_held_out_loss_from_a_split_and_from_a_file(tmp_path: Path, capsys: pyte
     sft(config(tmp_path / "b", dataset=file, steps=2, eval=SFTEvalConfig(dataset=other)), progress=False)
     rows = rows_of(tmp_path / "b" / "run")
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2]
-    tokens = encode(chat("Say grey", "grey"), load_tokenizer()).trained.sum()
+    tokens = len(encode(chat("Say grey", "grey"), load_tokenizer()).trained)
     assert (rows[-1]["eval/tokens"], rows[1]["data/also_held_out"]) == (4 * tokens, 0)
 
 
@@ -275,7 +276,7 @@ def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path:
 
 
 def test_held_out_tokens_of_other_processes_count() -> None:
-    rows = [Sample(encode(chat, load_tokenizer()), 1.0, i) for i, chat in enumerate(wild())]
+    rows = [sample(encode(chat, load_tokenizer()), 1.0, i) for i, chat in enumerate(wild())]
     learner = Learner(new_model(INIT, seed=3).double(), OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
     whole = held_out_loss(learner, pack(rows, max_tokens=150))
     sums = {}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import VOCABULARY, gradients, llama, qwen3, row
+from small_models import VOCABULARY, gradients, llama, qwen3, row, sample
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn
+from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn, trajectories
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching import prefix_tree
-from llm_gym.harness.batching.packing import MicroBatch, Sample, pack, samples
+from llm_gym.harness.batching.packing import pack, samples
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.attention import Form, Layout
@@ -25,6 +25,7 @@ from llm_gym.harness.model.checkpointing import thin
 from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import Body, LoraConfig, prepare
 from llm_gym.harness.model.prefix_attention import parts
+from llm_gym.harness.types import MicroBatch, TrainSequence
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -41,7 +42,7 @@ def _share_all() -> Iterator[None]:
         yield
 
 
-def grouped(groups: list[tuple[int, list[int]]], seed: int = 0) -> list[Sample]:
+def grouped(groups: list[tuple[int, list[int]]], seed: int = 0) -> list[TrainSequence]:
     """Rows whose prompts are equal within a group, in shuffled order."""
     rng = np.random.default_rng(seed)
     made = []
@@ -50,7 +51,7 @@ def grouped(groups: list[tuple[int, list[int]]], seed: int = 0) -> list[Sample]:
         for n in completions:
             r = row(prompt + n, len(made) + 100 * seed, prompt=prompt)
             tokens = np.concatenate([shared, r.tokens[prompt:]])
-            made.append(Sample(dataclasses.replace(r, tokens=tokens), float(rng.standard_normal()), len(made)))
+            made.append(sample(dataclasses.replace(r, tokens=tokens), float(rng.standard_normal()), len(made)))
     return [made[i] for i in rng.permutation(len(made))]
 
 
@@ -59,7 +60,7 @@ def contexts(micro: MicroBatch) -> list[tuple[tuple[int, ...], int]]:
     starts = np.cumsum([0, *micro.lengths])
     parents = micro.parents or (-1,) * len(micro.lengths)
     found = []
-    for source, target in zip(micro.source.tolist(), micro.target.tolist(), strict=True):
+    for source, target in zip(micro.streams["source"].tolist(), micro.streams["target"].tolist(), strict=True):
         piece = int(np.searchsorted(starts, source, side="right")) - 1
         context = micro.tokens[starts[piece] : source + 1].tolist()
         while parents[piece] >= 0:
@@ -78,7 +79,7 @@ def test_every_trained_token_keeps_its_context(groups: list[tuple[int, list[int]
     assert sorted(c for m in shared.micro for c in contexts(m)) == sorted(c for m in plain.micro for c in contexts(m))
     assert (shared.tokens, shared.episodes) == (plain.tokens, plain.episodes)
     for m in shared.micro:
-        assert len(m.tokens) <= budget or len(set(m.sequence.tolist())) == 1
+        assert len(m.tokens) <= budget or len(set(m.streams["sequence"].tolist())) == 1
         parts(m.lengths, m.parents)  # refuses pieces that are not in depth-first order
 
 
@@ -107,7 +108,14 @@ def test_float32_gradients_agree_too(make) -> None:
 
 
 def gradient(
-    model: Any, rows: list[Sample], loss: LossConfig, *, budget: int, share: bool, form: Form = "merge", **settings: Any
+    model: Any,
+    rows: list[TrainSequence],
+    loss: LossConfig,
+    *,
+    budget: int,
+    share: bool,
+    form: Form = "merge",
+    **settings: Any,
 ) -> dict[str, torch.Tensor]:
     learner = Learner(model, OptimizerConfig(**settings), loss)
     assert learner.body.packed
@@ -173,14 +181,14 @@ def rewriting(members: int, turns: int, seed: int = 0, *, rewritten: bool = True
             said = Completion(new(6), -3 + 0.1 * rng.standard_normal(6).astype(np.float32), "stop")
             played.append(Turn(history, said, float(rng.random())))
             history = np.concatenate([history, said.tokens[2 * rewritten :], new(3)])
-        episodes.append(Episode("e", seed, tuple(played), StopReason.ANSWERED, member=member))
+        episodes.append(Episode("e", seed, trajectories(played), StopReason.ANSWERED, member=member))
     return Group(seed, tuple(episodes))
 
 
 def test_a_history_that_only_grows_is_one_row() -> None:
     """Every turn's tokens are trained in it, and no token is computed twice."""
     made = samples([rewriting(3, 4, rewritten=False)], np.ones((1, 3)))
-    assert [int(s.row.trained.sum()) for s in made] == [24, 24, 24]
+    assert [len(s.trained) for s in made] == [24, 24, 24]
     (micro,) = pack(made, max_tokens=10**6).micro
     assert micro.lengths == (9 + 3 * 9 + 5,) * 3
 

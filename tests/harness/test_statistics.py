@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.core import Completion, Episode, StopReason, Turn
+from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
 from llm_gym.envs import make
 from llm_gym.harness.evaluation.evaluator import EVAL_SEED, metrics
 from llm_gym.harness.evaluation.statistics import Z95, mean_interval, pass_at, summary, wilson
@@ -42,7 +42,7 @@ def test_kinds() -> None:
 def episode(reward: float, stop: StopReason = StopReason.ANSWERED, tokens: int = 4) -> Episode:
     ids = np.zeros(tokens, np.int32)
     turn = Turn(ids, Completion(ids, np.zeros(tokens, np.float32), "stop"), reward)
-    return Episode("e", 0, (turn,), stop, {"correct": reward}, error="Boom: x" if stop.failed else None)
+    return Episode("e", 0, trajectories([turn]), stop, {"correct": reward}, error="Boom: x" if stop.failed else None)
 
 
 def test_summary_leaves_failures_out_of_the_mean() -> None:
@@ -131,7 +131,7 @@ def asked(question: int, reward: float, seed: int, turns: int = 1) -> Episode:
 def said_to(prompt: np.ndarray, reward: float, seed: int, turns: int = 1) -> Episode:
     completion = Completion(np.array([5], np.int32), np.zeros(1, np.float32), "stop")
     turn = Turn(prompt, completion, reward / turns)
-    return Episode("e", seed, (turn,) * turns, StopReason.ANSWERED, {"reward": reward})
+    return Episode("e", seed, trajectories([turn] * turns), StopReason.ANSWERED, {"reward": reward})
 
 
 def test_the_same_question_from_another_seed_is_the_same_problem() -> None:

@@ -118,7 +118,7 @@ def test_a_learner_in_bfloat16_does_not_blur_an_engine_in_float32() -> None:
         policy.refresh(version=seed)
         assert check({}, version=seed, how="sync").worst < 1e-5
         batch = check.canaries.batch(check.canaries.complete(policy))
-        apart.append(float((start.logprobs(batch, entropy=False)[0] - batch.old_logprobs).abs().max()))
+        apart.append(float((start.logprobs(batch, entropy=False)[0] - batch.streams["old_logprobs"]).abs().max()))
         moved(start, seed, 0.05)
     assert max(apart) > 0.01, "though what the learner trains with is off by that much"
     with pytest.raises(SyncError, match="stale cache"):

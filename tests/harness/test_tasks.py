@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn
+from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
 from llm_gym.harness.data.curriculum import CurriculumConfig, Difficulty, Epochs
 from llm_gym.harness.data.tasks import Dealer, Task, Tasks, task_seeds
 from llm_gym.harness.evaluation.evaluator import EVAL_SEED
@@ -22,7 +22,7 @@ def group_of(*rewards: float, seed: int = 0, env: str = "e", reason: StopReason 
         completion = Completion(np.array([member + 4], np.int32), np.array([-0.5], np.float32), "stop")
         turn = Turn(np.array([1, 2], np.int32), completion, 0.0 if failed else reward)
         stop = StopReason.ENV_ERROR if failed else reason
-        made.append(Episode(env, seed, (turn,), stop, member=member))
+        made.append(Episode(env, seed, trajectories([turn]), stop, member=member))
     return Group(seed, tuple(made))
 
 

@@ -12,13 +12,12 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from small_models import qwen3, row
+from small_models import qwen3, row, sample
 
 from llm_gym import embedded
 from llm_gym.chat import load_tokenizer
-from llm_gym.core import Row
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.config import DistillConfig
 from llm_gym.harness.loops.teacher import (
     UNKNOWN,
@@ -29,20 +28,22 @@ from llm_gym.harness.loops.teacher import (
     sequences,
 )
 from llm_gym.harness.model.loading import Body
+from llm_gym.harness.types import MicroBatch, TrainSequence
 
 
-def rows() -> list[Row]:
+def rows() -> list[TrainSequence]:
     """Three rows that share a prompt, one on its own, and one with a gap between its trained tokens."""
     prompt = row(9, 5, prompt=9).tokens
     shared = [row(n, n, prompt=9) for n in (14, 12, 10)]
     shared = [dataclasses.replace(r, tokens=np.concatenate([prompt, r.tokens[9:]])) for r in shared]
     gap = row(16, 2)
-    gap.trained[10:13] = False
+    kept = (gap.trained < 10) | (gap.trained >= 13)
+    gap = dataclasses.replace(gap, trained=gap.trained[kept], streams={"old_logprobs": np.zeros(kept.sum())})
     return [*shared, row(13, 7), gap]
 
 
 def batch(share: bool) -> MicroBatch:
-    (micro,) = pack([Sample(r, 1.0, i) for i, r in enumerate(rows())], max_tokens=1000, share=share).micro
+    (micro,) = pack([sample(r, 1.0, i) for i, r in enumerate(rows())], max_tokens=1000, share=share).micro
     assert bool(micro.parents) == share
     return micro
 
@@ -53,26 +54,26 @@ def teacher(seed: int = 3) -> LocalTeacher:
     return made
 
 
-def plain(r: Row) -> torch.Tensor:
+def plain(r: TrainSequence) -> torch.Tensor:
     """The teacher's log-probabilities [n, V] where each token of a row stands (the first has none)."""
     ids = torch.from_numpy(r.tokens).long()
     with torch.no_grad():
         return teacher().body.causal(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1]
 
 
-def in_order(micro: MicroBatch) -> list[Row]:
+def in_order(micro: MicroBatch) -> list[TrainSequence]:
     """The rows in the order in which the batch has them, told by their trained tokens."""
     every = {tuple(r.tokens[r.trained].tolist()): r for r in rows()}
-    return [every[tuple(micro.target[micro.sequence == s].tolist())] for s in range(len(every))]
+    return [every[tuple(micro.streams["target"][micro.streams["sequence"] == s].tolist())] for s in range(len(every))]
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_sequences_are_the_rows_again(share: bool) -> None:
     micro = batch(share)
     for (ids, places), r in zip(sequences(micro), in_order(micro), strict=True):
-        last = np.flatnonzero(r.trained)[-1]
+        last = r.trained[-1]
         np.testing.assert_array_equal(ids.numpy(), r.tokens[: last + 1])
-        np.testing.assert_array_equal(places.numpy(), np.flatnonzero(r.trained))
+        np.testing.assert_array_equal(places.numpy(), r.trained)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -83,9 +84,11 @@ def test_a_local_teacher_says_what_it_says_of_each_row_alone(share: bool, reads_
     if not reads_shared:
         judge.body.packed = False
         judge.body.causal.set_attn_implementation("sdpa")
-    every = [plain(r)[r.trained[1:]] for r in in_order(micro)]
+    every = [plain(r)[r.trained - 1] for r in in_order(micro)]
     said = torch.cat(every)
-    torch.testing.assert_close(judge.logprobs(micro), said.gather(1, micro.target[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        judge.logprobs(micro), said.gather(1, micro.streams["target"][:, None])[:, 0], rtol=1e-4, atol=1e-4
+    )
     ids, logs = judge.top(micro, 4)
     torch.testing.assert_close(logs, said.topk(4, 1).values, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(said.gather(1, ids), logs, rtol=1e-4, atol=1e-4)
@@ -95,15 +98,15 @@ def test_apart_shares_nothing_and_keeps_the_targets() -> None:
     shared, alone = batch(True), apart(batch(True))
     assert not alone.parents
     assert sum(alone.lengths) == len(alone.tokens) > len(shared.tokens)
-    assert torch.equal(alone.target, shared.target)
+    assert torch.equal(alone.streams["target"], shared.streams["target"])
     for ours, theirs in zip(sequences(alone), sequences(shared), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_ids_that_a_teacher_lacks_are_very_unlikely() -> None:
     micro, judge = batch(False), teacher()
-    odd = dataclasses.replace(micro, target=micro.target.clone())
-    odd.target[0] = 10_000
+    odd = micro.having(target=micro.streams["target"].clone())
+    odd.streams["target"][0] = 10_000
     said = judge.logprobs(odd)
     assert said[0] == UNKNOWN
     torch.testing.assert_close(said[1:], judge.logprobs(micro)[1:])
@@ -209,7 +212,7 @@ def test_servers_that_cannot_judge_are_refused(server: Server) -> None:
     server.tokenizer = load_tokenizer(str(embedded.PATH))
     judge = ServedTeacher(server.url, load_tokenizer())
     server.failures = 10**9
-    (micro,) = pack([Sample(row(6, 1), 1.0, 0)], max_tokens=100).micro
+    (micro,) = pack([sample(row(6, 1), 1.0, 0)], max_tokens=100).micro
     with pytest.raises(PolicyError, match="cannot score a row"):
         judge.logprobs(micro)
     judge.close()

@@ -48,7 +48,7 @@ def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path,
     assert len(seen) == 4
     assert seen[0][0] is seen[2][0]
     assert seen[1][0] is seen[3][0]
-    trained = {float(a) for batch, _ in seen for m in batch.micro for a in m.advantages}
+    trained = {float(a) for batch, _ in seen for m in batch.micro for a in m.streams["advantages"]}
     credits = run.weigh(rewards_of(groups))
     assert trained == {float(np.float32(a)) for a in credits.ravel() if a}
     assert (
@@ -82,7 +82,7 @@ def test_cut_episodes_are_trained_or_masked(tmp_path: Path, truncated: str, left
     assert batch.episodes == left
     kept = [e for i, e in enumerate(episodes) if truncated == "train" or i not in (1, 6)]
     assert batch.tokens == sum(e.tokens_generated for e in kept)
-    on = {float(a) for m in batch.micro for a in m.advantages}
+    on = {float(a) for m in batch.micro for a in m.streams["advantages"]}
     assert on == {1.0, 3, 4, 5, 6, 8} | ({2.0, 7.0} if truncated == "train" else set())
     np.testing.assert_array_equal(rewards_of(groups).returns, [[e.reward for e in g.episodes] for g in groups])
 

@@ -21,6 +21,7 @@ from corpus import Mix, examples
 
 import llm_gym  # noqa: F401  registers the environments
 from llm_gym.cli.group import llmgym
+from llm_gym.episode_files import decode
 from llm_gym.harness.evaluation.evaluator import EVAL_SEED
 
 pytestmark = pytest.mark.heavy
@@ -117,7 +118,7 @@ def test_plain_transformers_reproduces_the_training_evaluation(exported: tuple[P
     rewards, replies = played(folder, sample=False)
     assert np.mean(rewards) == row["eval/greedy_reward"]
     file = folder.parent / "run/2-train/episodes" / f"eval_{row['step']:06d}.jsonl"
-    kept = [json.loads(line)["turns"][0]["tokens"] for line in file.read_text().splitlines()]
+    kept = [decode(json.loads(line)).turns[0].completion.tokens.tolist() for line in file.read_text().splitlines()]
     assert len(kept) == 64
     assert replies[:64] == kept, "token for token"
     assert close(float(np.mean(played(folder, sample=True)[0])), row["eval/sampled_reward"])

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from sandbox_tiers import within
 from test_nproc import DEADLINE, begun, gone
 
+from llm_gym.episode_files import decode
+
 pytestmark = pytest.mark.heavy
 if importlib.util.find_spec("vllm") is None:  # to import it takes ten seconds
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -74,7 +76,7 @@ def test_every_synchronisation_is_proven_in_both(name: str, two: Path) -> None:
     for step in (1, 2, 3):
         lines = (two / name / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()
         assert len(lines) == 24
-        assert {turn["version"] for line in lines for turn in json.loads(line)["turns"]} == {step - 1}
+        assert {span.version for line in lines for _, span in decode(json.loads(line)).spans} == {step - 1}
 
 
 @pytest.mark.parametrize("name", [name for name in engines.RUNS if "lora" not in name])

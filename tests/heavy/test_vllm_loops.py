@@ -11,13 +11,14 @@ import torch
 from engine_checks import contexts
 
 from llm_gym.chat import load_tokenizer
-from llm_gym.core import Episode, Sampling, StopReason, Turn
+from llm_gym.core import Episode, Sampling, StopReason, Turn, trajectories
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.batching.packing import MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack, sequences
 from llm_gym.harness.loops.distill import Distiller
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher
 from llm_gym.harness.runs.export import export_run
+from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.builtin.policy import TransformersPolicy
 from llm_gym.policies.vllm_server.process import ServerProcess
 
@@ -52,8 +53,9 @@ def batch(model: str, share: bool) -> MicroBatch:
     said = policy.generate(prompts, Sampling(max_tokens=12), seeds=list(range(len(prompts))))
     policy.close()
     turns = [(Turn(p, c, 0.0),) for p, c in zip(prompts, said, strict=True)]
-    rows = [row for turn in turns for row in Episode("e", 0, turn, StopReason.ANSWERED).rows()]
-    (micro,) = pack([Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=10_000, share=share).micro
+    episodes = [Episode("e", 0, trajectories(turn), StopReason.ANSWERED) for turn in turns]
+    rows = [row for i, episode in enumerate(episodes) for row in sequences(episode, i)]
+    (micro,) = pack(rows, max_tokens=10_000, share=share).micro
     return micro
 
 
@@ -63,7 +65,7 @@ def test_a_server_judges_as_the_model_itself(server: str, exported: str, share: 
     local = LocalTeacher(exported, device=torch.device("cpu"), dtype=torch.float32)
     served = ServedTeacher(server, load_tokenizer(exported), k=8)
     torch.testing.assert_close(served.logprobs(micro), local.logprobs(micro), rtol=0, atol=1e-3)
-    torch.testing.assert_close(local.logprobs(micro), micro.old_logprobs, rtol=0, atol=1e-3)
+    torch.testing.assert_close(local.logprobs(micro), micro.streams["old_logprobs"], rtol=0, atol=1e-3)
     ours, theirs = served.top(micro, 8), local.top(micro, 8)
     torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-3)
     assert np.mean((ours[0] == theirs[0]).numpy()) > 0.95, "equal but for ties"

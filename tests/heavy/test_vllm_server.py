@@ -28,9 +28,9 @@ from engine_checks import contexts
 from leftovers import living
 from sandbox_tiers import within
 
-from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
+from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn, trajectories
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.harness.batching.packing import pack, sequences
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.loading import load_model
 from llm_gym.models.checksums import checksums
@@ -101,17 +101,20 @@ def gaps(
     """|engine - learner| log-probability of every sampled token of each episode, and the tokens' versions."""
     learner, found = Learner(model), []
     for episode in episodes:
-        (row,) = episode.rows()
-        (micro,) = pack([Sample(row, 1.0, 0)], max_tokens=4096).micro
+        (row,) = sequences(episode)
+        (micro,) = pack([row], max_tokens=4096).micro
         logprobs, _ = learner.logprobs(micro, temperature=temperature)
-        gap = (logprobs - micro.old_logprobs).abs().detach().numpy()
+        gap = (logprobs - micro.streams["old_logprobs"]).abs().detach().numpy()
         assert len(gap) == episode.tokens_generated
-        found.append((gap, row.versions[row.trained]))
+        found.append((gap, np.concatenate([turn.completion.versions for turn in episode.turns])))
     return found
 
 
 def played(prompts: list[Ids], completions: list[Completion]) -> list[Episode]:
-    return [Episode("e", 0, (Turn(p, c, 0.0),), StopReason.ANSWERED) for p, c in zip(prompts, completions, strict=True)]
+    return [
+        Episode("e", 0, trajectories((Turn(p, c, 0.0),)), StopReason.ANSWERED)
+        for p, c in zip(prompts, completions, strict=True)
+    ]
 
 
 def worst(model: torch.nn.Module, episodes: list[Episode], temperature: float = 1.0) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm_gym.episode_files import decode
 from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.distributed.world import World
@@ -108,7 +109,7 @@ def test_versions_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     agree(rows, "tensors")
     for step in (1, 2, 3, 4):
         lines = (tmp_path / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()
-        assert {turn["version"] for line in lines for turn in json.loads(line)["turns"]} == {step - 1}
+        assert {span.version for line in lines for _, span in decode(json.loads(line)).spans} == {step - 1}
 
 
 def test_with_several_processes_an_engine_of_several_devices_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_gym.core import Completion, Episode, StopReason, Turn
+from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.harness.settings import dump
@@ -32,7 +32,7 @@ def episode(seed: int, reply: str, reward: float, *, question: str = "1+1?", too
         turns.append(Turn(context, Completion(ids("done"), np.full(4, -3.0, np.float32), "stop"), 0.0))
         messages += [{"role": "tool", "content": tool}, {"role": "assistant", "content": "done"}]
     fields = {"rewards": {"correct": reward}, "messages": tuple(messages)} | changes
-    return Episode("llm_gym/Test-v0", seed, tuple(turns), StopReason.ANSWERED, **fields)
+    return Episode("llm_gym/Test-v0", seed, trajectories(tuple(turns)), StopReason.ANSWERED, **fields)
 
 
 def run(path: Path, steps: int = 3, *, evaluated: bool = True) -> RunFolder:

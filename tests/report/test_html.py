@@ -137,7 +137,9 @@ def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
     page(tmp_path / "r")
 
 
-@pytest.mark.parametrize(("file", "text"), [("config.yaml", "a: ["), ("episodes/step_000001.jsonl", '\n{"turns"')])
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.yaml", "a: ["), ("episodes/step_000001.jsonl", '\n{"trajectories"')]
+)
 def test_any_file_may_be_broken(tmp_path: Path, file: str, text: str) -> None:
     run(tmp_path / "r", 1, evaluated=False)
     (tmp_path / "r" / file).write_text(text)

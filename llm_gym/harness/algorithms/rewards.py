@@ -48,7 +48,7 @@ def rewards_of(
     """
     limits = [limit] * len(groups) if isinstance(limit, int) else limit
     scales = weights if isinstance(weights, Sequence) else [weights or {}] * len(groups)
-    size, longest = len(groups[0].episodes), max((len(e.turns) for g in groups for e in g.episodes), default=0)
+    size, longest = len(groups[0].episodes), max((len(e.spans) for g in groups for e in g.episodes), default=0)
     shape = (len(groups), size)
     names = tuple(sorted({name for g in groups for e in g.episodes for name in e.rewards}))
     names += ("overlong",) if overlong else ()
@@ -60,7 +60,7 @@ def rewards_of(
         if episode.stop_reason.failed:
             continue
         penalties = _penalties(episode, limits[at[0]], overlong)
-        turns[at][: len(episode.turns)] = [turn.reward for turn in episode.turns] + penalties
+        turns[at][: len(penalties)] = [span.reward for _, span in episode.spans] + penalties
         parts = {**episode.rewards, "overlong": float(penalties.sum())}
         components[at] = [parts.get(name, 0.0) for name in names]
         returns[at] = episode.reward + float(penalties.sum())
@@ -107,5 +107,5 @@ def overlong_penalty(lengths: npt.NDArray[np.int64], limit: int, share: float) -
 
 def _penalties(episode: Episode, limit: int, share: float) -> Floats:
     """The penalty of each turn's completion."""
-    lengths = np.array([len(turn.completion.tokens) for turn in episode.turns], np.int64)
+    lengths = np.array([span.stop - span.start for _, span in episode.spans], np.int64)
     return overlong_penalty(lengths, limit, share) if share else np.zeros(len(lengths))

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING
 from llm_gym.lazy import names
 
 if TYPE_CHECKING:
-    from llm_gym.harness.batching.packing import Batch, MicroBatch, pack, samples
+    from llm_gym.harness.batching.packing import pack, samples
 
-__all__ = ["Batch", "MicroBatch", "pack", "samples"]
-__getattr__ = names(
-    __name__,
-    {
-        "packing": (
-            "Batch",
-            "MicroBatch",
-            "pack",
-            "samples",
-        )
-    },
-)
+__all__ = ["pack", "samples"]
+__getattr__ = names(__name__, {"packing": ("pack", "samples")})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.core import Ids
+from llm_gym.core import Ids, common_prefix
 
 Counts = npt.NDArray[np.int64]
 
@@ -59,13 +59,7 @@ def order(rows: Sequence[Ids]) -> list[int]:
 
 def common(rows: Sequence[Ids]) -> list[int]:
     """For each row how many tokens it begins with as the row before; 0 for the first."""
-    return [0, *(_common(a, b) for a, b in itertools.pairwise(rows))]
-
-
-def _common(a: Ids, b: Ids) -> int:
-    n = min(len(a), len(b))
-    unlike = a[:n] != b[:n]
-    return int(unlike.argmax()) if unlike.any() else n
+    return [0, *(common_prefix(a, b) for a, b in itertools.pairwise(rows))]
 
 
 def forest(lengths: Sequence[int], alike: Sequence[int]) -> Forest:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
-from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.distributed.world import World
+from llm_gym.harness.types import Batch, MicroBatch, TrainSequence
 
 
-def pack_shard(world: World, rows: Sequence[Sample], *, max_tokens: int, **options: Any) -> Batch:
+def pack_shard(world: World, rows: Sequence[TrainSequence], *, max_tokens: int, **options: Any) -> Batch:
     """`packing.pack`, of which this rank keeps its share: the same total on every rank, micro-batches dealt.
 
     Denominators are those of all rows. The token budget is the smallest of any rank, and no more than makes a
@@ -58,5 +59,6 @@ def _share(micro: Sequence[MicroBatch], world: World) -> tuple[MicroBatch, ...]:
 
 def _nothing() -> MicroBatch:
     """One token that weighs nothing."""
-    zero, zeros = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-    return MicroBatch(zero, zero, (1,), zero, zero, zeros, zeros, zeros, zero)
+    nothing = {"old_logprobs": np.zeros(1), "advantages": np.zeros(1)}
+    (batch,) = pack([TrainSequence(np.zeros(2, np.int32), np.array([1]), nothing)], max_tokens=1).micro
+    return batch.having(weight=batch.streams["weight"] * 0)

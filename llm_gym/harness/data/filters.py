@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_gym.core import Episode, Group
+from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError, ConfigError, place
 from llm_gym.harness.bounds import Within, check_bounds
 from llm_gym.harness.data.tasks import Task, Tasks
@@ -188,7 +189,7 @@ class Selection:
 
     def save(self, folder: Path) -> None:
         """Writes everything that later steps depend on, groups that wait for a slot included."""
-        kept = [[[born, [e.to_dict() for e in group.episodes]] for born, group in own] for own in self.kept]
+        kept = [[[born, [encode(e) for e in group.episodes]] for born, group in own] for own in self.kept]
         state = {"envs": self.names, "tasks": self.tasks.state_dict(), "rates": self.rates, "kept": kept}
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -280,7 +281,7 @@ def _call(function: Filter, limit: Any, group: Group, passing: tuple[type[Except
 
 
 def _group(episodes: Iterable[Mapping[str, Any]]) -> Group:
-    every = tuple(Episode.from_dict(data) for data in episodes)
+    every = tuple(decode(data) for data in episodes)
     return Group(every[0].seed, every)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a data set as chats, and chats as training rows: only what the assistant said is trained.
+"""Rows of a data set as chats, and chats as sequences to be trained: only what the assistant said is trained.
 
 A row holds `messages`, or a `prompt` and a `completion` (under those names or others), and `tools` if the
 assistant had any. Contexts come from `llm_gym.chat`, the code that environments use, so that a model is trained
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from llm_gym.chat import load_chat
-from llm_gym.core import Ids, Message, Messages, Row
+from llm_gym.core import Ids, Message, Messages
 from llm_gym.envs.rows import load_rows
 from llm_gym.envs.tools.parsers import formats
 from llm_gym.errors import DataError, TemplateError, unknown
 from llm_gym.harness.data.sft_replies import as_tree, reply_ids
+from llm_gym.harness.types import TrainSequence
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -67,7 +69,7 @@ def load_examples(
 
 def encode_all(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, cut: bool = False, where: str = "the examples"
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[list[TrainSequence], dict[str, int]]:
     """Chats as training rows, and how many were too long.
 
     Args:
@@ -85,11 +87,11 @@ def encode_all(
         DataError: one cannot be trained on (with its number, from 0), or none is short enough.
     """
     rows = _each(examples, lambda example: encode(example, tokenizer), where)
-    short = [row if len(row.tokens) <= max_length else _cut(row, max_length if cut else 0) for row in rows]
-    kept = [row for row in short if row.trained.any()]
+    short = [row if len(row.tokens) <= max_length else row.first(max_length if cut else 0) for row in rows]
+    kept = [row for row in short if len(row.trained)]
     if not kept:
         raise DataError(f"dataset: every chat of {where} is longer than max_length={max_length}.")
-    shortened = sum(a is not b and b.trained.any() for a, b in zip(rows, short, strict=True))
+    shortened = sum(a is not b and len(b.trained) > 0 for a, b in zip(rows, short, strict=True))
     return kept, {"dropped": len(rows) - len(kept), "cut": int(shortened)}
 
 
@@ -147,7 +149,7 @@ def read_example(row: Mapping[str, Any], columns: Mapping[str, str], system_prom
     return {"messages": messages, "tools": tools}
 
 
-def encode(example: Example, tokenizer: Any) -> Row:
+def encode(example: Example, tokenizer: Any) -> TrainSequence:
     """A chat as a training row: trained where the assistant speaks, stop tokens included.
 
     Contexts are extended exactly as in an episode, so a chat that an environment could have produced
@@ -174,7 +176,7 @@ def encode(example: Example, tokenizer: Any) -> Row:
         if turn == last:
             break  # what is said after the last trained reply trains nothing
         parts.append((chat.extend(parts[-1][0], messages[turn + 1 : following]), False))
-    return _row(parts)
+    return _sequence(parts)
 
 
 def trains(message: Message) -> bool:
@@ -206,12 +208,6 @@ def _each(items: Sequence[T], make: Callable[[T], U], where: str) -> list[U]:
     return made
 
 
-def _cut(row: Row, length: int) -> Row:
-    """The row's first tokens."""
-    first = slice(length)
-    return Row(row.tokens[first], row.trained[first], row.logprobs[first], row.versions[first], row.turns[first])
-
-
 def _messages(row: Mapping[str, Any], column: str, role: str | None = None) -> Messages:
     """The messages of a cell: a list, or with `role` a text; contents in parts become texts."""
     value = row.get(column)
@@ -239,15 +235,15 @@ def _message(message: Mapping[str, Any]) -> Message:
     return kept
 
 
-def _row(parts: Sequence[tuple[Ids, bool]]) -> Row:
-    """Contexts and replies in turn, with which of them are trained."""
-    sizes = [len(ids) for ids, _ in parts]
+def _sequence(parts: Sequence[tuple[Ids, bool]]) -> TrainSequence:
+    """Contexts and replies in turn, with which of them are trained; each token is credited with 1."""
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int32)
-    trained = np.repeat([flag for _, flag in parts], sizes)
-    turns = np.repeat([i // 2 for i in range(len(parts))], sizes)
-    nothing = np.zeros(len(tokens), np.float32)
-    versions, of_turn = (np.where(trained, value, -1).astype(np.int32) for value in (0, turns))
-    return Row(tokens, trained, nothing, versions, of_turn)
+    trained = np.flatnonzero(np.repeat([flag for _, flag in parts], [len(ids) for ids, _ in parts]))
+    known: dict[str, npt.NDArray[Any]] = {
+        "old_logprobs": np.zeros(len(trained), np.float32),
+        "advantages": np.ones(len(trained)),
+    }
+    return TrainSequence(tokens, trained, known)
 
 
 def _without_nulls(value: Any) -> Any:

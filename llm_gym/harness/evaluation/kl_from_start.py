@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llm_gym.core import Episode
 from llm_gym.harness.algorithms.kl import k3
-from llm_gym.harness.batching.packing import Sample
+from llm_gym.harness.batching.packing import sequences
 from llm_gym.harness.batching.shards import dummy_batches, pack_shard
 from llm_gym.harness.learner.learner import Learner
 
@@ -27,12 +27,12 @@ def kl_from_start(learner: Learner, episodes: Sequence[Episode], *, temperature:
         max_tokens: of a micro-batch.
     """
     sound = [episode for episode in episodes if not episode.stop_reason.failed][:EPISODES]
-    rows = [Sample(row, 1.0, i) for i, episode in enumerate(sound) for row in episode.rows()]
+    rows = [row for i, episode in enumerate(sound) for row in sequences(episode, i)]
     batch, total = pack_shard(learner.world, rows, max_tokens=max_tokens), 0.0
     idle = dummy_batches(learner.world, len(batch.micro))
     for micro in batch.micro:
         now, _ = learner.logprobs(micro, temperature=temperature, entropy=False)
-        total += float(k3(micro.old_logprobs.to(now.device).double(), now.double()).sum())
+        total += float(k3(micro.streams["old_logprobs"].to(now.device).double(), now.double()).sum())
     for micro in idle:
         learner.logprobs(micro, temperature=temperature, entropy=False)
     total = learner.world.add({"kl": total}, "comparing with the start")["kl"]

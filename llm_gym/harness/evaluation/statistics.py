@@ -120,7 +120,7 @@ def summary(episodes: Sequence[Episode], seconds: float, *, mark: float = 1.0) -
         found["rewards"] = {name: float(np.mean([e.rewards.get(name, 0.0) for e in played])) for name in names}
         found |= _passes(played, Counter(e.seed for e in episodes).most_common(1)[0][1], mark)
     found["stop_reasons"] = {str(k): n for k, n in Counter(e.stop_reason for e in episodes).most_common()}
-    found["turns_mean"] = sum(len(e.turns) for e in episodes) / len(episodes)
+    found["turns_mean"] = sum(len(e.spans) for e in episodes) / len(episodes)
     found["tokens"] = {"total": tokens, "mean": tokens / len(episodes), "per_second": tokens / seconds}
     errors = Counter(e.error for e in episodes if e.error)
     return found | {"seconds": seconds, "errors": dict(errors.most_common(3))}
@@ -133,7 +133,7 @@ def problems(episodes: Sequence[Episode]) -> list[int]:
     problem. A game may hide what its opening does not say, and one opening for all says nothing: there each seed is
     a problem of its own.
     """
-    prompts = [e.turns[0].prompt.tobytes() for e in episodes if len(e.turns) == 1]
+    prompts = [e.turns[0].prompt.tobytes() for e in episodes if len(e.spans) == 1]
     asked: Sequence[bytes | int] = prompts
     if len(prompts) < len(episodes) or len(set(prompts)) == 1:
         asked = [e.seed for e in episodes]

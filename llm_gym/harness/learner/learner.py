@@ -18,7 +18,6 @@ from llm_gym.harness.algorithms.importance_sampling import importance_weights
 from llm_gym.harness.algorithms.kl import k3, kl_loss, kl_to_go
 from llm_gym.harness.algorithms.losses import LossConfig, loss_function
 from llm_gym.harness.algorithms.streams import Streams
-from llm_gym.harness.batching.packing import Batch, MicroBatch
 from llm_gym.harness.batching.shards import dummy_batches
 from llm_gym.harness.distributed.fsdp import gathered, is_sharded, shard
 from llm_gym.harness.distributed.world import World
@@ -27,6 +26,7 @@ from llm_gym.harness.learner.optimizers import DTYPES, OptimizerConfig, clip_gra
 from llm_gym.harness.model.heads import token_logprobs, token_loss
 from llm_gym.harness.model.loading import Body
 from llm_gym.harness.model.rounding import held_as
+from llm_gym.harness.types import Batch, MicroBatch, TokenStreams
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class Learner:
                 totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
             for micro in idle:
                 self._backward(micro.to(self.device), temperature)
-        mine = totals | {SEEN: sum(len(micro.target) for micro in batch.micro)}
+        mine = totals | {SEEN: sum(micro.trained for micro in batch.micro)}
         totals = self.world.add(mine, "adding metrics")
         totals = totals if totals[SEEN] else totals | dict.fromkeys(MEANS, 0.0)
         peak_gap = max(self.world.gather(peak_gap, "adding metrics"))
@@ -140,7 +140,7 @@ class Learner:
         idle = dummy_batches(self.world, len(batch.micro))
         known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in (*batch.micro, *idle)]
         known = known[: len(batch.micro)]
-        return replace(batch, micro=tuple(replace(m, proximal=p) for m, p in zip(batch.micro, known, strict=True)))
+        return replace(batch, micro=tuple(m.having(proximal=p) for m, p in zip(batch.micro, known, strict=True)))
 
     def rehearse(self, batch: MicroBatch) -> None:
         """Forward and backward of a micro-batch that stands for others; its gradient is added to what is there."""
@@ -175,12 +175,12 @@ class Learner:
         half = held is None and self.dtype != torch.float32
         rounded = nullcontext() if held is None or held == torch.float32 else held_as(body.causal, held)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=half), rounded:
-            hidden = body.hidden(batch).index_select(0, batch.source)
+            hidden = body.hidden(batch).index_select(0, batch.streams["source"])
             weight, bias = body.head()
         weight = weight if held is None else weight.to(held)
         cap = None if body.softcap is None else body.softcap / body.scale
         scaled = {"bias": bias, "temperature": temperature / body.scale, "softcap": cap}
-        return {"hidden": hidden, "weight": weight, "targets": batch.target, **scaled}
+        return {"hidden": hidden, "weight": weight, "targets": batch.streams["target"], **scaled}
 
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
         """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
@@ -188,12 +188,12 @@ class Learner:
         sums = {"sampler/logprob_gap_max": torch.zeros(1, device=self.device)}
 
         def per_token(rows: slice, new: Tensor, entropy: Tensor) -> Tensor:
-            part = _tokens(batch, rows)
+            part = batch.streams.at(rows)
             losses, streams = self._losses(part, new, entropy, None if reference is None else reference[rows])
             gaps = [sums["sampler/logprob_gap_max"], streams["sampler/logprob_gap_mean"]]
             sums["sampler/logprob_gap_max"] = torch.cat(gaps).amax(0, keepdim=True)
             sums.update({name: sums.get(name, 0.0) + stream.sum() for name, stream in streams.items()})
-            return part.weight * losses
+            return part["weight"] * losses
 
         def in_two_passes(**hidden: Any) -> Tensor:
             return per_token(slice(None), *token_logprobs(**hidden)).sum()
@@ -204,33 +204,37 @@ class Learner:
         return {"policy/loss": float(loss.detach()), **{name: float(total) for name, total in sums.items()}}
 
     def _losses(
-        self, batch: MicroBatch, new: Tensor, entropy: Tensor, reference: Tensor | None
+        self, known: TokenStreams, new: Tensor, entropy: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each token, [M], and streams [M] to average; `batch` may be some of a micro-batch's tokens."""
+        """Loss of each token, [M], and streams [M] to average; M may be some of a micro-batch's tokens."""
         config = self.loss
-        sampler, credit = batch.old_logprobs.to(new.dtype), batch.advantages.to(new.dtype)
-        old, correction, streams = self._anchor(batch, new, sampler)
+        sampler, credit = known["old_logprobs"].to(new.dtype), self._credit(known).to(new.dtype)
+        old, correction, streams = self._anchor(known, new, sampler)
         streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": (new.detach() - sampler).abs()}
         pull = torch.zeros_like(new)
         if reference is not None:
             streams["policy/kl"] = k3(new.detach(), reference)  # reported so whatever is trained: never negative
             if config.kl_in == "reward":
-                credit = credit - config.kl_weight * kl_to_go(new, reference, batch.sequence)
+                credit = credit - config.kl_weight * kl_to_go(new, reference, known["sequence"])
             else:
                 pull = config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
-        per_token, found = self.loss_fn(Streams(new, old, credit, batch.sequence), config)
+        per_token, found = self.loss_fn(Streams(new, old, credit, known["sequence"]), config)
         streams |= found
         per_token = correction * (per_token + pull)
         if config.entropy_weight:
             per_token = per_token - config.entropy_weight * entropy
         return per_token, streams
 
-    def _anchor(self, batch: MicroBatch, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _credit(self, known: TokenStreams) -> Tensor:
+        """What each token is credited with, [M]."""
+        return known["advantages"]
+
+    def _anchor(self, known: TokenStreams, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the ratio is taken against, each token's importance weight, and their metrics (see `corrections`)."""
         if self.loss.correction.name == "none":
             return sampler, torch.ones_like(new), {}
-        proximal = new.detach() if batch.proximal is None else batch.proximal.to(new.dtype)
-        return proximal, *importance_weights(proximal, sampler, batch.sequence, self.loss.correction)
+        proximal = known["proximal"].to(new.dtype) if "proximal" in known else new.detach()
+        return proximal, *importance_weights(proximal, sampler, known["sequence"], self.loss.correction)
 
     def _reference(self) -> Body:
         """The frozen start: the base model under the adapters, or a copy."""
@@ -274,10 +278,3 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-def _tokens(batch: MicroBatch, rows: slice) -> MicroBatch:
-    """The same with the streams that losses read cut to some of the trained tokens."""
-    names = ("old_logprobs", "advantages", "weight", "sequence", "proximal")
-    cut: dict[str, Any] = {n: stream[rows] for n in names if (stream := getattr(batch, n)) is not None}
-    return replace(batch, **cut)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_gym.core import Row
 from llm_gym.errors import ShortOfMemory
-from llm_gym.harness.batching.packing import Batch, MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner import memory_probe
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OPTIMIZERS
+from llm_gym.harness.types import Batch, MicroBatch, TrainSequence
 
 USUAL = 16384
 """Tokens where nothing can be measured."""
@@ -136,10 +136,9 @@ def _probe(learner: Learner, tokens: int) -> Batch:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(max(1, tokens // length)):
-        trained = np.arange(length + 1) > 0
         ids = rng.integers(0, config.vocab_size, length + 1).astype(np.int32)
-        zeros, turns = np.zeros(length + 1, np.float32), np.where(trained, 0, -1).astype(np.int32)
-        rows.append(Sample(Row(ids, trained, zeros, turns, turns), 1.0, number))
+        known = {"old_logprobs": np.zeros(length), "advantages": np.ones(length)}
+        rows.append(TrainSequence(ids, np.arange(1, length + 1), known, number))
     return pack(rows, max_tokens=1 << 62)
 
 
@@ -153,7 +152,7 @@ def fitted(batch: Batch, tokens: int) -> Batch:
 
 
 def _rows(micro: MicroBatch) -> int:
-    return int(micro.sequence.max()) + 1 if len(micro.sequence) else 0
+    return int(micro.streams["sequence"].max()) + 1 if micro.trained else 0
 
 
 def _split(micro: MicroBatch, tokens: int) -> Iterator[MicroBatch]:
@@ -167,10 +166,11 @@ def _split(micro: MicroBatch, tokens: int) -> Iterator[MicroBatch]:
 
 def only(micro: MicroBatch, rows: range) -> MicroBatch:
     """Some consecutive rows of a micro-batch, with the pieces that they are made of, in the same order."""
-    sequence = micro.sequence
+    sequence = micro.streams["sequence"]
     trained = (sequence >= rows.start) & (sequence < rows.stop)
     lengths, parents = torch.tensor(micro.lengths), micro.parents or (-1,) * len(micro.lengths)
-    source = micro.source[trained]
+    streams = micro.streams.at(trained)
+    source = streams["source"]
     wanted = set(torch.searchsorted(lengths.cumsum(0), source.cpu(), right=True).tolist())
     for piece in reversed(range(len(lengths))):  # a parent stands before its children
         if piece in wanted and parents[piece] >= 0:
@@ -180,15 +180,11 @@ def only(micro: MicroBatch, rows: range) -> MicroBatch:
     kept = torch.zeros(len(lengths), dtype=torch.bool)
     kept[pieces] = True
     tokens = kept.repeat_interleave(lengths).to(micro.tokens.device)
-    streams = ("target", "old_logprobs", "advantages", "weight", "proximal")
-    cut: dict[str, Any] = {n: stream[trained] for n in streams if (stream := getattr(micro, n)) is not None}
     return replace(
         micro,
         tokens=micro.tokens[tokens],
         positions=micro.positions[tokens],
         lengths=tuple(micro.lengths[piece] for piece in pieces),
         parents=tuple(place[parents[piece]] for piece in pieces) if micro.parents else (),
-        source=(tokens.cumsum(0) - 1)[source],
-        sequence=sequence[trained] - rows.start,
-        **cut,
+        streams=streams.having(source=(tokens.cumsum(0) - 1)[source], sequence=streams["sequence"] - rows.start),
     )

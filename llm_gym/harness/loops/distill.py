@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from llm_gym.core import Group
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.packing import Batch, MicroBatch
 from llm_gym.harness.config import DistillConfig, TrainConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.teacher import (
@@ -34,6 +32,7 @@ from llm_gym.harness.model.divergence import Head, reverse_kl, top_k_kl
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import config_of
 from llm_gym.harness.runs.lineage import model_path
+from llm_gym.harness.types import Batch, MicroBatch, TokenStreams
 from llm_gym.tokenizer import load_tokenizer
 
 NO_TEACHER = (
@@ -67,8 +66,8 @@ class Distiller(Trainer):
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The step's groups, every token of them to be judged, dealt into its `minibatches`."""
-        n, size = self.config.minibatches, self.config.group_size
-        return [self.pack(groups[i::n], np.ones((len(groups[i::n]), size))) for i in range(n)]
+        n = self.config.minibatches
+        return [self.pack(groups[i::n]) for i in range(n)]
 
     def close(self) -> None:
         """As the trainer's; the teacher goes too."""
@@ -104,18 +103,21 @@ class DistillLearner(Learner):
 
     def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
         if self.distill.kl == "sampled":
-            better = self.teacher.logprobs(batch) - batch.old_logprobs
-            sums = super()._backward(replace(batch, advantages=better), temperature)
-            return {**sums, "distill/kl": -float(better.sum())}
+            judged = batch.having(teacher=self.teacher.logprobs(batch))
+            return {**super()._backward(judged, temperature), "distill/kl": -float(self._credit(judged.streams).sum())}
 
         def divergence(**hidden: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
             student = Head(*(hidden[name] for name in Head._fields))
             kl = self._divergence(student, batch)
-            return (batch.weight * kl).sum(), kl.detach().sum(), _seen(student, batch)
+            return (batch.streams["weight"] * kl).sum(), kl.detach().sum(), _seen(student, batch)
 
         loss, kl, seen = self._through(self.body, batch, temperature, divergence)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"policy/loss": float(loss.detach()), "distill/kl": float(kl), **seen}
+
+    def _credit(self, known: TokenStreams) -> torch.Tensor:
+        """How much likelier the teacher finds each token than the sampler did, [M]."""
+        return known["teacher"] - known["old_logprobs"]
 
     def _divergence(self, student: Head, batch: MicroBatch) -> torch.Tensor:
         if self.distill.kl == "top_k":
@@ -182,8 +184,8 @@ def check_distill(config: TrainConfig) -> DistillConfig:
 @torch.no_grad()
 def _seen(student: Head, batch: MicroBatch) -> dict[str, float]:
     """The metrics that every learner reports, as sums over tokens."""
-    logprobs, entropy = token_logprobs(targets=batch.target, **student._asdict())
-    apart = logprobs - batch.old_logprobs
+    logprobs, entropy = token_logprobs(targets=batch.streams["target"], **student._asdict())
+    apart = logprobs - batch.streams["old_logprobs"]
     return {
         "policy/entropy": float(entropy.sum()),
         "policy/ratio_mean": float(apart.exp().sum()),

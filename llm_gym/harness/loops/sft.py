@@ -25,10 +25,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm_gym.chat import load_tokenizer
-from llm_gym.core import Row
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.packing import Batch, Sample
 from llm_gym.harness.batching.shards import dummy_batches, pack_shard
 from llm_gym.harness.data.sft_examples import Example, encode, encode_all, load_examples
 from llm_gym.harness.distributed.fsdp import is_sharded
@@ -45,6 +43,7 @@ from llm_gym.harness.model.layers import base_of
 from llm_gym.harness.model.loading import check_model, load_model, merged, new_model
 from llm_gym.harness.runs.run_folder import Follower, RunFolder
 from llm_gym.harness.settings import dump
+from llm_gym.harness.types import Batch, TrainSequence
 
 MODEL = "model"
 """Folder of the finished model, in the run folder."""
@@ -54,11 +53,11 @@ MODEL = "model"
 class Data:
     """What a run reads, as token ids; the same on every rank."""
 
-    draw: Callable[[int], list[Row]]
+    draw: Callable[[int], list[TrainSequence]]
     """The rows of a step, a function of the step alone."""
     steps: int
     """Optimizer steps of the run."""
-    held_out: Sequence[Row]
+    held_out: Sequence[TrainSequence]
     """What the loss is measured on; may be empty."""
     notes: tuple[str, ...]
     """What a person should know of it."""
@@ -257,7 +256,7 @@ def _load(config: SFTConfig, dataset: str, split: str) -> list[Example]:
     )
 
 
-def _held_out(config: SFTConfig, tokenizer: Any) -> list[Row]:
+def _held_out(config: SFTConfig, tokenizer: Any) -> list[TrainSequence]:
     """What the loss is measured on."""
     dataset = config.eval.dataset or config.dataset
     if dataset is None or not (config.eval.dataset or config.eval.split):
@@ -269,10 +268,10 @@ def _held_out(config: SFTConfig, tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _pack(budget: Budget, rows: Sequence[Row]) -> Batch:
+def _pack(budget: Budget, rows: Sequence[TrainSequence]) -> Batch:
     """This process's share of the rows, packed."""
     return pack_shard(
-        budget.learner.world, [Sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget.tokens
+        budget.learner.world, [replace(row, episode=i) for i, row in enumerate(rows)], max_tokens=budget.tokens
     )
 
 

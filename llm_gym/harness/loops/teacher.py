@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.harness.batching.packing import MicroBatch
 from llm_gym.harness.model.divergence import Head, top_logprobs
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Body, load_model
+from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.http import Loop, Remote, RemoteError, delay
 from llm_gym.tokenizer import load_tokenizer
 
@@ -66,7 +66,7 @@ class LocalTeacher:
     def head(self, batch: MicroBatch) -> Head:
         """Its next-token distributions where the trained tokens stand, before they are computed."""
         batch = batch if self.body.shares else apart(batch)
-        hidden = self.body.hidden(batch).index_select(0, batch.source)
+        hidden = self.body.hidden(batch).index_select(0, batch.streams["source"])
         cap = None if self.body.softcap is None else self.body.softcap / self.body.scale
         return Head(hidden, *self.body.head(), self.temperature / self.body.scale, cap)
 
@@ -74,8 +74,8 @@ class LocalTeacher:
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """As `Teacher`."""
         head = self.head(batch)
-        known = batch.target < len(head.weight)
-        targets = torch.where(known, batch.target, 0)
+        known = batch.streams["target"] < len(head.weight)
+        targets = torch.where(known, batch.streams["target"], 0)
         found, _ = token_logprobs(targets=targets, entropy=False, **head._asdict())
         return torch.where(known, found, UNKNOWN)
 
@@ -92,11 +92,11 @@ class Indifferent:
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """As `Teacher`: 0."""
-        return torch.zeros(len(batch.target), device=batch.target.device)
+        return torch.zeros(batch.trained, device=batch.tokens.device)
 
     def top(self, batch: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
         """As `Teacher`: the first k ids, at 1/(k + 1) each."""
-        ids = torch.arange(k, device=batch.target.device).expand(len(batch.target), k)
+        ids = torch.arange(k, device=batch.tokens.device).expand(batch.trained, k)
         return ids, torch.full(ids.shape, -math.log(k + 1.0), device=ids.device)
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class ServedTeacher:
             for ids, places, tables in self._scored(batch, 0)
             for at, table in zip(places.tolist(), tables, strict=True)
         ]
-        return torch.tensor(found, dtype=torch.float32, device=batch.target.device)
+        return torch.tensor(found, dtype=torch.float32, device=batch.tokens.device)
 
     def top(self, batch: MicroBatch, k: int) -> tuple[Tensor, Tensor]:
         """As `Teacher`.
@@ -147,7 +147,7 @@ class ServedTeacher:
             PolicyError: as `logprobs`.
         """
         best = [_best(table, k) for _, _, tables in self._scored(batch, k) for table in tables]
-        device = batch.target.device
+        device = batch.tokens.device
         ids = torch.tensor([[token for token, _ in each] for each in best], dtype=torch.int64, device=device)
         return ids.view(-1, k), torch.tensor([[value for _, value in each] for each in best], device=device).view(-1, k)
 
@@ -214,9 +214,9 @@ def sequences(batch: MicroBatch) -> list[tuple[Tensor, Tensor]]:
     """Each sequence of a packed batch on its own: its ids up to the last trained one [n], and where those stand [m]."""
     starts = torch.tensor([0, *itertools.accumulate(batch.lengths)])
     found = []
-    for number in range(int(batch.sequence.max()) + 1 if len(batch.sequence) else 0):
-        mine = torch.nonzero(batch.sequence == number)[:, 0]
-        source, last = batch.source[mine], batch.target[mine[-1:]]
+    for number in range(int(batch.streams["sequence"].max()) + 1 if batch.trained else 0):
+        mine = batch.streams.at(batch.streams["sequence"] == number)
+        source, last = mine["source"], mine["target"][-1:]
         piece = int(torch.searchsorted(starts, source[-1].cpu(), right=True)) - 1
         parts = [batch.tokens[starts[piece] : source[-1] + 1]]
         while batch.parents and (piece := batch.parents[piece]) >= 0:
@@ -232,12 +232,13 @@ def apart(batch: MicroBatch) -> MicroBatch:
     rows = sequences(batch)
     lengths = tuple(len(ids) - 1 for ids, _ in rows)
     starts = [0, *itertools.accumulate(lengths)]
+    source = torch.cat([places - 1 + start for (_, places), start in zip(rows, starts, strict=False)])
     return replace(
         batch,
         tokens=torch.cat([ids[:-1] for ids, _ in rows]),
         positions=torch.cat([torch.arange(n, device=batch.tokens.device) for n in lengths]),
         lengths=lengths,
-        source=torch.cat([places - 1 + start for (_, places), start in zip(rows, starts, strict=False)]),
+        streams=batch.streams.having(source=source),
         parents=(),
     )
 

@@ -18,7 +18,7 @@ import torch
 from llm_gym.core import Episode, Group, Sampling, group
 from llm_gym.errors import CheckpointError, TrainingError
 from llm_gym.harness.algorithms.rewards import RewardWatch, rewards_of
-from llm_gym.harness.batching.packing import Batch, Floats, samples
+from llm_gym.harness.batching.packing import samples
 from llm_gym.harness.batching.shards import pack_shard
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.data.filters import Harvest
@@ -41,6 +41,7 @@ from llm_gym.harness.runs.metrics import clock, combine, describe, speeds, stale
 from llm_gym.harness.runs.run_folder import Follower, RunFolder
 from llm_gym.harness.runs.verdict import MOVED, alarms
 from llm_gym.harness.settings import dump, to_dict
+from llm_gym.harness.types import Batch, Floats
 from llm_gym.harness.weight_sync.sync import Sync
 from llm_gym.models.loading import set_threads
 from llm_gym.rollouts.driver import Driver, OnEpisode
@@ -252,7 +253,7 @@ class Trainer:
         n = self.config.minibatches
         return [self.pack(groups[i::n], credits[i::n]) for i in range(n)]
 
-    def pack(self, groups: Sequence[Group], advantages: Floats) -> Batch:
+    def pack(self, groups: Sequence[Group], advantages: Floats | None = None) -> Batch:
         """Groups as packed micro-batches."""
         loss = self.config.loss
         return pack_shard(
@@ -261,7 +262,7 @@ class Trainer:
             max_tokens=self.budget.tokens,
             normaliser=loss.normaliser,
             constant_length=loss.constant_length,
-            skip_zero=not loss.needs_every_sequence,
+            skip_zero=advantages is not None and not loss.needs_every_sequence,
             share=self.learner.body.shares,
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn
+from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
 from llm_gym.errors import ConfigError, place
 from llm_gym.harness.algorithms.advantages import ADVANTAGES, AdvantageFn, advantage
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, importance_weights
@@ -124,8 +124,9 @@ def _group() -> Group:
     ids, said = np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)
     completion = Completion(said, np.full(2, -0.5, np.float32), "stop")
     messages = ({"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"})
-    episodes = tuple(
-        Episode("example", 0, (Turn(ids, completion, r),), StopReason.ANSWERED, {"reward": r}, messages, member)
-        for member, r in enumerate((0.0, 1.0))
-    )
-    return Group(0, episodes)
+
+    def episode(member: int, reward: float) -> Episode:
+        said = trajectories([Turn(ids, completion, reward)])
+        return Episode("example", 0, said, StopReason.ANSWERED, {"reward": reward}, messages, member)
+
+    return Group(0, (episode(0, 0.0), episode(1, 1.0)))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.batching.packing import MicroBatch
 from llm_gym.harness.model.attention import NAME, Form, Layout
 from llm_gym.harness.model.cpu_mlp import fuse_mlps
 from llm_gym.harness.model.cpu_rmsnorm import fuse_norms
+from llm_gym.harness.types import MicroBatch
 from llm_gym.models.folding import beneath, weight_of
 from llm_gym.policies.builtin.self_test import SelfTest, forget_lengths, plain
 

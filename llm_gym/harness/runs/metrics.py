@@ -31,7 +31,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
         "reward/std": float(rewards.std()) if len(rewards) else float("nan"),
         **parts,
         **_tools(episodes),
-        "episode/turns_mean": _mean([len(e.turns) for e in sound]),
+        "episode/turns_mean": _mean([len(e.spans) for e in sound]),
         "episode/tokens_mean": _mean([e.tokens_generated for e in sound]),
         "episode/truncated_fraction": _mean([not e.stop_reason.terminated for e in sound]),
         "episode/cut_fraction": _mean([e.stop_reason in CUT for e in sound]),
@@ -49,7 +49,7 @@ def _tools(episodes: Sequence[Episode]) -> dict[str, float]:
 
 def staleness(episodes: Sequence[Episode], version: int) -> float:
     """How many updates older than `version` the oldest sampled token is."""
-    seen = [turn.completion.version for episode in episodes for turn in episode.turns]
+    seen = [span.version for episode in episodes for _, span in episode.spans]
     return float(version - min(seen)) if seen else 0.0
 
 

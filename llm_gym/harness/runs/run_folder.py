@@ -27,6 +27,7 @@ import yaml
 from safetensors import SafetensorError
 
 from llm_gym.core import Episode
+from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError, LLMGymError
 from llm_gym.harness.runs import lock
 
@@ -140,7 +141,7 @@ class RunFolder:
 
     def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
         """Writes episodes, one JSON object a line, as `episodes/<name>.jsonl`."""
-        text = "".join(json.dumps(episode.to_dict()) + "\n" for episode in episodes)
+        text = "".join(json.dumps(encode(episode)) + "\n" for episode in episodes)
         with self.writing():
             write_atomically(self.path / "episodes" / f"{name}.jsonl", text)
 
@@ -160,7 +161,7 @@ class RunFolder:
         """
         file = self.path / "episodes" / f"{name}.jsonl"
         try:
-            return [Episode.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+            return [decode(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"episodes: {str(file)!r} cannot be read ({type(error).__name__}: {error})."

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
-from llm_gym.harness.batching.packing import Sample, pack
+from llm_gym.core import Episode, Sampling, StopReason, TrajectoryBuilder
+from llm_gym.harness.batching.packing import pack, sequences
 from llm_gym.harness.learner.learner import Learner
 
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (5e-2, 1.0)}
@@ -68,26 +68,23 @@ def play(policy: Any, vocabulary: int, temperature: float, episodes: int) -> lis
     room = max(1, min(CONTEXT, policy.max_context - 2 * TOKENS - BETWEEN))
     prompts = [rng.integers(0, vocabulary, n).astype(np.int32) for n in rng.integers(1, room + 1, episodes)]
     sampling = Sampling(temperature=temperature, max_tokens=TOKENS, stop_token_ids=())
-    turns: list[list[tuple[Ids, Completion]]] = [[] for _ in prompts]
+    builders = [TrajectoryBuilder() for _ in prompts]
     for turn in range(2):
         seeds = range(turn * episodes, (turn + 1) * episodes)
         for index, completion in enumerate(policy.generate(prompts, sampling, seeds=seeds)):
-            turns[index].append((prompts[index], completion))
+            builders[index].add(prompts[index], completion)
             between = rng.integers(0, vocabulary, BETWEEN).astype(np.int32)
             prompts[index] = np.concatenate([prompts[index], completion.tokens, between])
-    return [
-        Episode("parity", index, tuple(Turn(*pair, 0.0) for pair in pairs), StopReason.ANSWERED)
-        for index, pairs in enumerate(turns)
-    ]
+    return [Episode("parity", index, builder.build(), StopReason.ANSWERED) for index, builder in enumerate(builders)]
 
 
 def gaps_of(learner: Learner, episodes: list[Episode], temperature: float) -> npt.NDArray[np.float64]:
     """|engine - learner| of every sampled token, float64 [tokens]; infinite where one is no number."""
-    rows = [Sample(row, 1.0, episode.seed) for episode in episodes for row in episode.rows()]
+    rows = [row for episode in episodes for row in sequences(episode, episode.seed)]
     found = []
     for batch in pack(rows, max_tokens=16384).micro:
         ours, _ = learner.logprobs(batch, temperature=temperature, entropy=False)
-        found.append((ours.cpu().double() - batch.old_logprobs.double()).abs().numpy())
+        found.append((ours.cpu().double() - batch.streams["old_logprobs"].double()).abs().numpy())
     gaps: npt.NDArray[np.float64] = np.concatenate(found)
     gaps[~np.isfinite(gaps)] = np.inf
     return gaps

@@ -35,11 +35,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llm_gym.core import Completion, Ids, Row, Sampling
+from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import SyncError
-from llm_gym.harness.batching.packing import Floats, MicroBatch, Sample, pack
+from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.rounding import rounding, unit
+from llm_gym.harness.types import Floats, MicroBatch, TrainSequence
 from llm_gym.policies import Policy
 
 EXACT = 1e-3
@@ -100,7 +101,7 @@ class Canaries:
     def batch(self, completions: Iterable[Completion]) -> MicroBatch:
         """The contexts and what was sampled after them, in order, for the learner."""
         pairs = zip(self.contexts, completions, strict=True)
-        rows = [Sample(_row(context, completion), 1.0, i) for i, (context, completion) in enumerate(pairs)]
+        rows = [_sequence(context, completion, i) for i, (context, completion) in enumerate(pairs)]
         (batch,) = pack(rows, max_tokens=1 << 30).micro
         return batch
 
@@ -203,8 +204,8 @@ class Proof:
         shape = (len(self.canaries.contexts), -1)
         ours = self._learners(batch)
         return Reading(
-            batch.target.cpu().numpy().reshape(shape),
-            batch.old_logprobs.double().cpu().numpy().reshape(shape),
+            batch.streams["target"].cpu().numpy().reshape(shape),
+            batch.streams["old_logprobs"].double().cpu().numpy().reshape(shape),
             ours.reshape(shape),
         )
 
@@ -251,10 +252,8 @@ class Proof:
             )
 
 
-def _row(context: Ids, completion: Completion) -> Row:
-    """A context and what was sampled after it, as a training row."""
+def _sequence(context: Ids, completion: Completion, number: int) -> TrainSequence:
+    """A context and what was sampled after it."""
     tokens = np.concatenate([context, completion.tokens]).astype(np.int32)
-    trained = np.arange(len(tokens)) >= len(context)
-    logprobs = np.concatenate([np.zeros(len(context), np.float32), completion.logprobs])
-    versions = np.where(trained, completion.version, -1).astype(np.int32)
-    return Row(tokens, trained, logprobs, versions, np.where(trained, 0, -1).astype(np.int32))
+    sampled = np.arange(len(context), len(tokens))
+    return TrainSequence(tokens, sampled, {"old_logprobs": completion.logprobs}, number)
