@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.model.loading import Body, prepare
+from llm_gym.harness.model.loading import Backbone, prepare
 from llm_gym.harness.types import MicroBatch, TrainSequence
 
 VOCABULARY = 32_000
@@ -94,8 +94,8 @@ def make_model(dtype: torch.dtype) -> Any:
 class Way:
     """One way to compute the body over these rows."""
 
-    def __init__(self, name: str, body: Body, rows: list[np.ndarray]) -> None:
-        self.name, self.body = name, body
+    def __init__(self, name: str, body: Backbone, rows: list[np.ndarray]) -> None:
+        self.name, self.backbone = name, body
         self.batch: MicroBatch
         (self.batch,) = pack(samples(rows), max_tokens=10**9, share=name in ("cat", "merge")).micro
         count = self.batch.trained
@@ -109,7 +109,7 @@ class Way:
 
     def run(self) -> None:
         """Forward and backward of a weighted sum of the hidden states that predict the trained tokens."""
-        body, batch = self.body, self.batch
+        body, batch = self.backbone, self.batch
         if self.name == "padded":
             body.causal.set_attn_implementation("sdpa")
             hidden = body._padded(batch)
@@ -123,9 +123,9 @@ class Way:
 
     def gradients(self) -> list[Tensor]:
         """Of one run."""
-        self.body.model.zero_grad()
+        self.backbone.model.zero_grad()
         self.run()
-        return [p.grad.clone() for p in self.body.model.parameters() if p.grad is not None]
+        return [p.grad.clone() for p in self.backbone.model.parameters() if p.grad is not None]
 
 
 def _resident(key: str) -> int:
@@ -177,7 +177,7 @@ def gap(ways: list[Way]) -> dict[str, float]:
     }
 
 
-def report(shape: str, body: Body, rows: list[np.ndarray], blocks: int, names: list[str]) -> None:
+def report(shape: str, body: Backbone, rows: list[np.ndarray], blocks: int, names: list[str]) -> None:
     """One table; ratios are to the first way."""
     ways = [Way(name, body, rows) for name in names]
     first = names[0]
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    body = Body(make_model(getattr(torch, arguments.dtype)))
+    body = Backbone(make_model(getattr(torch, arguments.dtype)))
     print(f"{arguments.dtype}, {arguments.blocks} blocks, 1 thread")
     for shape in arguments.shapes:
         report(shape, body, shapes()[shape], arguments.blocks, arguments.ways)

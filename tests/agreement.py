@@ -156,7 +156,7 @@ def _learned(learner: Learner, given: Sequence[TrainSequence]) -> Measured:
     """The largest error over budgets: all rows at once, some, each alone; as in training, and without a gradient."""
     error = 0.0
     for budget, grad in ((1 << 20, True), (80, False), (1, False)):
-        for micro in pack(given, max_tokens=budget, share=learner.body.shares).micro:
+        for micro in pack(given, max_tokens=budget, share=learner.backbone.shares).micro:
             found, _ = learner.logprobs(micro, grad=grad)
             error = max(error, _gap(found.detach().double(), micro.streams["old_logprobs"].double()))
     return Measured(error, _way(learner))
@@ -164,7 +164,7 @@ def _learned(learner: Learner, given: Sequence[TrainSequence]) -> Measured:
 
 def _way(learner: Learner) -> str:
     """How rows are laid out, if not packed."""
-    body = learner.body
+    body = learner.backbone
     if body.together == 0:
         return "one by one"
     long = "" if body.together == math.inf else f"one by one > {body.together:.0f}"
@@ -178,7 +178,7 @@ def gradient(variant: Variant) -> Measured:
     given = samples(rows(variant), reference)
     right = reference.gradient((s.tokens, s.trained) for s in given)
     learner = Learner(prepare(model))
-    for micro in pack(given, max_tokens=200, share=learner.body.shares).micro:
+    for micro in pack(given, max_tokens=200, share=learner.backbone.shares).micro:
         found, _ = learner.logprobs(micro, grad=True)
         (found * _weights(micro.streams["target"])).sum().backward()  # type: ignore[no-untyped-call]
     pairs = [(p.grad, right[name]) for name, p in model.named_parameters()]

@@ -292,7 +292,7 @@ MUTANTS = (
     Mutant(
         "the KL in the reward leaves out the states that a token leads to",
         "harness/algorithms/kl.py",
-        "return to_go(k1(logprobs.detach(), ref_logprobs), sequence)",
+        "return suffix_sum(k1(logprobs.detach(), ref_logprobs), sequence)",
         "return k1(logprobs.detach(), ref_logprobs)",
         ("harness/test_kl.py::test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences",),
     ),
@@ -348,7 +348,7 @@ MUTANTS = (
     Mutant(
         "old log-probabilities follow the model from update to update",
         "harness/loops/trainer.py",
-        "batches = [self.learner.remember(batch, temperature=temperature) for batch in batches]",
+        "batches = [self.learner.compute_proximal_logprobs(batch, temperature=temperature) for batch in batches]",
         "pass",
         ("harness/test_updates.py::test_minibatches_share_out_the_groups_and_epochs_repeat_them",),
     ),

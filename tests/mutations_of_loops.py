@@ -180,7 +180,7 @@ LOOPS = (
         "unequal tokens per rank: each has denominators of its own, a mean of means",
         "harness/batching/shards.py",
         "batch = pack(rows, max_tokens=max_tokens, **options)",
-        "batch = pack(world.deal(rows), max_tokens=max_tokens, **options)",
+        "batch = pack(world.shard(rows), max_tokens=max_tokens, **options)",
         ("harness/test_parallel.py::test_shares_of_a_batch_are_all_of_it_once",),
     ),
     Mutant(
@@ -228,9 +228,9 @@ LOOPS = (
     Mutant(
         "a replay takes the new policy's log-probabilities for the sampler's",
         "harness/loops/replay.py",
-        '                with trainer.world.naming("replay"):\n',
+        '                with trainer.world.blame_lost_rank("replay"):\n',
         "                trainer.learner._anchor = lambda _, new, old: (new.detach(), torch.ones_like(new), {})\n"
-        '                with trainer.world.naming("replay"):\n',
+        '                with trainer.world.blame_lost_rank("replay"):\n',
         (
             "harness/test_replay.py::test_every_step_comes_out_the_same_from_the_start_and_from_a_checkpoint[several_updates]",
         ),

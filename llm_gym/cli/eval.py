@@ -18,7 +18,7 @@ from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
     from llm_gym.core import Episode, Sampling
-    from llm_gym.harness.evaluation.evaluator import Exam
+    from llm_gym.harness.evaluation.evaluator import EvalTask
 
 EPISODES = 512
 """Problems of an environment that has no rows to go through."""
@@ -28,7 +28,7 @@ EPISODES = 512
 class Plan:
     """What to play."""
 
-    exam: Exam
+    eval_task: EvalTask
     """The environment; its tokenizer is the model's."""
     model: str | None
     """Folder or hub id; None: the embedded model."""
@@ -44,8 +44,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan, ready for JSON."""
         own = {"model": self.model, "k": self.k, "pass_reward": self.pass_reward}
-        exam = {"env": self.exam.env, "env_args": dict(self.exam.env_args), "rows": self.exam.rows}
-        return exam | own | {"problems": self.problems, "sampling": dataclasses.asdict(self.sampling)}
+        eval_task = {"env": self.eval_task.env, "env_args": dict(self.eval_task.env_args), "rows": self.eval_task.rows}
+        return eval_task | own | {"problems": self.problems, "sampling": dataclasses.asdict(self.sampling)}
 
 
 @click.command("eval", short_help="Measure a policy: mean reward, with its uncertainty.")
@@ -136,7 +136,7 @@ def make_plan(
     from llm_gym.envs import resolve
     from llm_gym.envs.parameters import environment_class
     from llm_gym.harness import TrainConfig, load
-    from llm_gym.harness.evaluation.evaluator import exam
+    from llm_gym.harness.evaluation.evaluator import eval_task
     from llm_gym.harness.loops.environments import entries
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path, run_of
@@ -151,7 +151,7 @@ def make_plan(
     args |= getattr(environment_class(env_id), "eval_args", {})
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)
-    paper = exam(env_id, {"tokenizer": None if text else path, **args})
+    paper = eval_task(env_id, {"tokenizer": None if text else path, **args})
     if paper.rows is not None and episodes is not None and episodes > paper.rows:
         raise SettingError(f"--episodes: got {episodes}, but the data has {paper.rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)
@@ -175,13 +175,13 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
     if isinstance(policy, TransformersPolicy):
         set_threads(policy.model)
     try:
-        with counter("eval", plan.problems * plan.k) as count, plan.exam.driver(policy) as driver:
+        with counter("eval", plan.problems * plan.k) as count, plan.eval_task.driver(policy) as driver:
 
             def seen(episode: Episode) -> None:
                 count()
 
             began = time.perf_counter()
-            seeds = plan.exam.seeds(plan.problems)
+            seeds = plan.eval_task.seeds(plan.problems)
             episodes = driver.run(seeds, group_size=plan.k, seed=seed, sampling=plan.sampling, on_episode=seen)
             return summary(episodes, time.perf_counter() - began, mark=plan.pass_reward)
     finally:
@@ -193,10 +193,10 @@ def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     from llm_gym.harness.evaluation.statistics import different
 
     how = f"sampled at temperature {plan.sampling.temperature:g}" if plan.sampling.temperature else "greedy"
-    what = f"of {plan.exam.rows:,} rows" if plan.exam.rows else "unseen problems"
+    what = f"of {plan.eval_task.rows:,} rows" if plan.eval_task.rows else "unseen problems"
     what += f", {plan.k} times each" if plan.k > 1 else ""
-    count = f"{plan.problems:,}" if plan.exam.rows else different(plan.problems, found.get("problems"))
-    lines = [f"{plan.exam.env}, {plan.model or 'the embedded model'}, {how}, {count} {what}"]
+    count = f"{plan.problems:,}" if plan.eval_task.rows else different(plan.problems, found.get("problems"))
+    lines = [f"{plan.eval_task.env}, {plan.model or 'the embedded model'}, {how}, {count} {what}"]
     if reward := found.get("reward"):
         lines.append(f"reward   {_with_interval(reward)}")
         lines += [f"  {name:<12} {value:.4f}" for name, value in found["rewards"].items()]

@@ -22,7 +22,7 @@ from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason
 from llm_gym.env import finite
 from llm_gym.errors import RewardError, SettingError, boundary
 from llm_gym.policies import Completer
-from llm_gym.rollouts.env_pool import Env, Seat, Seats
+from llm_gym.rollouts.env_pool import Env, EnvPool, EnvSlot
 
 OnEpisode = Callable[[Episode], None]
 CONCURRENT = 128
@@ -107,7 +107,7 @@ class Driver:
         self.policy, self.sampling = policy, sampling or Sampling()
         self.max_concurrent = max_concurrent or int(getattr(policy, "max_rows", CONCURRENT))
         self.time_limit = time_limit
-        self._seats = Seats(env, env_args or {}, name)
+        self._seats = EnvPool(env, env_args or {}, name)
 
     def run(
         self,
@@ -184,7 +184,7 @@ class Driver:
     async def _play(self, job: _Job) -> Episode:
         """One episode, however it ends."""
         began = time.perf_counter()
-        tale = _Tale()
+        tale = _EpisodeState()
         clock = asyncio.timeout(self.time_limit)
         try:
             async with clock:
@@ -212,7 +212,7 @@ class Driver:
             job.task,
         )
 
-    async def _turns(self, job: _Job, tale: _Tale) -> None:
+    async def _turns(self, job: _Job, tale: _EpisodeState) -> None:
         """Reset, then complete and step until the environment says stop."""
         seat = tale.seat
         assert seat is not None
@@ -288,10 +288,10 @@ class _Job:
 
 
 @dataclass(slots=True)
-class _Tale:
+class _EpisodeState:
     """An episode while it is being played."""
 
-    seat: Seat | None = None
+    seat: EnvSlot | None = None
     builder: TrajectoryBuilder = field(default_factory=TrajectoryBuilder)
     messages: Iterable[Message] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from llm_gym.errors import SettingError
 
 Env = gymnasium.Env[Any, Any]
 PATIENCE = 10.0
-"""Seconds that `Seats.close` waits for environments that close in a thread."""
+"""Seconds that `EnvPool.close` waits for environments that close in a thread."""
 BRIEF = 1.0
 """Seconds that it waits where a call is still under way in an environment: most tools answer by then."""
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class Seat:
+class EnvSlot:
     """An environment, and the thread its calls run in if they block."""
 
     env: Env
@@ -44,7 +44,7 @@ class Seat:
             raise
 
 
-class Seats:
+class EnvPool:
     """Environments of one kind: made when nobody leaves one free, used again, closed together.
 
     Args:
@@ -65,26 +65,26 @@ class Seats:
         self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._make, self._args, self._name = env, dict(args), name
         self._blocking: bool | None = None  # not known before the first environment was made
-        self._free: list[Seat] = []
-        self._every: set[Seat] = set()
+        self._free: list[EnvSlot] = []
+        self._every: set[EnvSlot] = set()
         self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
 
-    async def take(self) -> Seat:
+    async def take(self) -> EnvSlot:
         """An environment nobody plays in; a new one if there is none."""
         if self._free:
             return self._free.pop()
         if self._blocking is None:
-            seat = Seat(self._first(), None)
+            seat = EnvSlot(self._first(), None)
             self._blocking = bool(seat.env.metadata.get("blocking", False))
             seat.worker = Worker() if self._blocking else None
         elif self._blocking:
             seat = await self._make_in_thread()
         else:
-            seat = Seat(self._new(), None)
+            seat = EnvSlot(self._new(), None)
         self._every.add(seat)
         return seat
 
-    def leave(self, seat: Seat, *, broken: bool) -> None:
+    def leave(self, seat: EnvSlot, *, broken: bool) -> None:
         """Frees an environment, or closes one that may be broken."""
         if broken or seat.abandoned:
             self._discard(seat)
@@ -102,7 +102,7 @@ class Seats:
         if left:
             log.warning("%d environments of %s did not close and are left behind", len(left), self.env_id)
 
-    async def _make_in_thread(self) -> Seat:
+    async def _make_in_thread(self) -> EnvSlot:
         """A seat whose environment is made, used and closed in a thread of its own."""
         worker, made = Worker(), list[Env]()
         try:
@@ -110,7 +110,7 @@ class Seats:
         except BaseException:  # if cancelled, the environment may yet appear
             self._end(worker, lambda: _close(*made), BRIEF)
             raise
-        return Seat(made[0], worker)
+        return EnvSlot(made[0], worker)
 
     def _first(self) -> Env:
         """The first environment: if it cannot be made, none can."""
@@ -130,7 +130,7 @@ class Seats:
     def _new(self) -> Env:
         return envs.make(self._make, **self._args) if isinstance(self._make, str) else self._make(**self._args)
 
-    def _discard(self, seat: Seat) -> None:
+    def _discard(self, seat: EnvSlot) -> None:
         self._every.discard(seat)
         if seat.worker is None:
             _close(seat.env)

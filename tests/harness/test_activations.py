@@ -17,7 +17,7 @@ from llm_gym.harness.model import checkpointing as saving
 from llm_gym.harness.model.checkpointing import Keep, elsewhere
 from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import LoraConfig, prepare
-from llm_gym.harness.model.memory import MemoryConfig, check_memory, economise
+from llm_gym.harness.model.memory import MemoryConfig, apply_memory_config, check_memory
 from llm_gym.harness.types import Batch
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
@@ -107,7 +107,7 @@ def test_offloading_gives_the_same_bits(
         return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     monkeypatch.setattr(saving, "to_host", away)
-    saving.thin(decoder_layers(model), checkpointing=checkpointing, offload=True)
+    saving.wrap_layers(decoder_layers(model), checkpointing=checkpointing, offload=True)
     got = gradient(model, batch)
     assert moved
     assert all(torch.equal(g, want[n]) for n, g in got.items())
@@ -134,7 +134,7 @@ def kept(memory: MemoryConfig) -> int:
 
     weights = {p.untyped_storage().data_ptr() for p in learner.model.parameters()}
     with saved_tensors_hooks(pack_, lambda tensor: tensor):
-        learner.body.hidden(pack(samples([100, 90]), max_tokens=200).micro[0])
+        learner.backbone.hidden(pack(samples([100, 90]), max_tokens=200).micro[0])
     return sum(size for where, size in seen.items() if where not in weights)
 
 
@@ -163,7 +163,7 @@ def test_the_built_in_engine_shares_the_module() -> None:
 
     model = qwen3(**LAYERS)
     plain = copy.deepcopy(model)
-    economise(model, MemoryConfig(checkpointing=1))
+    apply_memory_config(model, MemoryConfig(checkpointing=1))
     contexts = [np.arange(9, dtype=np.int32), np.arange(5, dtype=np.int32)]
     a, b = (
         TransformersPolicy(m).generate(contexts, Sampling(max_tokens=8, stop_token_ids=()), seeds=[1, 2])
@@ -180,7 +180,7 @@ def test_llama_and_autocast() -> None:
     found = []
     for every in (0, 1):
         model = llama()
-        economise(model, MemoryConfig(checkpointing=every))
+        apply_memory_config(model, MemoryConfig(checkpointing=every))
         learner = Learner(model, OptimizerConfig(dtype="bfloat16"))
         for micro in batch.micro:
             learner._backward(micro, 1.0)

@@ -14,7 +14,7 @@ from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model import backbone
-from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.model.loading import Backbone, LoraConfig, prepare
 from llm_gym.harness.types import Batch
 
 LENGTHS = [5, 17, 33, 40]
@@ -135,9 +135,9 @@ def test_short_rows_beside_long_ones_are_as_alone_and_so_are_their_gradients(nam
 
 
 def test_rows_beyond_the_switch_of_a_rotary_embedding_go_alone() -> None:
-    body = Body(make("LongRoPE", torch.float32))
+    body = Backbone(make("LongRoPE", torch.float32))
     assert (body.packed, body.together, body.shares) == (True, 32, False)
-    plainly = Body(qwen3())
+    plainly = Backbone(qwen3())
     assert (plainly.packed, plainly.together, plainly.shares) == (True, float("inf"), True)
 
 
@@ -145,7 +145,7 @@ def test_the_cap_is_found_even_where_small_logits_do_not_show_it() -> None:
     model = make("Gemma 2", torch.float32)
     model.config.final_logit_softcapping = 30.0
     model.model.embed_tokens.weight.data *= 0.01
-    assert Body(model).softcap == 30.0
+    assert Backbone(model).softcap == 30.0
 
 
 def test_a_head_with_a_bias_may_be_adapted_over_half_precision() -> None:
@@ -153,24 +153,24 @@ def test_a_head_with_a_bias_may_be_adapted_over_half_precision() -> None:
     config = AutoConfig.for_model("phi", **SMALL | {"num_key_value_heads": 4})
     half = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model = prepare(half, lora=LoraConfig(rank=2, target_modules=("lm_head",), base="bfloat16"))
-    assert Body(model).packed
+    assert Backbone(model).packed
 
 
 def test_an_encoder_is_refused_with_what_to_do() -> None:
     fields = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields))
     with pytest.raises(ConfigError, match="is_decoder=true") as error:
-        Body(model)
+        Backbone(model)
     assert "\n" not in str(error.value)
 
 
 def test_the_test_leaves_random_numbers_alone_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = qwen3(intermediate_size=40)
     before = torch.get_rng_state()
-    Body(model)
+    Backbone(model)
     assert torch.equal(torch.get_rng_state(), before)
     monkeypatch.setattr(backbone, "SelfTest", None)
-    Body(qwen3(intermediate_size=40))
+    Backbone(qwen3(intermediate_size=40))
 
 
 def test_a_hook_on_the_model_itself_is_seen() -> None:
@@ -178,4 +178,4 @@ def test_a_hook_on_the_model_itself_is_seen() -> None:
     model = qwen3()
     shift = lambda module, args, kwargs, output: (output[0].roll(1, 1), *output[1:])  # noqa: E731
     model.model.layers[0].self_attn.register_forward_hook(shift, with_kwargs=True)
-    assert not Body(model).packed
+    assert not Backbone(model).packed

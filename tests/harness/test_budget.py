@@ -18,7 +18,7 @@ from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner import memory_probe, token_budget
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
-from llm_gym.harness.learner.token_budget import Budget, fitted, measure
+from llm_gym.harness.learner.token_budget import Budget, measure, split_to_budget
 from llm_gym.harness.types import Batch, MicroBatch
 
 CPU = torch.device("cpu")
@@ -53,25 +53,25 @@ def test_split_micro_batches_have_the_same_gradient(layout: str, tokens: int) ->
     (whole,) = batch.micro
     assert bool(whole.parents) == (layout == "shared")
     learner = Learner(qwen3(dtype=torch.float64))
-    batch = learner.remember(batch)
-    parts = fitted(batch, tokens)
+    batch = learner.compute_proximal_logprobs(batch)
+    parts = split_to_budget(batch, tokens)
     assert (parts.tokens, parts.episodes) == (batch.tokens, batch.episodes)
     assert sum(m.trained for m in parts.micro) == whole.trained
     assert all(len(m.tokens) <= tokens or int(m.streams["sequence"].max()) == 0 for m in parts.micro)
     assert (len(parts.micro) == 1) == (tokens >= len(whole.tokens))
-    again = learner.remember(parts)
+    again = learner.compute_proximal_logprobs(parts)
     for kept, anew in zip(parts.micro, again.micro, strict=True):
         torch.testing.assert_close(kept.streams["proximal"], anew.streams["proximal"], rtol=1e-12, atol=1e-12)
     got, want = gradient(parts), gradient(batch)
     assert max(float(g.abs().max()) for g in want.values()) > 1e-3
     assert all(torch.allclose(got[n], g, rtol=1e-12, atol=1e-12) for n, g in want.items())
-    assert fitted(parts, tokens) is parts
+    assert split_to_budget(parts, tokens) is parts
 
 
 def limited(learner: Learner, tokens: int, error: Any) -> list[int]:
     """A machine on which only so many tokens fit; the list of what was tried."""
     tried: list[int] = []
-    hidden = learner.body.hidden
+    hidden = learner.backbone.hidden
 
     def run(micro: MicroBatch) -> torch.Tensor:
         tried.append(len(micro.tokens))
@@ -80,7 +80,7 @@ def limited(learner: Learner, tokens: int, error: Any) -> list[int]:
             error()
         return out
 
-    learner.body.hidden = run  # type: ignore[method-assign]
+    learner.backbone.hidden = run  # type: ignore[method-assign]
     return tried
 
 

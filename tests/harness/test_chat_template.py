@@ -21,7 +21,7 @@ from llm_gym.chat import load_chat
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, load
-from llm_gym.harness.loops.environments import arenas
+from llm_gym.harness.loops.environments import env_specs
 from llm_gym.harness.loops.pipeline import check_plan, read_plan, run_plan
 from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.runs.export import export_run
@@ -170,8 +170,8 @@ def test_an_adapter_carries_it_too(base: Path, tmp_path: Path) -> None:
 def test_a_run_has_one_template(base: Path) -> None:
     """As an argument of one environment it would not be saved with the model."""
     with pytest.raises(ConfigError, match=r"env_args\.chat_template: a run has one template"):
-        arenas(load(TrainConfig, model=str(base), env_args={"chat_template": "plain"}))
-    found = arenas(load(TrainConfig, model=str(base), chat_template="plain"))
+        env_specs(load(TrainConfig, model=str(base), env_args={"chat_template": "plain"}))
+    found = env_specs(load(TrainConfig, model=str(base), chat_template="plain"))
     assert found[0].chat.text(found[0].chat.open(ASK)).endswith(FRAME)
 
 

@@ -115,7 +115,7 @@ def test_a_mismatch_inside_every_bound_is_counted_once(name: str, correction: Co
 def drifted(correction: CorrectionConfig) -> tuple[Learner, Batch]:
     """A learner two updates away from where the batch was remembered; the engine was off from the start."""
     learner = Learner(qwen3(dtype=DOUBLE), OptimizerConfig(lr=3e-3), LossConfig(correction=correction), total_steps=9)
-    batch = learner.remember(pack(samples([12, 7, 15]), max_tokens=20))
+    batch = learner.compute_proximal_logprobs(pack(samples([12, 7, 15]), max_tokens=20))
     for _ in range(2):
         learner.step(batch)
     return learner, batch
@@ -138,7 +138,7 @@ def test_remembering_changes_nothing_but_the_proximal_log_probabilities() -> Non
     learner = Learner(qwen3())
     before: Any = copy.deepcopy(learner.model.state_dict())
     batch = pack(samples([12, 7, 15]), max_tokens=20)
-    known = learner.remember(batch)
+    known = learner.compute_proximal_logprobs(batch)
     assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
     for micro, plain in zip(known.micro, batch.micro, strict=True):
         assert torch.equal(micro.streams["proximal"], learner.logprobs(plain)[0])  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.loops import trainer
 from llm_gym.harness.loops.distill import Distiller, DistillLearner, trainer_of
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher, Teacher
-from llm_gym.harness.loops.trainer import Silent, Trainer
-from llm_gym.harness.model.loading import Body, export, load_model
+from llm_gym.harness.loops.trainer import NullObserver, Trainer
+from llm_gym.harness.model.loading import Backbone, export, load_model
 
 DOUBLE = torch.float64
 SMALL = ["eval.episodes=4", "sampling.max_tokens=12", "prompts_per_step=2", "group_size=2", "checkpoint.every=2"]
@@ -30,7 +30,7 @@ SMALL = ["eval.episodes=4", "sampling.max_tokens=12", "prompts_per_step=2", "gro
 
 def judge(seed: int = 9) -> LocalTeacher:
     made = LocalTeacher.__new__(LocalTeacher)
-    made.body, made.temperature = Body(qwen3(seed, dtype=DOUBLE, hidden_size=40)), 1.0
+    made.backbone, made.temperature = Backbone(qwen3(seed, dtype=DOUBLE, hidden_size=40)), 1.0
     return made
 
 
@@ -46,7 +46,7 @@ def naive(model: Any, teacher: LocalTeacher, every: list, kl: str, k: int) -> to
         ids, trained = torch.from_numpy(sample.tokens).long(), sample.trained - 1
         p = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)[trained]
         with torch.no_grad():
-            q = teacher.body.causal(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)[trained]
+            q = teacher.backbone.causal(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)[trained]
         if kl == "top_k":
             best = q.topk(k, 1).indices
             p, q = (x.exp().gather(1, best) for x in (p, q))
@@ -96,7 +96,7 @@ def test_a_step_reports_what_every_learner_reports() -> None:
     plain = Learner(qwen3(1), OptimizerConfig(lr=1e-3), LossConfig()).step(pack(every, max_tokens=1000))
     for kl in ("sampled", "top_k", "full"):
         teacher = judge()
-        teacher.body = Body(qwen3(9))
+        teacher.backbone = Backbone(qwen3(9))
         row = learner(kl, qwen3(1), teacher).step(pack(every, max_tokens=1000))
         assert row.keys() == {*plain, "distill/kl"} - ({"policy/clip_fraction"} if kl != "sampled" else set())
         for name in ("policy/entropy", "policy/ratio_mean", "sampler/logprob_gap_mean", "tokens/trained"):
@@ -138,7 +138,7 @@ def test_the_student_comes_nearer(tmp_path: Path, teacher_folder: str, kl: str) 
     assert load(TrainConfig, tmp_path / "run/config.yaml").distill.kl == kl
 
 
-class StopAfter(Silent):
+class StopAfter(NullObserver):
     """Dies after some rows."""
 
     def __init__(self, rows: int) -> None:
@@ -211,5 +211,5 @@ def test_servers_are_not_asked_while_memory_is_measured(kl: str, monkeypatch: py
     assert made.teacher is teacher
     assert len(told) == 1
     every = pack(samples([24, 6]), max_tokens=100)
-    made.rehearse(every.micro[0])
+    made.dry_run(every.micro[0])
     assert all(bool(grad.isfinite().all()) for grad in gradients(made.model).values())

@@ -15,7 +15,7 @@ from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn, trajec
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.evaluation.evaluator import EVAL_SEED, EvalConfig, Evaluation, exam, exams, metrics
+from llm_gym.harness.evaluation.evaluator import EVAL_SEED, EvalConfig, Evaluation, eval_task, eval_tasks, metrics
 from llm_gym.harness.evaluation.statistics import summary
 from llm_gym.harness.runs.run_folder import RunFolder, step_of
 from llm_gym.policies import make_policy
@@ -88,7 +88,7 @@ def test_several_environments_are_measured_as_each_alone() -> None:
         return driver.run(seeds, group_size=size, sampling=sampling, seed=3)
 
     def row(settings: EvalConfig, env: str, **env_args: object):
-        evaluation = Evaluation(exams(settings, env, env_args), policy, settings, max_tokens=6)
+        evaluation = Evaluation(eval_tasks(settings, env, env_args), policy, settings, max_tokens=6)
         measured, transcripts = evaluation(play)
         evaluation.close()
         return measured, transcripts
@@ -112,7 +112,7 @@ def test_several_environments_are_measured_as_each_alone() -> None:
 
 
 def test_an_environment_with_rows_plays_its_first_rows_once() -> None:
-    paper = exam("GSM8K-v0", {"dataset": "sample"})
+    paper = eval_task("GSM8K-v0", {"dataset": "sample"})
     assert (paper.rows, len(paper.seeds(512)), len(paper.seeds(5))) == (12, 12, 5)
     env = paper.make()
     questions = [env.reset(seed=seed)[1]["messages"][-1]["content"] for seed in paper.seeds(512)]

@@ -18,7 +18,7 @@ from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig
 from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
-from llm_gym.harness.model.loading import Body, export, load_model, merged, plain_tensors, prepare
+from llm_gym.harness.model.loading import Backbone, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.model.lora import LoraConfig
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import model_path
@@ -156,7 +156,7 @@ def test_the_head_that_logits_are_made_of_is_the_one_that_is_sent(tmp_path: Path
     four = "4 bits, and the head alone, not tied, DoRA"
     for kind in ("both of a tied model, DoRA", "a head trained whole, tied", "4 bits", four):
         _, learner = trained(tmp_path / kind, kind)
-        weight, _ = Body(learner.model).head()
+        weight, _ = Backbone(learner.model).head()
         torch.testing.assert_close(weight, dict(plain_tensors(learner.model))["lm_head.weight"], rtol=0, atol=0)
 
 

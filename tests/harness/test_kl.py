@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig, importance_weights
-from llm_gym.harness.algorithms.kl import KL, k1, k2, k3, kl_loss, kl_to_go
+from llm_gym.harness.algorithms.kl import KL, k1, k2, k3, kl_loss, kl_suffix_sum
 from llm_gym.harness.algorithms.losses import reinforce
 
 DOUBLE = torch.float64
@@ -139,7 +139,7 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences() -> Non
         ref = torch.stack([TREE_REFERENCE[()][first], TREE_REFERENCE[first][second]])
         chance, one = new.sum().exp(), torch.zeros(2, dtype=torch.int64)
         exact = exact + chance * (new - ref).sum()
-        as_reward = as_reward + chance.detach() * reinforce(new, new.detach(), -kl_to_go(new, ref, one))[0].sum()
+        as_reward = as_reward + chance.detach() * reinforce(new, new.detach(), -kl_suffix_sum(new, ref, one))[0].sum()
         as_loss = as_loss + chance.detach() * kl_loss(new, new.detach(), ref, kind="k3").sum()
     want, got, local = (
         torch.autograd.grad(x, list(params.values()), retain_graph=True) for x in (exact, as_reward, as_loss)
@@ -151,6 +151,6 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences() -> Non
 
 def test_kl_to_go_stays_inside_its_sequence() -> None:
     new, ref = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.zeros(5)
-    got = kl_to_go(new.requires_grad_(), ref, torch.tensor([0, 0, 0, 1, 1]))
+    got = kl_suffix_sum(new.requires_grad_(), ref, torch.tensor([0, 0, 0, 1, 1]))
     assert got.tolist() == [7, 6, 4, 24, 16]
     assert not got.requires_grad

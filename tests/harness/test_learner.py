@@ -71,7 +71,7 @@ def test_padded_rows_give_the_packed_gradient() -> None:
     batch = pack(samples(LENGTHS), max_tokens=60)
     packed = gradient(model, batch, LossConfig())
     learner = Learner(model)
-    learner.body.packed = False
+    learner.backbone.packed = False
     model.set_attn_implementation("sdpa")
     for micro in batch.micro:
         learner._backward(micro, 1.0)

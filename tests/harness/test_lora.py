@@ -18,9 +18,9 @@ from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.layers import decoder_layers
-from llm_gym.harness.model.loading import Body, export, load_model, merged, plain_tensors, prepare
+from llm_gym.harness.model.loading import Backbone, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.model.lora import KINDS, LoraConfig
-from llm_gym.harness.model.memory import MemoryConfig, economise
+from llm_gym.harness.model.memory import MemoryConfig, apply_memory_config
 from llm_gym.harness.weight_sync.sync import modes_of
 from llm_gym.models.folding import weight_of
 from llm_gym.models.plain import HELD
@@ -44,7 +44,7 @@ def adapted(seed: int = 0, **fields: Any) -> Any:
 
 
 def logits(model: Any) -> torch.Tensor:
-    body = Body(model)
+    body = Backbone(model)
     (micro,) = pack(samples([30, 20, 11]), max_tokens=100).micro
     weight, bias = body.head()
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_gradient_of_a_qlora_is_that_of_its_numbers(checkpointing: int) -> N
     found = []
     for model in (four, numbers):
         if checkpointing:
-            economise(model, MemoryConfig(checkpointing=1))
+            apply_memory_config(model, MemoryConfig(checkpointing=1))
         learner = Learner(model)
         for micro in pack(samples([12, 9, 14]), max_tokens=100).micro:
             learner._backward(micro, 1.0)

@@ -23,8 +23,8 @@ from llm_gym.errors import ConfigError, RewardError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.evaluation.evaluator import Evaluation
 from llm_gym.harness.loops import trainer
-from llm_gym.harness.loops.environments import arenas
-from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.loops.environments import env_specs
+from llm_gym.harness.loops.trainer import NullObserver
 
 ROWS = 12
 
@@ -131,7 +131,7 @@ def test_each_environment_of_a_mixture_keeps_its_reward_weights_and_limits(tmp_p
         {"env": "test/Two-v0", "name": "heavy", "env_args": {"reward_weights": {"short": 3.0}, "max_tokens": 5}},
     ]
     run = Trainer(config("advantage=gdpo", "overlong=0.5", steps=1, envs=envs), out=tmp_path / "run")
-    assert [arena.limit for arena in run.arenas] == [10, 5]
+    assert [spec.limit for spec in run.env_specs] == [10, 5]
     groups = run.collect().groups
     assert {e.env_id for g in groups for e in g.episodes} == {"plain", "heavy"}
     for g in groups:
@@ -166,7 +166,7 @@ def test_one_policy_has_one_tokenizer(tmp_path: Path) -> None:
     tokenizer = make("Arithmetic-v0").unwrapped.chat.tokenizer  # type: ignore[attr-defined]
     tokenizer.save_pretrained(tmp_path / "same")
     args = {"env_args": {"tokenizer": str(tmp_path / "same")}}
-    assert len(arenas(config(envs=[{"env": "Arithmetic-v0"}, {"env": "GuessNumber-v0", **args}]))) == 2
+    assert len(env_specs(config(envs=[{"env": "Arithmetic-v0"}, {"env": "GuessNumber-v0", **args}]))) == 2
     file = tmp_path / "same" / "tokenizer.json"
     told = json.loads(file.read_text())
     first, second, *_ = sorted(told["model"]["vocab"], key=told["model"]["vocab"].get)[300:]
@@ -177,7 +177,7 @@ def test_one_policy_has_one_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(told))
     args = {"env_args": {"tokenizer": str(tmp_path / "other")}}
     with pytest.raises(ConfigError, match="'llm_gym/GuessNumber-v0' has another tokenizer than"):
-        arenas(config(envs=[{"env": "Arithmetic-v0"}, {"env": "GuessNumber-v0", **args}]))
+        env_specs(config(envs=[{"env": "Arithmetic-v0"}, {"env": "GuessNumber-v0", **args}]))
 
 
 HARD = ["curriculum.name=difficulty", "filters.spread=0", "oversample.max_factor=3"]
@@ -225,7 +225,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
     seen: dict[tuple[int, int], list[float]] = {}
     stale = 0
     while run.step < 6:
-        harvest = run.selection.harvest(run.step, run.play)
+        harvest = run.selection.collect(run.step, run.play)
         for e in harvest.played:
             assert e.turns[0].completion.version == run.step
             seen[e.seed, e.member] = e.turns[0].completion.logprobs.tolist()
@@ -244,7 +244,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
     run.close()
 
 
-class Listens(Silent):
+class Listens(NullObserver):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -22,7 +22,16 @@ from transformers import (
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching.packing import MicroBatch, pack
 from llm_gym.harness.model.attention import Layout
-from llm_gym.harness.model.loading import Body, LoraConfig, check_model, export, load_model, merged, new_model, prepare
+from llm_gym.harness.model.loading import (
+    Backbone,
+    LoraConfig,
+    check_model,
+    export,
+    load_model,
+    merged,
+    new_model,
+    prepare,
+)
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -50,7 +59,7 @@ def plain_logits(model, batch: MicroBatch, attention: str = "eager") -> torch.Te
     return torch.cat(rows)
 
 
-def body_logits(body: Body, batch: MicroBatch) -> torch.Tensor:
+def body_logits(body: Backbone, batch: MicroBatch) -> torch.Tensor:
     weight, bias = body.head()
     with torch.no_grad():
         return body.scale * torch.nn.functional.linear(body.hidden(batch), weight, bias)
@@ -60,7 +69,7 @@ def body_logits(body: Body, batch: MicroBatch) -> torch.Tensor:
 def test_padding_on_either_side_gives_the_packed_logits(side: str) -> None:
     model = qwen3()
     batch = micro(LENGTHS)
-    packed = body_logits(Body(model), batch)
+    packed = body_logits(Backbone(model), batch)
     width = max(batch.lengths)
     ids = torch.zeros(len(LENGTHS), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -76,7 +85,7 @@ def test_padding_on_either_side_gives_the_packed_logits(side: str) -> None:
 @pytest.mark.parametrize("make", [qwen3, llama])
 def test_packed_logits_are_transformers_own(make) -> None:
     model = make()
-    body = Body(model)
+    body = Backbone(model)
     assert body.packed
     batch = micro(LENGTHS)
     torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
@@ -85,14 +94,14 @@ def test_packed_logits_are_transformers_own(make) -> None:
 def test_float64_stays_float64() -> None:
     model = qwen3(dtype=torch.float64)
     batch = micro(LENGTHS)
-    got, want = body_logits(Body(model), batch), plain_logits(model, batch, "sdpa")  # eager has a float32 softmax
+    got, want = body_logits(Backbone(model), batch), plain_logits(model, batch, "sdpa")  # eager has a float32 softmax
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
 def test_sequences_cannot_see_each_other() -> None:
     """Change one sequence: every other one's hidden states keep their bits."""
-    body = Body(qwen3())
+    body = Backbone(qwen3())
     batch = micro(LENGTHS)
     with torch.no_grad():
         before = body.hidden(batch).split(list(batch.lengths))
@@ -106,7 +115,7 @@ def test_sequences_cannot_see_each_other() -> None:
 
 
 def test_a_later_token_changes_nothing_before_it() -> None:
-    body = Body(qwen3())
+    body = Backbone(qwen3())
     batch = micro([30])
     tokens = batch.tokens.clone()
     tokens[20] = (tokens[20] + 1) % VOCABULARY
@@ -120,7 +129,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
 def test_a_layer_that_misses_the_layout_is_noticed() -> None:
     """Transformers swallows unknown arguments: with another attention the layout would be ignored in silence."""
     model = qwen3()
-    body = Body(model)
+    body = Backbone(model)
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="0 of 2 layers read the layout"):
         body.hidden(micro([5, 6]))
@@ -128,7 +137,7 @@ def test_a_layer_that_misses_the_layout_is_noticed() -> None:
 
 def test_without_a_layout_our_attention_is_sdpa() -> None:
     model = qwen3()
-    Body(model)
+    Backbone(model)
     ids = torch.randint(0, VOCABULARY, (3, 11))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -157,7 +166,7 @@ def test_layout_covers_every_token_once(lengths: list[int]) -> None:
 def test_sliding_windows_fall_back_to_padded_rows(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = prepare(MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=6)))
-    body = Body(model)
+    body = Backbone(model)
     batch = micro([23, 5, 17])
     if body.packed:
         pytest.fail("a window of 6 was packed")
@@ -168,7 +177,7 @@ def test_sliding_windows_fall_back_to_padded_rows(caplog: pytest.LogCaptureFixtu
 def test_a_logit_scale_is_found() -> None:
     torch.manual_seed(0)
     model = prepare(GraniteForCausalLM(GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=4.0)))
-    body = Body(model)
+    body = Backbone(model)
     assert body.scale == pytest.approx(0.25)
     batch = micro([23, 5, 17])
     torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
@@ -179,7 +188,7 @@ def test_a_soft_cap_in_attention_is_kept(caplog: pytest.LogCaptureFixture) -> No
     torch.manual_seed(0)
     fields = {"final_logit_softcapping": None, "attn_logit_softcapping": 0.5, "layer_types": ["full_attention"] * 2}
     model = prepare(Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, **fields)))
-    body, batch = Body(model), micro([23, 5, 17])
+    body, batch = Backbone(model), micro([23, 5, 17])
     assert not body.packed
     torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
 
@@ -201,16 +210,16 @@ def test_lora_trains_adapters_only_and_starts_as_the_base() -> None:
     base, model = qwen3(), prepare(qwen3(), lora=LoraConfig(rank=4))
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     batch = micro(LENGTHS)
-    torch.testing.assert_close(body_logits(Body(model), batch), body_logits(Body(base), batch), rtol=0, atol=0)
+    torch.testing.assert_close(body_logits(Backbone(model), batch), body_logits(Backbone(base), batch), rtol=0, atol=0)
 
 
 def test_lora_is_in_the_packed_logits_and_can_be_taken_off() -> None:
     model = adapted()
-    body, batch = Body(model), micro(LENGTHS)
+    body, batch = Backbone(model), micro(LENGTHS)
     torch.testing.assert_close(body_logits(body, batch), plain_logits(model, batch), rtol=1e-4, atol=1e-5)
     with body.without_adapters():
         off = body_logits(body, batch)
-    torch.testing.assert_close(off, body_logits(Body(qwen3()), batch), rtol=0, atol=0)
+    torch.testing.assert_close(off, body_logits(Backbone(qwen3()), batch), rtol=0, atol=0)
     assert not torch.allclose(off, body_logits(body, batch))
 
 
@@ -224,7 +233,7 @@ def test_a_trained_head_under_peft_is_the_one_that_counts(how: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             parameter.data += 0.1
-    body, batch = Body(model), micro([9, 4])
+    body, batch = Backbone(model), micro([9, 4])
     want = plain_logits(model.base_model.model, batch)
     torch.testing.assert_close(body_logits(body, batch), want, rtol=1e-4, atol=1e-5)
     body.head()[0].sum().backward()
@@ -238,11 +247,11 @@ def test_a_hundred_merges_leave_the_base_bit_equal() -> None:
     model = adapted()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     batch = micro(LENGTHS)
-    want = body_logits(Body(model), batch)
+    want = body_logits(Backbone(model), batch)
     for _ in range(100):
         plain = merged(model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    torch.testing.assert_close(body_logits(Body(plain), batch), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(body_logits(Backbone(plain), batch), want, rtol=1e-4, atol=1e-4)
 
 
 # Loading
@@ -253,7 +262,9 @@ def test_a_folder_round_trip(tmp_path: Path) -> None:
     export(model, tmp_path / "m")
     loaded = load_model(tmp_path / "m")
     batch = micro(LENGTHS)
-    torch.testing.assert_close(body_logits(Body(loaded), batch), body_logits(Body(model), batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        body_logits(Backbone(loaded), batch), body_logits(Backbone(model), batch), rtol=1e-4, atol=1e-4
+    )
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert not loaded.training
 

@@ -19,7 +19,7 @@ from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model import heads
 from llm_gym.harness.model.heads import Sizes
-from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.model.loading import Backbone, LoraConfig, prepare
 from llm_gym.harness.types import MicroBatch
 
 DOUBLE = torch.float64
@@ -45,9 +45,9 @@ def parts() -> tuple[Learner, MicroBatch]:
 
 
 @cache
-def other() -> Body:
+def other() -> Backbone:
     """The reference."""
-    return Body(qwen3(seed=1, dtype=DOUBLE).requires_grad_(False))
+    return Backbone(qwen3(seed=1, dtype=DOUBLE).requires_grad_(False))
 
 
 def gradient(learner: Learner, micro: MicroBatch, temperature: float) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -59,8 +59,8 @@ def gradient(learner: Learner, micro: MicroBatch, temperature: float) -> tuple[d
 
 def naive(learner: Learner, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
     """Full logits and autograd, with the learner's own per-token terms."""
-    weight, _ = learner.body.head()
-    logits = learner.body.hidden(micro)[micro.streams["source"]] @ weight.t() / temperature
+    weight, _ = learner.backbone.head()
+    logits = learner.backbone.hidden(micro)[micro.streams["source"]] @ weight.t() / temperature
     every = logits.log_softmax(-1)
     new, entropy = every.gather(1, micro.streams["target"][:, None])[:, 0], -(every.exp() * every).sum(-1)
     reference = learner._reference_logprobs(micro, temperature)

@@ -52,11 +52,11 @@ class Told(World):
 
 def test_alone_everything_is_the_identity() -> None:
     world = World()
-    assert world.deal([3, 1, 2]) == [3, 1, 2]
-    assert world.undeal([3, 1, 2], "x", each=1) == [3, 1, 2]
+    assert world.shard([3, 1, 2]) == [3, 1, 2]
+    assert world.unshard([3, 1, 2], "x", each=1) == [3, 1, 2]
     assert world.gather("a", "x") == ["a"]
-    assert world.first(lambda: 7, "x") == 7
-    assert world.worst({"a": 1.5, "b": "c"}, "x") == {"a": 1.5, "b": "c"}
+    assert world.on_rank0(lambda: 7, "x") == 7
+    assert world.reduce_max({"a": 1.5, "b": "c"}, "x") == {"a": 1.5, "b": "c"}
     assert world.add({"a": 1.5}, "x") == {"a": 1.5}
     assert dummy_batches(world, 0) == []
     assert not World(config=ParallelConfig("fsdp")).sharded
@@ -74,9 +74,9 @@ def test_a_parameter_without_a_gradient_keeps_none() -> None:
 @given(st.lists(st.integers(), max_size=30), st.integers(1, 5), st.integers(1, 3))
 def test_what_is_dealt_comes_back_in_order(seeds: list[int], size: int, each: int) -> None:
     """Groups stay whole on a rank, and the order is that of one process."""
-    shares = [[(s, m) for s in World(rank, size).deal(seeds) for m in range(each)] for rank in range(size)]
+    shares = [[(s, m) for s in World(rank, size).shard(seeds) for m in range(each)] for rank in range(size)]
     for rank in range(size):
-        together = Told(rank, size, lambda value: shares).undeal(shares[rank], "x", each=each)
+        together = Told(rank, size, lambda value: shares).unshard(shares[rank], "x", each=each)
         assert together == [(s, m) for s in seeds for m in range(each)]
 
 
@@ -105,7 +105,7 @@ def test_the_smallest_token_budget_of_any_rank_counts_for_all() -> None:
 def test_an_error_of_the_first_is_raised_by_all() -> None:
     error = ConfigError("x")
     with pytest.raises(ConfigError, match="x"):
-        Told(1, 2, lambda value: [error, None]).first(lambda: 1, "y")
+        Told(1, 2, lambda value: [error, None]).on_rank0(lambda: 1, "y")
 
 
 def test_where_one_fails_all_raise_what_came_first() -> None:
@@ -114,14 +114,14 @@ def test_where_one_fails_all_raise_what_came_first() -> None:
     said: list[Any] = [(False, 2.0, then), None, (False, 1.0, first), (True, 0.5, then)]
     for rank in (0, 1, 2):
         with pytest.raises(ConfigError, match="first"):
-            Told(rank, 3, lambda value: said).every(lambda: 1, "x")
-    assert Told(0, 2, lambda value: [value, None]).every(lambda: 7, "x") == 7
+            Told(rank, 3, lambda value: said).on_all_ranks(lambda: 1, "x")
+    assert Told(0, 2, lambda value: [value, None]).on_all_ranks(lambda: 7, "x") == 7
 
     def fail() -> None:
         raise first
 
     with pytest.raises(ConfigError, match="first"):
-        Told(0, 2, lambda value: [value, None]).every(fail, "x")
+        Told(0, 2, lambda value: [value, None]).on_all_ranks(fail, "x")
 
     def lose() -> None:
         raise RankError("[gloo] Connection closed by peer")
@@ -133,7 +133,7 @@ def test_where_one_fails_all_raise_what_came_first() -> None:
 def test_metrics_are_summed_by_name_or_the_worst() -> None:
     world = Told(0, 2, lambda value: [value, {"a": 2.0, "b": 1.0}])
     assert world.add({"a": 1.0}, "x") == {"a": 3.0, "b": 1.0}
-    assert world.worst({"a": 1.0, "mode": "p"}, "x") == {"a": 2.0, "mode": "p"}
+    assert world.reduce_max({"a": 1.0, "mode": "p"}, "x") == {"a": 2.0, "mode": "p"}
 
 
 def test_idle_passes_weigh_nothing() -> None:

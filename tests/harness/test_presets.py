@@ -134,7 +134,7 @@ def gradient(
     model: Any, batch: Batch, config: TrainConfig, reference: Any = None, form: str = "merge"
 ) -> dict[str, Tensor]:
     learner = Learner(model, loss=config.loss)
-    learner.body.form, learner.body.packed = form, form != "padded"
+    learner.backbone.form, learner.backbone.packed = form, form != "padded"
     if form == "padded":
         model.set_attn_implementation("sdpa")
     learner.reference = reference or learner.reference
@@ -181,7 +181,7 @@ def test_the_reference_does_not_depend_on_the_layout_either(where: str) -> None:
     model = qwen3(dtype=torch.float64)
     _, rows = prepared("grpo", model)
     config = load(TrainConfig, preset="grpo", sets=["loss.kl=k1", "loss.kl_weight=0.1", f"loss.kl_in={where}"])
-    reference = Learner(qwen3(seed=5, dtype=torch.float64)).body
+    reference = Learner(qwen3(seed=5, dtype=torch.float64)).backbone
     whole = gradient(model, LAYOUTS["1x8"](rows), config, reference)
     without = gradient(model, LAYOUTS["1x8"](rows), load(TrainConfig, preset="grpo"))
     assert max(float((whole[t] - without[t]).abs().max()) for t in whole) > 1e-3

@@ -121,7 +121,7 @@ def test_without_filters_a_step_trains_on_what_it_plays() -> None:
     player = Player(0.0)
     for step in range(3):
         one = Selection(Tasks(11), 8)
-        found = one.harvest(step, player)
+        found = one.collect(step, player)
         assert [g.seed for g in found.groups] == [task.seed for task in player.played[-8:]]
         assert found.metrics == {"groups/trained": 8, "groups/zero_spread": 1.0, "groups/played": 8}
         assert found.episodes == found.played
@@ -143,7 +143,7 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(
     trained: list[int] = []
     for step in range(6):
         first = len(player.played)
-        found = chosen.harvest(step, player)
+        found = chosen.collect(step, player)
         fresh = [task.seed for task in player.played[first:]]
         m = found.metrics
         assert len(fresh) <= max(count, int(count * factor))
@@ -172,7 +172,7 @@ def test_a_mixture_keeps_its_shares_when_one_environment_passes_less() -> None:
 
     player, chosen = Uneven(0), select(8, (3.0, 1.0), factor=10)
     for step in range(8):
-        envs = [g.episodes[0].env_id for g in chosen.harvest(step, player).groups]
+        envs = [g.episodes[0].env_id for g in chosen.collect(step, player).groups]
         assert envs.count("env0") == 6
         assert envs.count("env1") == 2
     assert sum(task.env for task in player.played) > len(player.played) / 4
@@ -182,7 +182,7 @@ def test_left_overs_are_used_first_and_are_one_step_old() -> None:
     player, chosen = Player(0.5), select(8)
     for step in range(10):
         left = [g.seed for own in chosen.kept for _, g in own]
-        found = chosen.harvest(step, player)
+        found = chosen.collect(step, player)
         assert [g.seed for g in found.groups][: len(left)] == left
         assert found.metrics["groups/reused"] == len(left)
         assert found.metrics["groups/kept"] == sum(map(len, chosen.kept))
@@ -193,14 +193,14 @@ def test_left_overs_are_used_first_and_are_one_step_old() -> None:
 def test_off_means_one_round_and_nothing_kept() -> None:
     player, chosen = Player(0.5), select(8, factor=1)
     for step in range(5):
-        found = chosen.harvest(step, player)
+        found = chosen.collect(step, player)
         assert len(found.played) == 16
         assert not any(chosen.kept)
         assert len(found.groups) + len(found.dropped) == 8
 
 
 def test_everything_filtered_is_an_empty_harvest_at_the_bound() -> None:
-    found = select(4, factor=2.5).harvest(0, Player(0))
+    found = select(4, factor=2.5).collect(0, Player(0))
     assert found.groups == found.episodes == []
     assert len(found.played) == 20
     assert found.metrics["groups/zero_spread"] == 1
@@ -211,13 +211,13 @@ def test_a_saved_selection_goes_on_exactly(tmp_path: Path, moment: int) -> None:
     one, other = Player(0.4), Player(0.4)
     whole, again = select(6, (2.0, 1.0)), select(6, (2.0, 1.0))
     for step in range(8):
-        found = whole.harvest(step, one)
+        found = whole.collect(step, one)
         if step == moment:
             whole.save(tmp_path)
             again.restore(tmp_path)
             assert any(again.kept)
         elif step > moment:
-            same = again.harvest(step, other)
+            same = again.collect(step, other)
             assert same.metrics == found.metrics
             assert [encode(e) for e in same.episodes] == [encode(e) for e in found.episodes]
 
@@ -232,6 +232,6 @@ def test_a_checkpoint_of_other_environments_is_refused(tmp_path: Path) -> None:
 
 def test_failed_episodes_stay_in_their_group() -> None:
     group = group_of(0, nan, 1)
-    found = Selection(Tasks(0), 1, {"spread": 0}).harvest(0, lambda tasks: [group])
+    found = Selection(Tasks(0), 1, {"spread": 0}).collect(0, lambda tasks: [group])
     assert found.groups == [group]
     assert [e.stop_reason for e in found.episodes].count(StopReason.ENV_ERROR) == 1

@@ -21,9 +21,9 @@ from llm_gym.harness.batching.packing import pack, samples
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.attention import Form, Layout
-from llm_gym.harness.model.checkpointing import thin
+from llm_gym.harness.model.checkpointing import wrap_layers
 from llm_gym.harness.model.layers import decoder_layers
-from llm_gym.harness.model.loading import Body, LoraConfig, prepare
+from llm_gym.harness.model.loading import Backbone, LoraConfig, prepare
 from llm_gym.harness.model.prefix_attention import parts
 from llm_gym.harness.types import MicroBatch, TrainSequence
 
@@ -118,8 +118,8 @@ def gradient(
     **settings: Any,
 ) -> dict[str, torch.Tensor]:
     learner = Learner(model, OptimizerConfig(**settings), loss)
-    assert learner.body.packed
-    learner.body.form = form
+    assert learner.backbone.packed
+    learner.backbone.form = form
     for micro in pack(rows, max_tokens=budget, share=share, normaliser=loss.normaliser).micro:
         learner._backward(micro, 1.0)
     found = gradients(model)
@@ -135,7 +135,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance:
 
 
 def test_siblings_do_not_see_each_other() -> None:
-    body = Body(qwen3())
+    body = Backbone(qwen3())
     (micro,) = pack(grouped([(6, [5, 5, 5]), (4, [5])]), max_tokens=10**6, share=True).micro
     start = sum(micro.lengths[:-1])
     changed = dataclasses.replace(micro, tokens=micro.tokens.clone())
@@ -147,7 +147,7 @@ def test_siblings_do_not_see_each_other() -> None:
 
 
 def test_a_model_that_cannot_pack_refuses_shared_prompts() -> None:
-    body = Body(qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=0))
+    body = Backbone(qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=0))
     assert not body.packed
     (micro,) = pack(grouped([(6, [5, 5])]), max_tokens=10**6, share=True).micro
     with pytest.raises(ValueError, match="share=False"):
@@ -248,7 +248,7 @@ def adapted() -> Any:
 
 def checkpointed(model: Any) -> Any:
     """Every decoder layer is run again in the backward pass; attention then reads its layout a second time."""
-    thin(decoder_layers(model), checkpointing=1, offload=False)
+    wrap_layers(decoder_layers(model), checkpointing=1, offload=False)
     return model
 
 

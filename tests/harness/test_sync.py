@@ -18,7 +18,7 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.loading import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
 from llm_gym.harness.weight_sync.sync import MODES, engine_of, engine_options, modes_of
-from llm_gym.harness.weight_sync.verify import Canaries, Proof
+from llm_gym.harness.weight_sync.verify import ProbePrompts, WeightSyncCheck
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
 
@@ -35,11 +35,13 @@ def copied(of: Learner, dtype: torch.dtype = torch.float32) -> TransformersPolic
     return TransformersPolicy(copy.deepcopy(of.model).to(dtype))
 
 
-def proof_of(of: Learner, policy: Any, *, half: bool = False, limit: float | None = None, **how: Any) -> Proof:
+def proof_of(
+    of: Learner, policy: Any, *, half: bool = False, limit: float | None = None, **how: Any
+) -> WeightSyncCheck:
     """The proof of an engine that computes in float32, or of one that holds and computes everything in bfloat16."""
-    canaries = Canaries.of(of.body.config.vocab_size, policy.max_context, 1.0, exact=not half)
+    canaries = ProbePrompts.of(of.backbone.config.vocab_size, policy.max_context, 1.0, exact=not half)
     how = ({"coarse": torch.bfloat16, "held": torch.bfloat16} if half else {}) | how
-    return Proof(of, policy, canaries, limit=limit, **how)
+    return WeightSyncCheck(of, policy, canaries, limit=limit, **how)
 
 
 def moved(of: Learner, seed: int, std: float) -> None:
@@ -188,7 +190,7 @@ def test_no_rounding_explains_other_weights_at_the_start() -> None:
 
 
 def test_canaries_fit_a_short_context() -> None:
-    short = Canaries.of(100, 12, 1.0)
+    short = ProbePrompts.of(100, 12, 1.0)
     assert {len(context) for context in short.contexts} == {6}
     assert all(context.max() < 100 for context in short.contexts)
 

@@ -27,7 +27,7 @@ from llm_gym.harness.loops.teacher import (
     check_tokenizers,
     sequences,
 )
-from llm_gym.harness.model.loading import Body
+from llm_gym.harness.model.loading import Backbone
 from llm_gym.harness.types import MicroBatch, TrainSequence
 
 
@@ -50,7 +50,7 @@ def batch(share: bool) -> MicroBatch:
 
 def teacher(seed: int = 3) -> LocalTeacher:
     made = LocalTeacher.__new__(LocalTeacher)
-    made.body, made.temperature = Body(qwen3(seed)), 1.0
+    made.backbone, made.temperature = Backbone(qwen3(seed)), 1.0
     return made
 
 
@@ -58,7 +58,7 @@ def plain(r: TrainSequence) -> torch.Tensor:
     """The teacher's log-probabilities [n, V] where each token of a row stands (the first has none)."""
     ids = torch.from_numpy(r.tokens).long()
     with torch.no_grad():
-        return teacher().body.causal(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1]
+        return teacher().backbone.causal(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1]
 
 
 def in_order(micro: MicroBatch) -> list[TrainSequence]:
@@ -80,10 +80,10 @@ def test_sequences_are_the_rows_again(share: bool) -> None:
 @pytest.mark.parametrize("reads_shared", [False, True])
 def test_a_local_teacher_says_what_it_says_of_each_row_alone(share: bool, reads_shared: bool) -> None:
     micro, judge = batch(share), teacher()
-    assert judge.body.packed
+    assert judge.backbone.packed
     if not reads_shared:
-        judge.body.packed = False
-        judge.body.causal.set_attn_implementation("sdpa")
+        judge.backbone.packed = False
+        judge.backbone.causal.set_attn_implementation("sdpa")
     every = [plain(r)[r.trained - 1] for r in in_order(micro)]
     said = torch.cat(every)
     torch.testing.assert_close(
@@ -141,7 +141,7 @@ class Server:
 
     def __init__(self) -> None:
         self.failures, self.asked, self.tokenizer = 0, 0, load_tokenizer()
-        self.model = teacher().body.causal
+        self.model = teacher().backbone.causal
         outer = self
 
         class Handler(BaseHTTPRequestHandler):

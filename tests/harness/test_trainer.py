@@ -15,7 +15,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.loops import trainer
-from llm_gym.harness.loops.trainer import Silent
+from llm_gym.harness.loops.trainer import NullObserver
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.run_folder import RunFolder
 
@@ -51,7 +51,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 MORE = ("eval.k=2", "eval.every=1", "checkpoint.keep_best=true", "minibatches=2", "epochs=2", "checkpoint.keep=1")
 
 
-class StopAfter(Silent):
+class StopAfter(NullObserver):
     """Dies after some rows, as a kill would, but inside this process."""
 
     def __init__(self, rows: int) -> None:

@@ -49,7 +49,7 @@ def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path,
     assert seen[0][0] is seen[2][0]
     assert seen[1][0] is seen[3][0]
     trained = {float(a) for batch, _ in seen for m in batch.micro for a in m.streams["advantages"]}
-    credits = run.weigh(rewards_of(groups))
+    credits = run.compute_advantages(rewards_of(groups))
     assert trained == {float(np.float32(a)) for a in credits.ravel() if a}
     assert (
         sum(batch.tokens for batch, _ in seen) == 2 * sum(e.tokens_generated for e in episodes) == row["tokens/trained"]
@@ -77,7 +77,9 @@ def test_cut_episodes_are_trained_or_masked(tmp_path: Path, truncated: str, left
     for i in (1, 6):
         episodes[i] = dataclasses.replace(episodes[i], stop_reason=StopReason.TOKEN_LIMIT)
     groups = group(episodes, 4)
-    run.weigh = lambda rewards: np.where(np.isnan(rewards.returns), np.nan, np.arange(1.0, 9).reshape(2, 4))
+    run.compute_advantages = lambda rewards: np.where(
+        np.isnan(rewards.returns), np.nan, np.arange(1.0, 9).reshape(2, 4)
+    )
     (batch,) = run.batches(groups)
     assert batch.episodes == left
     kept = [e for i, e in enumerate(episodes) if truncated == "train" or i not in (1, 6)]
@@ -91,10 +93,10 @@ def test_the_overlong_penalty_knows_the_limit(tmp_path: Path) -> None:
     """`sampling.max_tokens`, or the environment's own if that is lower."""
     run = Trainer(config("overlong=0.5", steps=1), out=tmp_path / "run")
     run.close()
-    assert run.arenas[0].limit == 12
+    assert run.env_specs[0].limit == 12
     lower = Trainer(config("overlong=0.5", steps=1, env_args={"max_tokens": 7}), out=tmp_path / "lower")
     lower.close()
-    assert lower.arenas[0].limit == 7
+    assert lower.env_specs[0].limit == 7
 
 
 @pytest.mark.parametrize(

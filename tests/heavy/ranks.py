@@ -32,7 +32,7 @@ from llm_gym.harness.learner.optimizers import OPTIMIZERS, OptimizerConfig  # no
 from llm_gym.harness.learner.weights import restore, save  # noqa: E402
 from llm_gym.harness.model.loading import prepare  # noqa: E402
 from llm_gym.harness.model.lora import LoraConfig  # noqa: E402
-from llm_gym.harness.model.memory import MemoryConfig, economise  # noqa: E402
+from llm_gym.harness.model.memory import MemoryConfig, apply_memory_config  # noqa: E402
 from llm_gym.harness.settings import load  # noqa: E402
 
 
@@ -91,7 +91,7 @@ CASES = {
 
 def model_of(case: Case) -> Any:
     model = qwen3(dtype=getattr(torch, case.dtype))
-    economise(model, case.memory)
+    apply_memory_config(model, case.memory)
     if case.lora:
         torch.manual_seed(1)
         model = prepare(model, lora=LoraConfig(rank=4))
@@ -125,7 +125,7 @@ def two_steps(case: Case, world: World, share: str) -> dict[str, Any]:
     learner.optimizers[0].register_step_pre_hook(keep)
     batch = pack_shard(world, rows, max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
     if case.sets[:1] == ("loss.correction.name=mis",):
-        batch = learner.remember(batch)
+        batch = learner.compute_proximal_logprobs(batch)
     metrics = [learner.step(batch), learner.step(batch)]
     weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     passes = world.gather(len(batch.micro), "passes")

@@ -56,10 +56,16 @@ def _memory(process: psutil.Process) -> int:
 
 
 @pytest.mark.timeout(1800)
-def test_all_of_it_as_an_ordinary_user() -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("", "_cases", "_moments", "_provisioner", "_secrets", "_shell"), id="all but the recorded cells"),
+        pytest.param(("_cells",), id="the recorded cells", marks=pytest.mark.soak),
+    ],
+)
+def test_all_of_it_as_an_ordinary_user(names: tuple[str, ...]) -> None:
     if os.geteuid() != 0:
         return  # then tests/envs has just done this
-    names = ("", "_cases", "_cells", "_moments", "_provisioner", "_secrets", "_shell")
     tests = [f"tests/envs/test_sandbox{name}.py" for name in names]
     result = ordinary_user.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],

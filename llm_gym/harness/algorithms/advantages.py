@@ -98,11 +98,11 @@ def turn_norm(turns: Floats) -> Floats:
     Args:
         turns: reward of each turn, [P, G, T]; NaN behind the last.
     """
-    to_go = np.flip(np.nancumsum(np.flip(turns, axis=-1), axis=-1), axis=-1)
-    to_go[np.isnan(turns)] = np.nan
+    suffix_sum = np.flip(np.nancumsum(np.flip(turns, axis=-1), axis=-1), axis=-1)
+    suffix_sum[np.isnan(turns)] = np.nan
     credit = np.zeros(turns.shape)
     for t in range(turns.shape[-1]):
-        credit[..., t] = group_norm(to_go[..., t])
+        credit[..., t] = group_norm(suffix_sum[..., t])
     return credit
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm_gym.harness.algorithms.streams import same_shape, to_go
+from llm_gym.harness.algorithms.streams import same_shape, suffix_sum
 from llm_gym.harness.registry import by_name, want_shape
 
 
@@ -48,7 +48,7 @@ def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kin
     loses where that is large; so all kinds take the gradient from k1, and differ in what is reported.
 
     An estimator of your own ("package.module:function") is differentiated as it stands, times the ratio.
-    What a token does to the KL of LATER states is left out; `kl_to_go` has it.
+    What a token does to the KL of LATER states is left out; `kl_suffix_sum` has it.
     """
     same_shape(logprobs, old_logprobs, ref_logprobs)
     estimator = by_name("loss.kl", kind, KL)
@@ -61,7 +61,7 @@ def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kin
     return slope + (ratio * estimate - slope).detach()
 
 
-def kl_to_go(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor) -> Tensor:
+def kl_suffix_sum(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor) -> Tensor:
     """log(policy / reference) of each token and all later ones of its sequence, summed, [M]; no gradient.
 
     Taken off the advantages (times a weight) it is the KL in the reward: as grad KL(sequences) =
@@ -70,4 +70,4 @@ def kl_to_go(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor) -> Tensor
     (https://arxiv.org/abs/2506.09477).
     """
     same_shape(logprobs, ref_logprobs, sequence)
-    return to_go(k1(logprobs.detach(), ref_logprobs), sequence)
+    return suffix_sum(k1(logprobs.detach(), ref_logprobs), sequence)

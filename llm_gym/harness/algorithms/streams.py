@@ -37,7 +37,7 @@ def sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
     return sequence_sum(values, sequence) / sequence_sum(torch.ones_like(values), sequence)
 
 
-def to_go(values: Tensor, sequence: Tensor) -> Tensor:
+def suffix_sum(values: Tensor, sequence: Tensor) -> Tensor:
     """For each token the sum of `values` over it and the later tokens of its sequence, [M].
 
     Summed in float64, so that what stands before a sequence in the micro-batch leaves no rounding in it.

@@ -95,7 +95,7 @@ def pack(
         skip_zero: leave out sequences whose advantages are all 0. Exact if no other loss term is on.
         share: lay out once what several sequences of a micro-batch begin with (a group's prompt, the turns before a
             history was rewritten, a system prompt) where that saves enough. The gradient is the same; the model
-            must read `parents` (`Body.shares`).
+            must read `parents` (`Backbone.shares`).
 
     Raises:
         ValueError: a sequence whose first token is trained (nothing predicts it).

@@ -56,7 +56,7 @@ class OversampleConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Harvest:
+class StepBatch:
     """What a step played, and what it trains on."""
 
     groups: list[Group]
@@ -167,7 +167,7 @@ class Selection:
         self.kept: list[list[tuple[int, Group]]] = [[] for _ in self.names]
         """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
 
-    def harvest(self, step: int, play: Play) -> Harvest:
+    def collect(self, step: int, play: Play) -> StepBatch:
         """Plays a step's groups, and chooses among them."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
@@ -185,7 +185,7 @@ class Selection:
         counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
         groups = [group for _, group in chosen]
         metrics = self._metrics(counts, len(groups), [group for _, group in played])
-        return Harvest(groups, [episode for _, group in played for episode in group.episodes], dropped, metrics)
+        return StepBatch(groups, [episode for _, group in played for episode in group.episodes], dropped, metrics)
 
     def save(self, folder: Path) -> None:
         """Writes everything that later steps depend on, groups that wait for a slot included."""

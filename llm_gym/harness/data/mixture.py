@@ -44,7 +44,7 @@ class EnvConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Arena:
+class EnvSpec:
     """An environment that a run plays, with every decision about it made."""
 
     name: str
@@ -71,23 +71,23 @@ class Arena:
         return self.name.removeprefix(f"{NAMESPACE}/")
 
 
-def scoring(found: Sequence[Arena], groups: Sequence[Group]) -> dict[str, Any]:
+def scoring(found: Sequence[EnvSpec], groups: Sequence[Group]) -> dict[str, Any]:
     """What `rewards_of` needs of the environment of each group."""
-    by_name = {arena.name: arena for arena in found}
+    by_name = {spec.name: spec for spec in found}
     of_group = [by_name[group.episodes[0].env_id] for group in groups]
-    return {"weights": [arena.reward_weights for arena in of_group], "limit": [arena.limit for arena in of_group]}
+    return {"weights": [spec.reward_weights for spec in of_group], "limit": [spec.limit for spec in of_group]}
 
 
-def describe_each(found: Sequence[Arena], episodes: Sequence[Episode]) -> dict[str, float]:
+def describe_each(found: Sequence[EnvSpec], episodes: Sequence[Episode]) -> dict[str, float]:
     """The metrics of each environment of a mixture, such as `reward/mean/GSM8K-v0`; nothing if there is one."""
     if len(found) == 1:
         return {}
     row: dict[str, float] = {}
-    for arena in found:
-        own = [episode for episode in episodes if episode.env_id == arena.name]
+    for spec in found:
+        own = [episode for episode in episodes if episode.env_id == spec.name]
         told = describe(own) if own else {}
-        row |= {f"{name}/{arena.label}": told[name] for name in EACH if name in told}
-        row[f"groups/share/{arena.label}"] = len(own) / len(episodes) if episodes else 0.0
+        row |= {f"{name}/{spec.label}": told[name] for name in EACH if name in told}
+        row[f"groups/share/{spec.label}"] = len(own) / len(episodes) if episodes else 0.0
     return row
 
 
@@ -98,9 +98,9 @@ EACH = ("reward/mean", "reward/std", "episode/tokens_mean", "episode/truncated_f
 class Drivers:
     """A driver for every environment, all playing at once against one policy."""
 
-    def __init__(self, found: Sequence[Arena], policy: Completer, *, time_limit: float | None = None) -> None:
+    def __init__(self, found: Sequence[EnvSpec], policy: Completer, *, time_limit: float | None = None) -> None:
         self._drivers = [
-            Driver(arena.env_id, policy, env_args=arena.args, time_limit=time_limit, name=arena.name) for arena in found
+            Driver(spec.env_id, policy, env_args=spec.args, time_limit=time_limit, name=spec.name) for spec in found
         ]
 
     def play(

@@ -3,7 +3,7 @@
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. Three things differ from its defaults:
 
 * Gradients are summed over ranks, not averaged: the denominators are already in the weights of the micro-batches.
-* The head's weight is read directly (`Body.head`), not through a forward of the head. So body and head run together
+* The head's weight is read directly (`Backbone.head`), not through a forward of the head. So body and head run together
   inside one method of the model, which FSDP treats as its forward: all weights are whole while it lasts.
 * After a pass without gradients nobody would split the outermost weights again; `gathered` does.
 """

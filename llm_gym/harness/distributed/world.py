@@ -88,11 +88,11 @@ class World:
 
     # Sharing
 
-    def deal(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's share: every `size`-th item."""
         return items[self.rank :: self.size]
 
-    def undeal(self, mine: Sequence[T], what: str, *, each: int = 1) -> list[T]:
+    def unshard(self, mine: Sequence[T], what: str, *, each: int = 1) -> list[T]:
         """What all ranks made of their shares, in the order before `deal`, on every rank.
 
         Args:
@@ -117,7 +117,7 @@ class World:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def first(self, make: Callable[[], T], what: str) -> T:
+    def on_rank0(self, make: Callable[[], T], what: str) -> T:
         """What `make` gives, or raises, on rank 0 alone; on every rank."""
         if self.size == 1:
             return make()
@@ -133,7 +133,7 @@ class World:
         result: T = made
         return result
 
-    def every(self, make: Callable[[], T], what: str) -> T:
+    def on_all_ranks(self, make: Callable[[], T], what: str) -> T:
         """What `make` gives here, begun by all together; if it fails on one, all raise the error that came first.
 
         One that only tells of a lost connection comes last: it may be quicker than the error that caused it.
@@ -156,7 +156,7 @@ class World:
         """Waits until every rank is here."""
         self.gather(None, what)
 
-    def worst(self, row: Mapping[str, Any], what: str) -> dict[str, Any]:
+    def reduce_max(self, row: Mapping[str, Any], what: str) -> dict[str, Any]:
         """A row of metrics with the largest number of any rank (the slowest time, the widest gap)."""
         rows = self.gather(dict(row), what)
         return {k: max(r[k] for r in rows) if isinstance(v, float) else v for k, v in row.items()}
@@ -201,11 +201,11 @@ class World:
         """
         if self._watch is not None:
             self._watch.wait(what)
-        with self.naming(what):
+        with self.blame_lost_rank(what):
             yield
 
     @contextmanager
-    def naming(self, what: str) -> Iterator[None]:
+    def blame_lost_rank(self, what: str) -> Iterator[None]:
         """If something fails in here because a rank is lost, its name is said.
 
         Raises:

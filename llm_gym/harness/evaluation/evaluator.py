@@ -81,7 +81,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalTask:
     """An environment to be measured on, and which of its problems."""
 
     env: str
@@ -132,8 +132,8 @@ def try_env(env: gymnasium.Env[Any, Any], env_id: str) -> None:
     raise SettingError(f"{said.rstrip('.')}{where}; no episode of {env_id} can begin.")
 
 
-def exam(env: str, env_args: Mapping[str, Any], name: str = "") -> Exam:
-    """An exam; its environment is made once, and closed, so that a bad setting is found before a model is loaded.
+def eval_task(env: str, env_args: Mapping[str, Any], name: str = "") -> EvalTask:
+    """An environment to be measured on, made once and closed: a bad setting is found before a model is loaded.
 
     Raises:
         SettingError: the environment cannot be made.
@@ -143,10 +143,10 @@ def exam(env: str, env_args: Mapping[str, Any], name: str = "") -> Exam:
     try_env(made, full)
     rows = getattr(made.unwrapped, "num_tasks", None)
     made.close()
-    return Exam(full, dict(env_args), name, rows)
+    return EvalTask(full, dict(env_args), name, rows)
 
 
-def exams(config: EvalConfig, env: str, env_args: Mapping[str, Any]) -> list[Exam]:
+def eval_tasks(config: EvalConfig, env: str, env_args: Mapping[str, Any]) -> list[EvalTask]:
     """The run's own environment first, then `config.envs`; none if evaluation is off.
 
     Args:
@@ -159,21 +159,21 @@ def exams(config: EvalConfig, env: str, env_args: Mapping[str, Any]) -> list[Exa
     """
     if not config.episodes:
         return []
-    found = [exam(env, env_args)]
+    found = [eval_task(env, env_args)]
     for other in config.envs:
         args = dict(env_args)
         if other.env is not None:
             common = {name: env_args[name] for name in ("tokenizer", "chat_template") if name in env_args}
             args = common | dict(getattr(environment_class(resolve(other.env)), "eval_args", {}))
-        found.append(exam(other.env or env, args | dict(other.env_args), other.title))
+        found.append(eval_task(other.env or env, args | dict(other.env_args), other.title))
     return found
 
 
 class Evaluation:
-    """Measures a policy on every exam; environments are kept from one measurement to the next.
+    """Measures a policy on every environment to be measured on; environments are kept from one measurement to the next.
 
     Args:
-        exams: what to measure on.
+        eval_tasks: what to measure on.
         policy: what is measured.
         config: how many problems, how often each.
         max_tokens: most tokens in a completion.
@@ -182,7 +182,7 @@ class Evaluation:
 
     def __init__(
         self,
-        exams: Sequence[Exam],
+        eval_tasks: Sequence[EvalTask],
         policy: Completer,
         config: EvalConfig,
         *,
@@ -190,14 +190,14 @@ class Evaluation:
         time_limit: float | None = None,
     ) -> None:
         self.config = config
-        self.parts = [(e, e.driver(policy, time_limit)) for e in exams]
+        self.parts = [(e, e.driver(policy, time_limit)) for e in eval_tasks]
         self.ways = (
             ("greedy", 1, Sampling(temperature=0.0, max_tokens=max_tokens)),
             ("sampled", config.k, Sampling(temperature=config.temperature, max_tokens=max_tokens)),
         )
 
     def __call__(self, play: Play) -> tuple[dict[str, float], dict[str, list[Episode]]]:
-        """A row of `eval/...` metrics, and the first greedy episodes by the exam's name."""
+        """A row of `eval/...` metrics, and the first greedy episodes by the environment's name."""
         row: dict[str, float] = {}
         transcripts = {}
         for one, driver in self.parts:

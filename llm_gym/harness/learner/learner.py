@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.importance_sampling import importance_weights
-from llm_gym.harness.algorithms.kl import k3, kl_loss, kl_to_go
+from llm_gym.harness.algorithms.kl import k3, kl_loss, kl_suffix_sum
 from llm_gym.harness.algorithms.losses import LossConfig, loss_function
 from llm_gym.harness.algorithms.streams import Streams
 from llm_gym.harness.batching.shards import dummy_batches
@@ -24,7 +24,7 @@ from llm_gym.harness.distributed.world import World
 from llm_gym.harness.learner.memory_probe import all_or_nothing
 from llm_gym.harness.learner.optimizers import DTYPES, OptimizerConfig, clip_gradients, lr_factor, make_optimizers
 from llm_gym.harness.model.heads import token_logprobs, token_loss
-from llm_gym.harness.model.loading import Body
+from llm_gym.harness.model.loading import Backbone
 from llm_gym.harness.model.rounding import held_as
 from llm_gym.harness.types import Batch, MicroBatch, TokenStreams
 
@@ -67,7 +67,7 @@ class Learner:
         self.total_steps, self.dtype = total_steps, DTYPES[self.settings.dtype]
         self.loss_fn, self.one_pass = loss_function(self.loss.name), self.loss.token_level
         self.step_count = 0
-        self.body = Body(model)
+        self.backbone = Backbone(model)
         self.reference = self._reference() if self.loss.uses_reference else None
         if self.world.sharded:
             self._shard()
@@ -94,7 +94,7 @@ class Learner:
         """
         with torch.set_grad_enabled(grad):
             head = partial(token_logprobs, entropy=entropy)
-            return self._through(self.body, batch.to(self.device), temperature, head, held)
+            return self._through(self.backbone, batch.to(self.device), temperature, head, held)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
@@ -135,14 +135,14 @@ class Learner:
             "tokens/trained": float(batch.tokens),
         }
 
-    def remember(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
+    def compute_proximal_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
         """The batch with this model's log-probabilities as its proximal ones; before the first of several updates."""
         idle = dummy_batches(self.world, len(batch.micro))
         known = [self.logprobs(m, temperature=temperature, entropy=False)[0].cpu() for m in (*batch.micro, *idle)]
         known = known[: len(batch.micro)]
         return replace(batch, micro=tuple(m.having(proximal=p) for m, p in zip(batch.micro, known, strict=True)))
 
-    def rehearse(self, batch: MicroBatch) -> None:
+    def dry_run(self, batch: MicroBatch) -> None:
         """Forward and backward of a micro-batch that stands for others; its gradient is added to what is there."""
         self._backward(batch, 1.0)
 
@@ -160,7 +160,7 @@ class Learner:
 
     def _through(
         self,
-        body: Body,
+        body: Backbone,
         batch: MicroBatch,
         temperature: float,
         head: Callable[..., T],
@@ -170,7 +170,7 @@ class Learner:
         return gathered(body.causal, lambda: head(**self._hidden(body, batch, temperature, held)))
 
     def _hidden(
-        self, body: Body, batch: MicroBatch, temperature: float, held: torch.dtype | None = None
+        self, body: Backbone, batch: MicroBatch, temperature: float, held: torch.dtype | None = None
     ) -> dict[str, Any]:
         half = held is None and self.dtype != torch.float32
         rounded = nullcontext() if held is None or held == torch.float32 else held_as(body.causal, held)
@@ -199,7 +199,7 @@ class Learner:
             return per_token(slice(None), *token_logprobs(**hidden)).sum()
 
         in_one = partial(token_loss, per_token=per_token, entropy_gradient=self.loss.entropy_weight != 0)
-        loss = self._through(self.body, batch, temperature, in_one if self.one_pass else in_two_passes)
+        loss = self._through(self.backbone, batch, temperature, in_one if self.one_pass else in_two_passes)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"policy/loss": float(loss.detach()), **{name: float(total) for name, total in sums.items()}}
 
@@ -215,7 +215,7 @@ class Learner:
         if reference is not None:
             streams["policy/kl"] = k3(new.detach(), reference)  # reported so whatever is trained: never negative
             if config.kl_in == "reward":
-                credit = credit - config.kl_weight * kl_to_go(new, reference, known["sequence"])
+                credit = credit - config.kl_weight * kl_suffix_sum(new, reference, known["sequence"])
             else:
                 pull = config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
         per_token, found = self.loss_fn(Streams(new, old, credit, known["sequence"]), config)
@@ -236,11 +236,11 @@ class Learner:
         proximal = known["proximal"].to(new.dtype) if "proximal" in known else new.detach()
         return proximal, *importance_weights(proximal, sampler, known["sequence"], self.loss.correction)
 
-    def _reference(self) -> Body:
+    def _reference(self) -> Backbone:
         """The frozen start: the base model under the adapters, or a copy."""
         if hasattr(self.model, "peft_config"):
-            return self.body
-        return Body(copy.deepcopy(self.model).requires_grad_(False))
+            return self.backbone
+        return Backbone(copy.deepcopy(self.model).requires_grad_(False))
 
     def _shard(self) -> None:
         """Splits the model, and a reference of its own, over the ranks.
@@ -248,12 +248,12 @@ class Learner:
         Raises:
             ConfigError: ranks would run the model differently often, and wait for each other.
         """
-        if self.body.together < math.inf or self.body.from_head:
+        if self.backbone.together < math.inf or self.backbone.from_head:
             raise ConfigError(
-                f"parallel.strategy: got 'fsdp', but rows of {type(self.body.causal).__name__} cannot all share a "
+                f"parallel.strategy: got 'fsdp', but rows of {type(self.backbone.causal).__name__} cannot all share a "
                 "forward, so ranks would run it differently often; pass 'ddp'."
             )
-        for body in (self.body, self.reference):
+        for body in (self.backbone, self.reference):
             if body is not None and not is_sharded(body.causal):
                 shard(body.causal, self.world.device, self.world.size)
 

@@ -57,7 +57,7 @@ class Budget:
             ShortOfMemory: even one row at a time does not fit.
         """
         while True:
-            batch = fitted(batch, self.tokens)
+            batch = split_to_budget(batch, self.tokens)
             try:
                 return self.learner.step(batch, temperature=temperature)
             except ShortOfMemory as error:
@@ -126,12 +126,12 @@ def _run(learner: Learner, batch: Batch) -> None:
     """Forward and backward, as in a step."""
     with memory_probe.all_or_nothing(learner.model):
         for micro in batch.micro:
-            learner.rehearse(micro.to(learner.device))
+            learner.dry_run(micro.to(learner.device))
 
 
 def _probe(learner: Learner, tokens: int) -> Batch:
     """One micro-batch of random tokens, all of them trained."""
-    config: Any = learner.body.config
+    config: Any = learner.backbone.config
     length = min(ROW, getattr(config, "max_position_embeddings", None) or ROW)
     rng = np.random.default_rng(0)
     rows = []
@@ -145,7 +145,7 @@ def _probe(learner: Learner, tokens: int) -> Batch:
 # --- smaller micro-batches --------------------------------------------------------------------------------
 
 
-def fitted(batch: Batch, tokens: int) -> Batch:
+def split_to_budget(batch: Batch, tokens: int) -> Batch:
     """The batch with micro-batches of at most `tokens` tokens, or of one row; its gradient is the same."""
     parts = tuple(part for micro in batch.micro for part in _split(micro, tokens))
     return batch if len(parts) == len(batch.micro) else replace(batch, micro=parts)

@@ -42,7 +42,7 @@ def save(learner: Learner, tokenizer: Any, folder: Path) -> None:
     """
     world = learner.world
     world.meet("checkpoint")  # the folder exists
-    with world.naming("checkpoint"):
+    with world.blame_lost_rank("checkpoint"):
         state = whole_state(learner.model) if world.sharded else None
         if world.rank == 0:
             export(learner.model, tokenizer, folder, state)

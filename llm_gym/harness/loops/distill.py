@@ -20,10 +20,10 @@ from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.config import DistillConfig, TrainConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.teacher import (
-    Indifferent,
     LocalTeacher,
     ServedTeacher,
     Teacher,
+    UniformTeacher,
     check_tokenizers,
 )
 from llm_gym.harness.loops.trainer import Trainer
@@ -92,12 +92,12 @@ class DistillLearner(Learner):
         super().__init__(*args, **kwargs)
         self.teacher, self.distill = teacher, settings
 
-    def rehearse(self, batch: MicroBatch) -> None:
+    def dry_run(self, batch: MicroBatch) -> None:
         """As the learner's; servers are not asked about tokens that mean nothing."""
         teacher = self.teacher
-        self.teacher = teacher if isinstance(teacher, LocalTeacher) else Indifferent()
+        self.teacher = teacher if isinstance(teacher, LocalTeacher) else UniformTeacher()
         try:
-            super().rehearse(batch)
+            super().dry_run(batch)
         finally:
             self.teacher = teacher
 
@@ -111,7 +111,7 @@ class DistillLearner(Learner):
             kl = self._divergence(student, batch)
             return (batch.streams["weight"] * kl).sum(), kl.detach().sum(), _seen(student, batch)
 
-        loss, kl, seen = self._through(self.body, batch, temperature, divergence)
+        loss, kl, seen = self._through(self.backbone, batch, temperature, divergence)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"policy/loss": float(loss.detach()), "distill/kl": float(kl), **seen}
 

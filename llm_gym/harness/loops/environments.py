@@ -13,13 +13,13 @@ from llm_gym.errors import ConfigError
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.data.curriculum import CURRICULA, curriculum
 from llm_gym.harness.data.filters import Selection
-from llm_gym.harness.data.mixture import Arena, EnvConfig
+from llm_gym.harness.data.mixture import EnvConfig, EnvSpec
 from llm_gym.harness.data.tasks import Tasks
-from llm_gym.harness.evaluation.evaluator import Exam, exam, exams, try_env
+from llm_gym.harness.evaluation.evaluator import EvalTask, eval_task, eval_tasks, try_env
 from llm_gym.harness.loops.trials import try_curriculum
 
 
-def arenas(config: TrainConfig) -> list[Arena]:
+def env_specs(config: TrainConfig) -> list[EnvSpec]:
     """The environments of a run, made once and closed, so that a bad setting is found before a model is loaded.
 
     Raises:
@@ -27,15 +27,15 @@ def arenas(config: TrainConfig) -> list[Arena]:
         ConfigError: two of one name, two tokenizers, or a curriculum that has no rows to draw from.
     """
     found = [_arena(config, entry) for entry in entries(config)]
-    for name, count in Counter(arena.name for arena in found).items():
+    for name, count in Counter(spec.name for spec in found).items():
         if count > 1:
             raise ConfigError(
                 f"envs: {count} are called {name!r}; give each a name of its own in a --config file: "
                 f"envs: [{{env: {name}, name: one}}, {{env: {name}, name: other}}]."
             )
-    for arena in found[1:]:
-        if not _same_tokens(found[0].chat, arena.chat):
-            raise ConfigError(f"envs: {arena.name!r} has another tokenizer than {found[0].name!r}; a policy has one.")
+    for spec in found[1:]:
+        if not _same_tokens(found[0].chat, spec.chat):
+            raise ConfigError(f"envs: {spec.name!r} has another tokenizer than {found[0].name!r}; a policy has one.")
     return found
 
 
@@ -45,42 +45,42 @@ def entries(config: TrainConfig) -> list[EnvConfig]:
     return [replace(entry, env_args={**config.env_args, **entry.env_args}) for entry in chosen]
 
 
-def selection_of(config: TrainConfig, found: Sequence[Arena]) -> Selection:
+def selection_of(config: TrainConfig, found: Sequence[EnvSpec]) -> Selection:
     """What the run plays in its environments, and what it trains on.
 
     Raises:
         ConfigError: an unknown curriculum or filter, or one that cannot work here.
     """
-    for i, arena in enumerate(found):
-        if arena.curriculum.name not in CURRICULA and arena.rows is not None:
-            try_curriculum(arena.curriculum, arena.rows, (config.seed, i))
+    for i, spec in enumerate(found):
+        if spec.curriculum.name not in CURRICULA and spec.rows is not None:
+            try_curriculum(spec.curriculum, spec.rows, (config.seed, i))
     tasks = Tasks(
         config.seed,
-        [arena.weight for arena in found],
+        [spec.weight for spec in found],
         [curriculum(a.curriculum, a.label, a.rows, (config.seed, i)) for i, a in enumerate(found)],
-        [arena.curriculum.pass_reward for arena in found],
+        [spec.curriculum.pass_reward for spec in found],
     )
-    names = [arena.name for arena in found]
+    names = [spec.name for spec in found]
     return Selection(tasks, config.prompts_per_step, config.filters, config.oversample, names)
 
 
-def exams_of(config: TrainConfig, found: Sequence[Arena]) -> list[Exam]:
+def eval_tasks_of(config: TrainConfig, found: Sequence[EnvSpec]) -> list[EvalTask]:
     """What the run is measured on: its first environment, its others by name, then those of `eval.envs`."""
-    papers = exams(config.eval, found[0].env_id, found[0].eval_args)
-    if not papers:
+    tasks = eval_tasks(config.eval, found[0].env_id, found[0].eval_args)
+    if not tasks:
         return []
-    own = [exam(a.env_id, a.eval_args, _exam_name(a)) for a in found[1:]]
-    if twice := {one.name for one in own} & {one.name for one in papers}:
+    own = [eval_task(a.env_id, a.eval_args, _eval_name(a)) for a in found[1:]]
+    if twice := {one.name for one in own} & {one.name for one in tasks}:
         raise ConfigError(f"eval.envs: {min(twice)!r} is also the name of an environment of the run; give it another.")
-    return [papers[0], *own, *papers[1:]]
+    return [tasks[0], *own, *tasks[1:]]
 
 
-def best_metric(found: Sequence[Arena]) -> str:
+def best_metric(found: Sequence[EnvSpec]) -> str:
     """The metric that says which step is best."""
     return "eval/sampled_reward" if len(found) == 1 else "eval/mixture_reward"
 
 
-def eval_reward(found: Sequence[Arena], row: Mapping[str, float]) -> dict[str, float]:
+def eval_reward(found: Sequence[EnvSpec], row: Mapping[str, float]) -> dict[str, float]:
     """That metric for a mixture: the mean of the environments' sampled rewards, by their weights in training.
 
     Args:
@@ -89,12 +89,12 @@ def eval_reward(found: Sequence[Arena], row: Mapping[str, float]) -> dict[str, f
     """
     if len(found) == 1:
         return {}
-    rewards = [row["eval/sampled_reward"], *(row[f"eval/{_exam_name(a)}/sampled_reward"] for a in found[1:])]
-    weights = [arena.weight for arena in found]
+    rewards = [row["eval/sampled_reward"], *(row[f"eval/{_eval_name(a)}/sampled_reward"] for a in found[1:])]
+    weights = [spec.weight for spec in found]
     return {best_metric(found): sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)}
 
 
-def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
+def _arena(config: TrainConfig, entry: EnvConfig) -> EnvSpec:
     """One environment, made for training and for evaluation."""
     env_id = resolve(entry.env)
     if "chat_template" in entry.env_args:
@@ -107,7 +107,7 @@ def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
     try_env(made, env_id)
     inner, most = made.unwrapped, config.sampling.max_tokens
     eval_args = args | dict(getattr(inner, "eval_args", {})) | dict(config.eval.env_args)
-    arena = Arena(
+    spec = EnvSpec(
         entry.name or env_id,
         env_id,
         args,
@@ -120,12 +120,12 @@ def _arena(config: TrainConfig, entry: EnvConfig) -> Arena:
         getattr(inner, "chat", None),
     )
     made.close()
-    return arena
+    return spec
 
 
-def _exam_name(arena: Arena) -> str:
+def _eval_name(spec: EnvSpec) -> str:
     """Its name in the metrics of an evaluation, where it is not the first."""
-    return re.sub(r"[^\w.-]", "-", arena.label)
+    return re.sub(r"[^\w.-]", "-", spec.label)
 
 
 def _same_tokens(one: Any, other: Any) -> bool:

@@ -190,7 +190,7 @@ def _alone(make: Callable[[], T], what: str) -> T:
     """What rank 0 makes, or raises, between two runs; on every rank."""
     world = connect(ParallelConfig())
     try:
-        return world.first(make, what)
+        return world.on_rank0(make, what)
     finally:
         world.close()
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import AdvantageFn, advantage
 from llm_gym.harness.data.filters import Selection
-from llm_gym.harness.data.mixture import Arena
+from llm_gym.harness.data.mixture import EnvSpec
 from llm_gym.harness.distributed.world import World
-from llm_gym.harness.evaluation.evaluator import Exam
+from llm_gym.harness.evaluation.evaluator import EvalTask
 from llm_gym.harness.learner.optimizers import check_optimizer
-from llm_gym.harness.loops.environments import arenas, exams_of, selection_of
+from llm_gym.harness.loops.environments import env_specs, eval_tasks_of, selection_of
 from llm_gym.harness.loops.trials import learns_nothing, try_functions
 from llm_gym.harness.model.loading import check_model
 from llm_gym.harness.runs import loggers
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class Prepared:
     """What a run plays and how it is weighed; every setting that can be judged without a model is sound."""
 
-    arenas: Sequence[Arena]
-    exams: Sequence[Exam]
+    env_specs: Sequence[EnvSpec]
+    eval_tasks: Sequence[EvalTask]
     selection: Selection
-    weigh: AdvantageFn
+    compute_advantages: AdvantageFn
 
 
 def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Prepared:
@@ -47,21 +47,21 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
     Raises:
         SettingError: something that cannot work, or could not teach anything.
     """
-    weigh = advantage(config.advantage)
+    compute_advantages = advantage(config.advantage)
     check(config, world)
     check_optimizer(config.optimizer)
     loggers.check(config.log)
     check_model(config.model, lora=config.lora, memory=config.memory, device=world.device)
     try_functions(config)
     if learns and config.distill is None and not config.loss.needs_every_sequence:
-        _check_credit(config, weigh)
-    found = arenas(config)
-    return Prepared(found, exams_of(config, found), selection_of(config, found), weigh)
+        _check_credit(config, compute_advantages)
+    found = env_specs(config)
+    return Prepared(found, eval_tasks_of(config, found), selection_of(config, found), compute_advantages)
 
 
-def _check_credit(config: TrainConfig, weigh: AdvantageFn) -> None:
+def _check_credit(config: TrainConfig, compute_advantages: AdvantageFn) -> None:
     """Looks whether episodes of such groups can earn any credit."""
-    if learns_nothing(weigh, config.prompts_per_step, config.group_size):
+    if learns_nothing(compute_advantages, config.prompts_per_step, config.group_size):
         raise ConfigError(
             f"group_size: got {config.group_size}, but advantage {config.advantage!r} compares the episodes of a "
             "group, and so would teach nothing; pass at least 2, or an advantage without groups (none, reinforce_pp)."

@@ -141,7 +141,7 @@ def replay(
                 restore(trainer.learner, checkpoint)
             for trainer.step in range(start, step):
                 at = trainer.step + 1
-                with trainer.world.naming("replay"):
+                with trainer.world.blame_lost_rank("replay"):
                     learned = trainer.learn(folder.read_episodes(f"step_{at:06d}"))
                 compared, found = compare_metrics(recorded.get(at, {}), learned)
                 tensors, more = _compare_checkpoint(trainer, folder.path / "checkpoints" / f"step_{at:06d}")
@@ -165,7 +165,7 @@ def _compare_checkpoint(trainer: Trainer, saved: Path) -> tuple[int, tuple[Diffe
         alike = [name for name in (STATE, PARTS) if all((folder / name).exists() for folder in (saved, again))]
         return compare_tensors(_state(saved, alike), _state(again, alike))
 
-    return world.first(compare, "comparing")
+    return world.on_rank0(compare, "comparing")
 
 
 def compare_metrics(recorded: Mapping[str, Any], learned: Mapping[str, Any]) -> tuple[int, tuple[Difference, ...]]:

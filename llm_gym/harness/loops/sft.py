@@ -41,7 +41,7 @@ from llm_gym.harness.loops.sft_config import SFTEvalConfig as SFTEvalConfig
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.model.layers import base_of
 from llm_gym.harness.model.loading import check_model, load_model, merged, new_model
-from llm_gym.harness.runs.run_folder import Follower, RunFolder
+from llm_gym.harness.runs.run_folder import NonZeroRankRunFolder, RunFolder
 from llm_gym.harness.settings import dump
 from llm_gym.harness.types import Batch, TrainSequence
 
@@ -90,14 +90,17 @@ def sft(
     """
     world, run = connect(config.parallel, device_of(config.device)), None
     try:
-        config = world.first(config.as_begun, "reading the run's settings") if resume else config
+        config = world.on_rank0(config.as_begun, "reading the run's settings") if resume else config
         said, config = config.rates(model).words(config.optimizer), config.resolved(model)
         check_sft(config, model, world.device)
         tokenizer = load_tokenizer(config.tokenizer or config.model, config.chat_template)
         data = prepare(config, examples, tokenizer, world)
         run, opened = _open(config, resume, data.steps, world)
         config, saved = opened.config, opened.checkpoint
-        with _bar(data, opened.step, progress and world.rank == 0) as (tell, advance), world.naming("fine-tuning"):
+        with (
+            _bar(data, opened.step, progress and world.rank == 0) as (tell, advance),
+            world.blame_lost_rank("fine-tuning"),
+        ):
             for text in filter(None, (f"sft: {said}.", opened.note)):
                 tell(text)
             learner = Learner(
@@ -158,7 +161,7 @@ def prepare(config: SFTConfig, examples: Any, tokenizer: Any, world: World | Non
     if callable(examples):
         made, alone = examples, world or World()
         return Data(
-            lambda step: [encode(e, tokenizer) for e in alone.first(lambda: made(step), "making chats")],
+            lambda step: [encode(e, tokenizer) for e in alone.on_rank0(lambda: made(step), "making chats")],
             config.steps,
             _held_out(config, tokenizer),
             (),
@@ -242,7 +245,7 @@ def _train_step(budget: Budget, data: Data, step: int) -> dict[str, Any]:
     seconds = {"time/step": time.perf_counter() - started}
     names = {"policy/loss": "loss", "policy/grad_norm": "grad_norm", "policy/lr": "lr", "policy/entropy": "entropy"}
     row = {short: metrics[name] for name, short in names.items() if name in metrics}
-    row |= {"tokens/trained": metrics["tokens/trained"], **budget.learner.world.worst(seconds, "a step")}
+    row |= {"tokens/trained": metrics["tokens/trained"], **budget.learner.world.reduce_max(seconds, "a step")}
     return {"step": step + 1, **row, **(data.counts if step == 0 else {})}
 
 
@@ -293,7 +296,7 @@ def _open(config: SFTConfig, resume: bool, steps: int, world: World) -> tuple[Ru
     """The run folder, and what it goes on from."""
     if config.out is None:
         return None, Opened(None, config)
-    run = RunFolder(config.out) if world.rank == 0 else Follower(config.out)
+    run = RunFolder(config.out) if world.rank == 0 else NonZeroRankRunFolder(config.out)
 
     def begin() -> Opened[SFTConfig]:
         opened = open_run(run, config, resume=resume, steps=steps)
@@ -301,7 +304,7 @@ def _open(config: SFTConfig, resume: bool, steps: int, world: World) -> tuple[Ru
             shutil.rmtree(run.path / MODEL, ignore_errors=True)  # of fewer steps; one that is there is a finished one
         return opened
 
-    return run, world.first(begin, "opening the run folder")
+    return run, world.on_rank0(begin, "opening the run folder")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.model.divergence import Head, top_logprobs
 from llm_gym.harness.model.heads import token_logprobs
-from llm_gym.harness.model.loading import Body, load_model
+from llm_gym.harness.model.loading import Backbone, load_model
 from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.http import Loop, Remote, RemoteError, delay
 from llm_gym.tokenizer import load_tokenizer
@@ -59,16 +59,16 @@ class LocalTeacher:
     """
 
     def __init__(self, model: str, *, device: torch.device, dtype: torch.dtype, temperature: float = 1.0) -> None:
-        self.body = Body(load_model(model, device=device, dtype=dtype).requires_grad_(False))
+        self.backbone = Backbone(load_model(model, device=device, dtype=dtype).requires_grad_(False))
         self.temperature = temperature
 
     @torch.no_grad()
     def head(self, batch: MicroBatch) -> Head:
         """Its next-token distributions where the trained tokens stand, before they are computed."""
-        batch = batch if self.body.shares else apart(batch)
-        hidden = self.body.hidden(batch).index_select(0, batch.streams["source"])
-        cap = None if self.body.softcap is None else self.body.softcap / self.body.scale
-        return Head(hidden, *self.body.head(), self.temperature / self.body.scale, cap)
+        batch = batch if self.backbone.shares else apart(batch)
+        hidden = self.backbone.hidden(batch).index_select(0, batch.streams["source"])
+        cap = None if self.backbone.softcap is None else self.backbone.softcap / self.backbone.scale
+        return Head(hidden, *self.backbone.head(), self.temperature / self.backbone.scale, cap)
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -87,7 +87,7 @@ class LocalTeacher:
         """Nothing to do."""
 
 
-class Indifferent:
+class UniformTeacher:
     """Finds all tokens equally likely, and knows none: takes the place of a served teacher where memory is measured."""
 
     def logprobs(self, batch: MicroBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop, readable as a list of verbs: draw, roll out, weigh, pack, step, refresh, write."""
+"""The training loop, readable as a list of verbs: draw, roll out, compute advantages, pack, step, sync, write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm_gym.harness.algorithms.rewards import RewardWatch, rewards_of
 from llm_gym.harness.batching.packing import samples
 from llm_gym.harness.batching.shards import pack_shard
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.filters import Harvest
+from llm_gym.harness.data.filters import StepBatch
 from llm_gym.harness.data.mixture import Drivers, describe_each, scoring
 from llm_gym.harness.data.tasks import Task
 from llm_gym.harness.distributed.world import connect
@@ -38,7 +38,7 @@ from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.randomness import reseed
 from llm_gym.harness.runs import loggers, provenance
 from llm_gym.harness.runs.metrics import clock, combine, describe, speeds, staleness
-from llm_gym.harness.runs.run_folder import Follower, RunFolder
+from llm_gym.harness.runs.run_folder import NonZeroRankRunFolder, RunFolder
 from llm_gym.harness.runs.verdict import MOVED, alarms
 from llm_gym.harness.settings import dump, to_dict
 from llm_gym.harness.types import Batch, Floats
@@ -70,7 +70,7 @@ class Observer(Protocol):
         """The run is complete; all its rows."""
 
 
-class Silent:
+class NullObserver:
     """An observer that shows nothing."""
 
     def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
@@ -120,27 +120,28 @@ class Trainer:
     ) -> None:
         self.config = config = config.resolved()
         self.world = connect(config.parallel, device_of(config.device))
-        self.observer = observer if observer is not None and self.world.rank == 0 else Silent()
+        self.observer = observer if observer is not None and self.world.rank == 0 else NullObserver()
         ready = prepare_run(config, self.world, learns=learns)
-        self.arenas, self.selection, self.weigh = ready.arenas, ready.selection, ready.weigh
+        self.env_specs, self.selection = ready.env_specs, ready.selection
+        self.compute_advantages = ready.compute_advantages
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
-        path = self.world.first(lambda: out or default_folder(self.arenas[0].env_id), "naming the run folder")
-        self.run = RunFolder(path) if self.world.rank == 0 else Follower(path)
+        path = self.world.on_rank0(lambda: out or default_folder(self.env_specs[0].env_id), "naming the run folder")
+        self.run = RunFolder(path) if self.world.rank == 0 else NonZeroRankRunFolder(path)
         begin = partial(open_run, self.run, config, resume=resume, steps=config.steps)
-        opened = self.world.first(begin, "opening the run folder")
+        opened = self.world.on_rank0(begin, "opening the run folder")
         self.config = config = opened.config
         self.step = opened.step
         if opened.checkpoint is not None:
             self.selection.restore(opened.checkpoint)
         self.alarmed = set[str]()  # what a person was warned of
         self.observer.on_start(config, self.run.path, self.step)
-        self.run.add_provenance(provenance.describe(self.arenas[0].env_id, self.step, self.world.size))
+        self.run.add_provenance(provenance.describe(self.env_specs[0].env_id, self.step, self.world.size))
         tell = self.observer.on_note
         if opened.note:
             tell(opened.note)
         self.loggers = loggers.Loggers(tell)
         start = partial(self.loggers.start, config.log, self.run.path, to_dict(config), self.step)
-        self.world.first(start, "starting the loggers")
+        self.world.on_rank0(start, "starting the loggers")
         self.observer.on_phase("load", 1)
         torch.manual_seed(config.seed)  # new adapters are drawn
         device = "cpu" if self.world.sharded else self.world.device  # parts go where they belong when it is split
@@ -155,14 +156,14 @@ class Trainer:
         self.observer.on_phase("engine", 1)
         self.sync = Sync(config, self.learner, folder=self.run.path / "sync", version=self.step, tell=tell)
         self.policy = self.sync.policy
-        with self.sync.resting():
+        with self.sync.engine_asleep():
             self.budget = Budget(config.token_budget, self.learner, tell)
         self.config = replace(config, token_budget=self.budget.tokens)  # resumed, the run packs its rows alike
         self.run.write_config(dump(self.config))
-        self.drivers = Drivers(self.arenas, self.policy, time_limit=config.time_limit)
+        self.drivers = Drivers(self.env_specs, self.policy, time_limit=config.time_limit)
         most = config.sampling.max_tokens
-        papers, limit = ready.exams, config.time_limit
-        self.evaluation = Evaluation(papers, self.policy, config.eval, max_tokens=most, time_limit=limit)
+        tasks, limit = ready.eval_tasks, config.time_limit
+        self.evaluation = Evaluation(tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
 
     def make_learner(self) -> Learner:
         """What turns batches into steps of `self.model`."""
@@ -191,10 +192,10 @@ class Trainer:
         times: dict[str, float] = {}
         reseed(self.config.seed, self.step)
         with clock(times, "time/rollout"):
-            harvest = self.collect()
+            batch = self.collect()
         self.step += 1
-        self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
-        self._write({"step": self.step, **describe(harvest.played), **harvest.metrics, **times})
+        self.run.write_episodes(f"step_{self.step:06d}", batch.episodes)
+        self._write({"step": self.step, **describe(batch.played), **batch.metrics, **times})
 
     def train_step(self) -> dict[str, Any]:
         """One step, from seeds to a row of metrics."""
@@ -202,56 +203,57 @@ class Trainer:
         reseed(self.config.seed, self.step)
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
-                harvest = self.collect()
-            with clock(times, "time/train"), self.sync.resting(), self.world.naming("training"):
-                learned = self.learn(harvest.episodes) | self.moved()
+                batch = self.collect()
+            with clock(times, "time/train"), self.sync.engine_asleep(), self.world.blame_lost_rank("training"):
+                learned = self.learn(batch.episodes) | self.moved()
             with clock(times, "time/sync"):
                 self.observer.on_phase("sync", 1)
-                synced = self.world.worst(self.sync(self.step + 1), "sync")
-        played = describe(harvest.played) | describe_each(self.arenas, harvest.played) | harvest.metrics
-        played |= {"sampler/staleness_max": staleness(harvest.episodes, self.step)}
+                synced = self.world.reduce_max(self.sync(self.step + 1), "sync")
+        told = describe(batch.played) | describe_each(self.env_specs, batch.played) | batch.metrics
+        told |= {"sampler/staleness_max": staleness(batch.episodes, self.step)}
         self.step += 1
-        times = self.world.worst(times, "a step")
-        row = {"step": self.step, **played, **learned, **synced, **times}
-        row |= speeds(learned, played["tokens/generated"], times)
+        times = self.world.reduce_max(times, "a step")
+        row = {"step": self.step, **told, **learned, **synced, **times}
+        row |= speeds(learned, told["tokens/generated"], times)
         if self._due(self.config.eval.every):
             row |= self.evaluate()
-        self.run.write_episodes(f"step_{self.step:06d}", harvest.episodes)
-        if harvest.dropped:
-            self.run.write_episodes(f"dropped_{self.step:06d}", (e for g in harvest.dropped for e in g.episodes))
+        self.run.write_episodes(f"step_{self.step:06d}", batch.episodes)
+        if batch.dropped:
+            self.run.write_episodes(f"dropped_{self.step:06d}", (e for g in batch.dropped for e in g.episodes))
         self._write(row)
         if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row
 
-    def collect(self) -> Harvest:
+    def collect(self) -> StepBatch:
         """The step's groups: played, filtered, and replaced where they did not pass."""
-        harvest = self.selection.harvest(self.step, self.play)
-        if harvest.played and all(episode.stop_reason.failed for episode in harvest.played):
-            self._give_up(harvest.played)
-        if not harvest.groups:
+        batch = self.selection.collect(self.step, self.play)
+        if batch.played and all(episode.stop_reason.failed for episode in batch.played):
+            self._give_up(batch.played)
+        if not batch.groups:
             self.observer.on_note(f"step {self.step + 1}: no group passed the filters; the weights stay as they are.")
-        return harvest
+        return batch
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:
         """`group_size` episodes of every task; this process plays its share of them."""
         size = self.config.group_size
-        mine = self.world.deal(tasks)
+        mine = self.world.shard(tasks)
         count = self._counting("rollout", len(mine) * size)
         played = self.drivers.play(
             mine, group_size=size, seed=self.config.seed, sampling=self.config.sampling, on_episode=count
         )
-        groups = self.world.undeal(played, "rollout")
+        groups = self.world.unshard(played, "rollout")
         self.rewards.see(episode for g in groups for episode in g.episodes)
         return groups
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
-        """The step's groups, weighed together, as one packed batch for each of its `minibatches`."""
-        credits: Floats = np.zeros((0, self.config.group_size))
+        """The step's groups, their advantages computed together, as one packed batch for each of its `minibatches`."""
+        advantages: Floats = np.zeros((0, self.config.group_size))
         if groups:
-            credits = self.weigh(rewards_of(groups, **scoring(self.arenas, groups), overlong=self.config.overlong))
+            rewards = rewards_of(groups, **scoring(self.env_specs, groups), overlong=self.config.overlong)
+            advantages = self.compute_advantages(rewards)
         n = self.config.minibatches
-        return [self.pack(groups[i::n], credits[i::n]) for i in range(n)]
+        return [self.pack(groups[i::n], advantages[i::n]) for i in range(n)]
 
     def pack(self, groups: Sequence[Group], advantages: Floats | None = None) -> Batch:
         """Groups as packed micro-batches."""
@@ -263,7 +265,7 @@ class Trainer:
             normaliser=loss.normaliser,
             constant_length=loss.constant_length,
             skip_zero=advantages is not None and not loss.needs_every_sequence,
-            share=self.learner.body.shares,
+            share=self.learner.backbone.shares,
         )
 
     def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -274,7 +276,7 @@ class Trainer:
         self.observer.on_phase("train", updates)
         batches = self.batches(group(episodes, config.group_size))
         if updates > 1 and config.loss.correction.name != "none":
-            batches = [self.learner.remember(batch, temperature=temperature) for batch in batches]
+            batches = [self.learner.compute_proximal_logprobs(batch, temperature=temperature) for batch in batches]
         rows = []
         for batch in batches * config.epochs:
             rows.append(self.budget.step(batch, temperature=temperature))
@@ -289,7 +291,7 @@ class Trainer:
             row, transcripts = self.evaluation(self._play)
         for name, episodes in transcripts.items():
             self.run.write_episodes("_".join(filter(None, (f"eval_{self.step:06d}", name))), episodes)
-        return {**row, **eval_reward(self.arenas, row), **times} if row else {}
+        return {**row, **eval_reward(self.env_specs, row), **times} if row else {}
 
     def moved(self) -> dict[str, float]:
         """Where an evaluation follows: how far the policy is from its start, on what the first step sampled."""
@@ -301,7 +303,7 @@ class Trainer:
                 return self.run.read_episodes("step_000001")
             return []
 
-        episodes = self.world.first(start, "reading the first step's episodes")
+        episodes = self.world.on_rank0(start, "reading the first step's episodes")
         temperature = self.config.sampling.temperature
         return {MOVED: kl_from_start(self.learner, episodes, temperature=temperature, max_tokens=self.budget.tokens)}
 
@@ -335,10 +337,10 @@ class Trainer:
     def _play(
         self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
     ) -> list[Episode]:
-        mine = self.world.deal(seeds)
+        mine = self.world.shard(seeds)
         count = self._counting(phase, len(mine) * group_size)
         played = driver.run(mine, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
-        episodes = self.world.undeal(played, phase, each=group_size)
+        episodes = self.world.unshard(played, phase, each=group_size)
         self.rewards.see(episodes)
         return episodes
 
@@ -354,8 +356,8 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the run keeps its best step, and that is the one just written."""
-        best = lambda: self.run.best(best_metric(self.arenas)) == self.step  # noqa: E731
-        return self.config.checkpoint.keep_best and self.world.first(best, "choosing the best step")
+        best = lambda: self.run.best(best_metric(self.env_specs)) == self.step  # noqa: E731
+        return self.config.checkpoint.keep_best and self.world.on_rank0(best, "choosing the best step")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.run.log(row)

@@ -87,10 +87,10 @@ def try_curriculum(config: CurriculumConfig, rows: int, seed: tuple[int, ...]) -
             raise ConfigError(f"curriculum.name: {place(make)} draws row {row}, but the data has rows 0 to {rows - 1}.")
 
 
-def learns_nothing(weigh: AdvantageFn, groups: int, size: int) -> bool:
+def learns_nothing(compute_advantages: AdvantageFn, groups: int, size: int) -> bool:
     """Whether credit is 0 whatever is earned by so many groups of so many episodes."""
     try:
-        return not np.any(weigh(_rewards(min(groups, 3), min(size, 3))))
+        return not np.any(compute_advantages(_rewards(min(groups, 3), min(size, 3))))
     except Exception:  # a user's own, that reads more of the example
         return False
 

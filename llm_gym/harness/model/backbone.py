@@ -141,7 +141,7 @@ def _before_head(causal: Any, **inputs: Any) -> Tensor:
     raise RuntimeError("the model made logits without its output embeddings")
 
 
-class Body(Rows):
+class Backbone(Rows):
     """A causal LM as two halves: token ids to hidden states, and the weights that make logits of them.
 
     On construction a small copy of the model is put to the test (see `policies.selftest`), then the model itself on a

@@ -30,7 +30,7 @@ class Keep:
     """Where tensors wait for backward; None: where they are."""
 
 
-def thin(layers: Iterable[Any], *, checkpointing: int, offload: bool) -> None:
+def wrap_layers(layers: Iterable[Any], *, checkpointing: int, offload: bool) -> None:
     """Makes decoder layers keep less for backward; the gradient is the same, to the bit.
 
     Args:

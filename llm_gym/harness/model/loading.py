@@ -15,12 +15,12 @@ from transformers.utils import logging as hf_logging
 
 from llm_gym import embedded
 from llm_gym.errors import ConfigError, LLMGymError
-from llm_gym.harness.model.backbone import Body as Body
+from llm_gym.harness.model.backbone import Backbone as Backbone
 from llm_gym.harness.model.cpu_mlp import fuse_mlps
 from llm_gym.harness.model.cpu_rmsnorm import fuse_norms
 from llm_gym.harness.model.lora import LoraConfig as LoraConfig
 from llm_gym.harness.model.lora import add_adapters, check_folding, check_targets
-from llm_gym.harness.model.memory import MemoryConfig, check_memory, economise
+from llm_gym.harness.model.memory import MemoryConfig, apply_memory_config, check_memory
 from llm_gym.hub import offline_if_unreachable
 from llm_gym.models.folding import plain_tensors as plain_tensors
 from llm_gym.models.folding import whole
@@ -137,7 +137,7 @@ def prepare(
     model = model.eval() if hasattr(model, "quantization_method") else model.to(device).eval()  # 4 bits are there
     if lora is not None:
         model = add_adapters(model, lora).eval()
-    economise(model, memory or MemoryConfig())
+    apply_memory_config(model, memory or MemoryConfig())
     if lora is not None:
         check_folding(model)
     return model

@@ -9,7 +9,7 @@ import torch
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.bounds import Within, check_bounds
-from llm_gym.harness.model.checkpointing import thin
+from llm_gym.harness.model.checkpointing import wrap_layers
 from llm_gym.harness.model.layers import NAMED, decoder_layers, parse_layers, train_only
 from llm_gym.harness.model.lora import LoraConfig
 
@@ -56,9 +56,9 @@ def check_memory(
         parse_layers(settings.train_layers, layers, "memory.train_layers", NAMED)
 
 
-def economise(model: Any, settings: MemoryConfig) -> None:
+def apply_memory_config(model: Any, settings: MemoryConfig) -> None:
     """Applies the settings to a model, in place; `check_memory` has accepted them."""
     if settings.train_layers:
         train_only(model, settings.train_layers)
     if settings.checkpointing or settings.offload:
-        thin(decoder_layers(model), checkpointing=settings.checkpointing, offload=settings.offload)
+        wrap_layers(decoder_layers(model), checkpointing=settings.checkpointing, offload=settings.offload)

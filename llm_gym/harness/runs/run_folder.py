@@ -238,7 +238,7 @@ class RunFolder:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
 
-class Follower(RunFolder):
+class NonZeroRankRunFolder(RunFolder):
     """The run folder as every process but the first sees it: to read, and to write its part of a checkpoint."""
 
     def hold(self) -> None:

@@ -57,7 +57,7 @@ def measure(learner: Learner, policy: Any, *, dtype: str, temperature: float = 1
         temperature: at which both compute.
         tokens: least number of sampled tokens.
     """
-    episodes = play(policy, learner.body.config.vocab_size, temperature, -(-tokens // (2 * TOKENS)))
+    episodes = play(policy, learner.backbone.config.vocab_size, temperature, -(-tokens // (2 * TOKENS)))
     gaps = gaps_of(learner, episodes, temperature)
     return Parity(len(gaps), float(gaps.mean()), float(gaps.max()), dtype)
 

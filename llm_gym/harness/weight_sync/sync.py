@@ -22,7 +22,7 @@ from llm_gym.harness.distributed.world import World
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.loading import adapter_tensors, export, merged, plain_tensors, prepare
 from llm_gym.harness.runs.metrics import clock
-from llm_gym.harness.weight_sync.verify import Canaries, Proof
+from llm_gym.harness.weight_sync.verify import ProbePrompts, WeightSyncCheck
 from llm_gym.models.checksums import recorded
 from llm_gym.models.folding import apart, untied
 from llm_gym.models.plain import as_saved
@@ -255,7 +255,7 @@ class Sync:
         """
         times: dict[str, float] = {}
         sent: dict[str, int] = {}
-        with self.world.naming("sync"):
+        with self.world.blame_lost_rank("sync"):
             self._push(version, sent)
             with clock(times, "time/proof"):
                 found = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
@@ -263,7 +263,7 @@ class Sync:
         return {"sync/mode": self.mode, **canaries, **times}
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def engine_asleep(self) -> Iterator[None]:
         """While the learner trains: the engine's memory is free, if the run wants that.
 
         It wakes before anything is written to it: weights written to a sleeping engine are lost.
@@ -331,7 +331,7 @@ class Sync:
                 where = self.folder if other else source
                 self.policy = make_policy(where, engine=engine, version=version, **options)
 
-        self.world.every(begin, "starting the engine")
+        self.world.on_all_ranks(begin, "starting the engine")
         self.mode = mode
         self.dtype = self.policy.dtype
         self.proof = self._proof()
@@ -339,17 +339,17 @@ class Sync:
             self.policy.load(as_saved(model, plain_tensors(model, adapters=False)), version=version)
         self(version)
 
-    def _proof(self) -> Proof:
+    def _proof(self) -> WeightSyncCheck:
         """What compares this engine with the learner."""
-        config, vocabulary = self.config, self.learner.body.config.vocab_size
+        config, vocabulary = self.config, self.learner.backbone.config.vocab_size
         lora, quantised = config.lora, bool(config.policy.vllm.get("quantization"))
         base = torch.float32 if lora is None or lora.base == "float32" else torch.bfloat16
         coarse = max(self.dtype, base, key=lambda dtype: torch.finfo(dtype).eps)
         exact = coarse == torch.float32 and not quantised
         own = engine_of(config) != "transformers" and self.dtype != torch.float32
         alike = not self.world.sharded and (lora is None or MODES[self.mode].over_base)
-        canaries = Canaries.of(vocabulary, self.policy.max_context, config.sampling.temperature, exact=exact)
-        return Proof(
+        canaries = ProbePrompts.of(vocabulary, self.policy.max_context, config.sampling.temperature, exact=exact)
+        return WeightSyncCheck(
             self.learner,
             self.policy,
             canaries,
@@ -377,7 +377,7 @@ class Sync:
     def _seconds(self, version: int) -> float:
         """Estimated seconds of synchronisation and sampling in one step of the run."""
         rows = -(-self.config.prompts_per_step * self.config.group_size // self.world.size)
-        ids = np.random.default_rng(1).integers(0, self.learner.body.config.vocab_size, (min(rows, BURST), CONTEXT))
+        ids = np.random.default_rng(1).integers(0, self.learner.backbone.config.vocab_size, (min(rows, BURST), CONTEXT))
         sampling = Sampling(self.config.sampling.temperature, max_tokens=TOKENS, stop_token_ids=())
         times: dict[str, float] = {}
         for _ in range(2):  # the first time, kernels are compiled

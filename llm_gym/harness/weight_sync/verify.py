@@ -68,7 +68,7 @@ token comes from the prefill, the others from decoding steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Canaries:
+class ProbePrompts:
     """Fixed contexts, and how completions of them are drawn."""
 
     contexts: tuple[Ids, ...]
@@ -79,7 +79,7 @@ class Canaries:
     """How many are sampled after each."""
 
     @classmethod
-    def of(cls, vocabulary: int, room: int, temperature: float, *, exact: bool = True) -> Canaries:
+    def of(cls, vocabulary: int, room: int, temperature: float, *, exact: bool = True) -> ProbePrompts:
         """Random contexts, always the same ones.
 
         Args:
@@ -135,7 +135,7 @@ class Found(NamedTuple):
     """What was judged, as a share of its limit."""
 
 
-class Proof:
+class WeightSyncCheck:
     """Compares what an engine serves with the learner, again and again.
 
     Args:
@@ -152,7 +152,7 @@ class Proof:
         self,
         learner: Learner,
         policy: Any,
-        canaries: Canaries,
+        canaries: ProbePrompts,
         *,
         coarse: torch.dtype | None = None,
         held: torch.dtype = torch.float32,
@@ -219,7 +219,7 @@ class Proof:
         assert self.coarse is not None
         moved = []
         for seed in range(DRAWS):
-            with rounding(self.learner.body.causal, unit(self.coarse), seed):
+            with rounding(self.learner.backbone.causal, unit(self.coarse), seed):
                 moved.append(np.abs(self._learners(batch) - now.learner.reshape(-1)))
         return float(np.mean(moved))
 
