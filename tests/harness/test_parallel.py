@@ -127,7 +127,7 @@ def test_where_one_fails_all_raise_what_came_first() -> None:
         raise RankError("[gloo] Connection closed by peer")
 
     with pytest.raises(ConfigError, match="first"):
-        Told(0, 2, lambda value: [value, (False, float("inf"), first)]).every(lose, "x")
+        Told(0, 2, lambda value: [value, (False, float("inf"), first)]).on_all_ranks(lose, "x")
 
 
 def test_metrics_are_summed_by_name_or_the_worst() -> None:
