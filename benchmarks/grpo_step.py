@@ -30,7 +30,8 @@ from llm_gym.embedded import PATH
 from llm_gym.envs import make
 from llm_gym.envs.grading import verify
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.loops.trainer import NullObserver, Trainer
+from llm_gym.harness.loops.observer import Observer
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.settings import load
 
 PROMPTS, GROUP, TOKENS, LR = 16, 8, 40, 1e-7
@@ -105,7 +106,7 @@ def trl_block(steps: int, data: Dataset, model: str) -> tuple[float, float]:
     return (watch.ends[-1] - watch.ends[0]) / (steps - 1), statistics.mean(watch.lengths)
 
 
-class RowClock(NullObserver):
+class RowClock(Observer):
     """CPU time at every row of ours."""
 
     def __init__(self) -> None:

@@ -27,9 +27,9 @@ from llm_gym.errors import LLMGymError
 from llm_gym.harness import TrainConfig, load
 from llm_gym.harness.learner.weights import STATE, read_tensors
 from llm_gym.harness.loops.distill import trainer_of
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.replay import replay
 from llm_gym.harness.loops.sft import SFTConfig, sft
-from llm_gym.harness.loops.trainer import NullObserver
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.run_folder import RunFolder
 
@@ -199,7 +199,7 @@ class Killed(BaseException):
     """A kill, inside this process."""
 
 
-class KillAfter(NullObserver):
+class KillAfter(Observer):
     """Kills the run after so many rows."""
 
     def __init__(self, rows: int) -> None:

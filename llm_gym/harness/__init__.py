@@ -11,10 +11,12 @@ from llm_gym.lazy import names
 
 if TYPE_CHECKING:
     from llm_gym.harness.config import TrainConfig
-    from llm_gym.harness.loops.trainer import Observer, Trainer
+    from llm_gym.harness.loops.observer import Observer
+    from llm_gym.harness.loops.trainer import Trainer
     from llm_gym.harness.settings import load
 
 __all__ = ["Observer", "TrainConfig", "Trainer", "load"]
 __getattr__ = names(
-    __name__, {"config": ("TrainConfig",), "loops.trainer": ("Observer", "Trainer"), "settings": ("load",)}
+    __name__,
+    {"config": ("TrainConfig",), "loops.observer": ("Observer",), "loops.trainer": ("Trainer",), "settings": ("load",)},
 )

@@ -20,8 +20,9 @@ from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.loops import trainer
 from llm_gym.harness.loops.distill import Distiller, DistillLearner, trainer_of
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher, Teacher
-from llm_gym.harness.loops.trainer import NullObserver, Trainer
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.loading import Backbone, export, load_model
 
 DOUBLE = torch.float64
@@ -138,7 +139,7 @@ def test_the_student_comes_nearer(tmp_path: Path, teacher_folder: str, kl: str) 
     assert load(TrainConfig, tmp_path / "run/config.yaml").distill.kl == kl
 
 
-class StopAfter(NullObserver):
+class StopAfter(Observer):
     """Dies after some rows."""
 
     def __init__(self, rows: int) -> None:

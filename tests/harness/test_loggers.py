@@ -12,7 +12,7 @@ import pytest
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.loops import trainer
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.runs.loggers import LogConfig, Loggers, check
 from llm_gym.harness.runs.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ def _forget() -> None:
 HERE = f"{__name__}:Diary"
 
 
-class Notes(NullObserver):
+class Notes(Observer):
     def __init__(self) -> None:
         self.said: list[str] = []
 

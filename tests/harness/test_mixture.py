@@ -24,7 +24,7 @@ from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.evaluation.evaluator import Evaluation
 from llm_gym.harness.loops import trainer
 from llm_gym.harness.loops.environments import env_specs
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 
 ROWS = 12
 
@@ -244,7 +244,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
     run.close()
 
 
-class Listens(NullObserver):
+class Listens(Observer):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

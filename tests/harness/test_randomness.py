@@ -14,7 +14,7 @@ import torch
 
 from llm_gym.env import Reply, TextEnv
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.randomness import reseed
 
 
@@ -34,7 +34,7 @@ if "test/Careless-v0" not in gymnasium.registry:
 SMALL = ["eval.episodes=2", "eval.every=2", "prompts_per_step=2", "group_size=2", "sampling.max_tokens=4"]
 
 
-class Dies(NullObserver):
+class Dies(Observer):
     def on_row(self, row) -> None:
         if row["step"] == 3:
             raise KeyboardInterrupt

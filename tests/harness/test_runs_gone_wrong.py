@@ -15,7 +15,8 @@ from llm_gym.harness.algorithms.streams import Streams
 from llm_gym.harness.bounds import Within
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner.optimizers import OptimizerConfig, clip_gradients
-from llm_gym.harness.loops.trainer import NullObserver, Trainer
+from llm_gym.harness.loops.observer import Observer
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.runs import metrics, verdict
 from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.harness.settings import load
@@ -24,7 +25,7 @@ from llm_gym.rollouts.driver import rollout
 SMALL = {"steps": 3, "prompts_per_step": 2, "group_size": 2, "sampling": {"max_tokens": 4}, "eval": {"episodes": 0}}
 
 
-class Notes(NullObserver):
+class Notes(Observer):
     def __init__(self) -> None:
         self.told: list[str] = []
 

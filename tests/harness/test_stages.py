@@ -17,8 +17,8 @@ from llm_gym import embedded
 from llm_gym.cli.group import llmgym
 from llm_gym.errors import CheckpointError, ConfigError, SettingError
 from llm_gym.harness.loops import pipeline
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.pipeline import check_plan, read_plan, run_plan
-from llm_gym.harness.loops.trainer import NullObserver
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.lineage import last_stage, lineage, locate
 from llm_gym.harness.runs.run_folder import RunFolder
@@ -54,7 +54,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-class DieAt(NullObserver):
+class DieAt(Observer):
     """Interrupts the run when a row of this step is written."""
 
     def __init__(self, step: int) -> None:

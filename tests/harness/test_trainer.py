@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import gymnasium
 import pytest
@@ -15,7 +17,7 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.loops import trainer
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer, listening
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.run_folder import RunFolder
 
@@ -51,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 MORE = ("eval.k=2", "eval.every=1", "checkpoint.keep_best=true", "minibatches=2", "epochs=2", "checkpoint.keep=1")
 
 
-class StopAfter(NullObserver):
+class StopAfter(Observer):
     """Dies after some rows, as a kill would, but inside this process."""
 
     def __init__(self, rows: int) -> None:
@@ -168,3 +170,23 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
     Trainer(config(steps=1), out=tmp_path / "run").train()
     with pytest.raises(CheckpointError, match="--resume"):
         Trainer(config(steps=1), out=tmp_path / "run")
+
+
+def test_an_observer_defines_what_it_needs() -> None:
+    class Rows:
+        seen: ClassVar[list[int]] = []
+
+        def on_row(self, row: Mapping[str, Any]) -> None:
+            self.seen.append(row["step"])
+
+    whole = listening(Rows())
+    whole.on_phase("load", 1)
+    whole.on_row({"step": 3})
+    assert Rows.seen == [3]
+
+    class Mistaken:
+        def on_rows(self, row: Mapping[str, Any]) -> None:
+            """Nobody calls it."""
+
+    with pytest.raises(TypeError, match=r"method of Mistaken.*'on_rows'; did you mean 'on_row'"):
+        listening(Mistaken())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -32,7 +32,7 @@ def test_the_engine_serves_what_is_trained(kind: str, base: str, sync: str, mode
         pytest.importorskip("bitsandbytes")
     told: list[str] = []
 
-    class Listens(NullObserver):
+    class Listens(Observer):
         def on_note(self, text: str) -> None:
             told.append(text)
 
@@ -62,7 +62,7 @@ def test_the_engine_holds_two_matrices_where_an_adapter_makes_two_of_one(
     """The embedded model's head is its embedding: an engine that were started on it would hold one."""
     told: list[str] = []
 
-    class Listens(NullObserver):
+    class Listens(Observer):
         def on_note(self, text: str) -> None:
             told.append(text)
 

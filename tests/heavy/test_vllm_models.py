@@ -12,7 +12,7 @@ import transformers
 from tiny_models import tiny
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.model.loading import load_model
 from llm_gym.models.checksums import checksums
 from llm_gym.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ SETS = [
 ]
 
 
-class Listens(NullObserver):
+class Listens(Observer):
     def __init__(self) -> None:
         self.told: list[str] = []
 

@@ -13,7 +13,7 @@ from llm_gym.episode_files import decode
 from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.distributed.world import World
-from llm_gym.harness.loops.trainer import NullObserver
+from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.weight_sync.sync import check
 from llm_gym.harness.weight_sync.verify import Found, WeightSyncCheck
 
@@ -73,7 +73,7 @@ def test_with_stale_weights_it_does_not(tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_mode_is_proven(tmp_path: Path, mode: str, rank: int) -> None:
     told = []
 
-    class Listens(NullObserver):
+    class Listens(Observer):
         def on_note(self, text: str) -> None:
             told.append(text)
 
@@ -90,7 +90,7 @@ def test_every_mode_is_proven(tmp_path: Path, mode: str, rank: int) -> None:
     assert not (tmp_path / "sync").exists(), "a checkpoint for the engine is deleted"
 
 
-class StopAfter(NullObserver):
+class StopAfter(Observer):
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -151,7 +151,7 @@ def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server:
 
     told: list[str] = []
 
-    class Listens(NullObserver):
+    class Listens(Observer):
         def on_note(self, text: str) -> None:
             told.append(text)
 

@@ -40,7 +40,19 @@ SEEN = "tokens computed"
 class Learner:
     """A model, its optimizer, and the step that joins them.
 
-    The model stays in eval mode: dropout would make old and new log-probabilities two functions.
+    The model stays in eval mode: dropout would make old and new log-probabilities two functions. Its verbs make a loop
+    of one's own: `forward_backward`, `optim_step` (both: `step`), `weights.save` and `weights.restore`.
+
+    >>> import numpy as np
+    >>> from llm_gym.harness.batching import pack
+    >>> from llm_gym.harness.model import load_model
+    >>> from llm_gym.harness.types import TrainSequence
+    >>> learner = Learner(load_model(), OptimizerConfig(lr=1e-4), LossConfig(name="reinforce"), total_steps=2)
+    >>> said = {"old_logprobs": np.full(2, -1.0), "advantages": np.ones(2)}
+    >>> batch = pack([TrainSequence(np.array([1, 5, 6, 7], np.int32), np.array([2, 3]), said)], max_tokens=64)
+    >>> found = learner.forward_backward(batch)
+    >>> found["tokens/trained"], learner.optim_step()["policy/grad_norm"] > 0
+    (2.0, True)
 
     Args:
         model: from `load_model`; trained in place.
@@ -67,6 +79,7 @@ class Learner:
         self.total_steps, self.dtype = total_steps, DTYPES[self.settings.dtype]
         self.loss_fn, self.one_pass = loss_function(self.loss.name), self.loss.token_level
         self.step_count = 0
+        self._pending = 0  # tokens whose gradient waits for `optim_step`
         self.backbone = Backbone(model)
         self.reference = self._reference() if self.loss.uses_reference else None
         if self.world.sharded:
@@ -97,17 +110,20 @@ class Learner:
             return self._through(self.backbone, batch.to(self.device), temperature, head, held)
 
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
-        """One optimizer step on a whole batch, its micro-batches accumulated; returns its metrics.
+        """One optimizer step on a whole batch; returns its metrics: `forward_backward`, then `optim_step`."""
+        return {**self.forward_backward(batch, temperature=temperature), **self.optim_step()}
 
-        Means are over the tokens that were computed. The schedule moves on even if no token was (every
-        group without spread): it is a step of the run; weights and momenta then stay as they are.
+    def forward_backward(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
+        """Adds the gradient of a whole batch, micro-batch by micro-batch, to what is there; returns its metrics.
+
+        Means are over the tokens that were computed.
 
         Args:
             batch: from `batching.pack`.
             temperature: the sampler's: log-probabilities are of the distribution that was sampled from.
 
         Raises:
-            ShortOfMemory: a micro-batch does not fit; nothing has changed (see `budget`).
+            ShortOfMemory: a micro-batch does not fit; nothing has changed (see `token_budget`).
         """
         totals: dict[str, float] = {}
         peak_gap, idle = 0.0, dummy_batches(self.world, len(batch.micro))
@@ -123,17 +139,25 @@ class Learner:
         totals = totals if totals[SEEN] else totals | dict.fromkeys(MEANS, 0.0)
         peak_gap = max(self.world.gather(peak_gap, "adding metrics"))
         loss, seen = totals.pop("policy/loss", 0.0), totals.pop(SEEN)
-        rate = self._rate()
-        norm = self._apply(rate) if seen else 0.0
-        self.step_count += 1
+        self._pending += int(seen)
         return {
             "policy/loss": loss,
             **{name: total / seen if seen else math.nan for name, total in totals.items()},
             "sampler/logprob_gap_max": peak_gap if seen else math.nan,
-            "policy/grad_norm": norm,
-            "policy/lr": self.settings.peak * rate,
             "tokens/trained": float(batch.tokens),
         }
+
+    def optim_step(self) -> dict[str, float]:
+        """Clips, steps and clears; returns the gradient's norm before clipping, and the learning rate.
+
+        The schedule moves on even if no token was computed (every group without spread): it is a step of the run;
+        weights and momenta then stay as they are.
+        """
+        rate = self._rate()
+        norm = self._apply(rate) if self._pending else 0.0
+        self._pending = 0
+        self.step_count += 1
+        return {"policy/grad_norm": norm, "policy/lr": self.settings.peak * rate}
 
     def compute_proximal_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Batch:
         """The batch with this model's log-probabilities as its proximal ones; before the first of several updates."""

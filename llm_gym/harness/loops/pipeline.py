@@ -28,7 +28,6 @@ from llm_gym.harness.loops.distill import check_distill, trainer_of
 from llm_gym.harness.loops.preparation import prepare_run
 from llm_gym.harness.loops.resuming import changed
 from llm_gym.harness.loops.sft import MODEL, SFTConfig, check_sft, prepare, sft
-from llm_gym.harness.loops.trainer import Observer
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import STAGES, locate, model_path
@@ -126,7 +125,7 @@ def run_plan(
     out: str | Path,
     *,
     resume: bool = False,
-    observer: Callable[[Stage], Observer | None] = lambda stage: None,
+    observer: Callable[[Stage], object] = lambda stage: None,
     done: Callable[[Stage, Path], None] = lambda stage, folder: None,
 ) -> str:
     """Runs the stages that are not complete yet; returns the folder of the last one's model.
@@ -253,7 +252,7 @@ def _write(plan: Plan, out: Path) -> None:
         write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], Observer | None]) -> None:
+def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], object]) -> None:
     """Runs a stage, or the rest of it."""
     config = _settings(stage, model, folder)
     if stage.kind == "sft":

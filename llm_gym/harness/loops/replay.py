@@ -24,7 +24,7 @@ from llm_gym.harness.distributed.fsdp import read_parts
 from llm_gym.harness.evaluation.evaluator import EvalConfig
 from llm_gym.harness.learner.weights import PARTS, STATE, read_tensors, restore, save
 from llm_gym.harness.loops.distill import trainer_of
-from llm_gym.harness.loops.trainer import Observer, Trainer
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.runs.loggers import LogConfig
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of
 from llm_gym.harness.settings import load
@@ -108,7 +108,7 @@ def replay(
     source: str | Path | None = None,
     sets: Iterable[str] = (),
     out: str | Path | None = None,
-    observer: Observer | None = None,
+    observer: object | None = None,
 ) -> Iterator[Replayed]:
     """Trains on the saved episodes of every step from the starting point to `step`, and compares each.
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.learner.weights import restore, save
 from llm_gym.harness.loops.environments import best_metric, eval_reward
+from llm_gym.harness.loops.observer import Observer as Observer
+from llm_gym.harness.loops.observer import listening
 from llm_gym.harness.loops.preparation import prepare_run
 from llm_gym.harness.loops.resuming import open_run
 from llm_gym.harness.model.devices import device_of
@@ -48,50 +50,6 @@ from llm_gym.rollouts.driver import Driver, OnEpisode
 from llm_gym.tokenizer import load_tokenizer
 
 
-class Observer(Protocol):
-    """What a progress display is told."""
-
-    def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
-        """The run begins, or goes on, at `step`; its settings are sound, and nothing is loaded yet."""
-
-    def on_phase(self, name: str, total: int) -> None:
-        """A phase (`load`, `engine`, `rollout`, `train`, `sync`, `eval`, `save`) of `total` units begins."""
-
-    def on_progress(self, done: int) -> None:
-        """So many units of the phase are done."""
-
-    def on_note(self, text: str) -> None:
-        """Something was decided that a person should know."""
-
-    def on_row(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics was written."""
-
-    def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The run is complete; all its rows."""
-
-
-class NullObserver:
-    """An observer that shows nothing."""
-
-    def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
-        """Nothing."""
-
-    def on_phase(self, name: str, total: int) -> None:
-        """Nothing."""
-
-    def on_progress(self, done: int) -> None:
-        """Nothing."""
-
-    def on_note(self, text: str) -> None:
-        """Nothing."""
-
-    def on_row(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing."""
-
-
 class Trainer:
     """Trains a policy on an environment.
 
@@ -99,7 +57,7 @@ class Trainer:
         config: every decision of the run.
         out: the run folder; None: `runs/<env>-<time>`.
         resume: go on from the folder's newest checkpoint, or from the start if there is none yet.
-        observer: is told what happens.
+        observer: is told what happens; any object with some of the methods of `Observer`.
         play: whether to start the engine and the environments; without them it can only `learn` (see `replay`).
         learns: whether it will train; without it settings that teach nothing are accepted.
 
@@ -114,13 +72,13 @@ class Trainer:
         *,
         out: str | Path | None = None,
         resume: bool = False,
-        observer: Observer | None = None,
+        observer: object | None = None,
         play: bool = True,
         learns: bool = True,
     ) -> None:
         self.config = config = config.resolved()
         self.world = connect(config.parallel, device_of(config.device))
-        self.observer = observer if observer is not None and self.world.rank == 0 else NullObserver()
+        self.observer = listening(observer if self.world.rank == 0 else None)
         ready = prepare_run(config, self.world, learns=learns)
         self.env_specs, self.selection = ready.env_specs, ready.selection
         self.compute_advantages = ready.compute_advantages
