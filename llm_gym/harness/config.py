@@ -117,7 +117,7 @@ class TrainConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """Which rows of the data are played, and when."""
     filters: Mapping[str, Any] = field(default_factory=dict)
-    """Which groups are trained on: a row of `selection.FILTERS` or "package.module:function" -> its limit."""
+    """Which groups are trained on: a row of `filters.FILTERS` or "package.module:function" -> its limit."""
     oversample: OversampleConfig = field(default_factory=OversampleConfig)
     """How groups that do not pass the filters are replaced."""
     model: str | None = None

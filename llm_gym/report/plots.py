@@ -69,7 +69,7 @@ _EVALUATED = re.compile(
     r"eval/(?:(?P<env>[\w.-]+)/)?"
     r"(?P<kind>(?:greedy|sampled)_reward(?:_low|_high)?$|pass@|(?:greedy|sampled)_reward/|sampled_stop/)(?P<what>.*)"
 )
-"""The names of `harness.evaluation.metrics`."""
+"""The names of `harness.evaluation.evaluator.metrics`."""
 
 
 def is_evaluation(metric: str) -> bool:

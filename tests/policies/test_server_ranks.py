@@ -23,7 +23,7 @@ class Rank:
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, said: list[Any]) -> None:
         self.rank, self.size, self._meeting, self._said = rank, size, meeting, said
 
-    def first(self, make: Callable[[], Any], what: str) -> Any:
+    def on_rank0(self, make: Callable[[], Any], what: str) -> Any:
         if self.rank == 0:
             try:
                 self._said[:] = [make()]

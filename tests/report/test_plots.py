@@ -13,7 +13,7 @@ from llm_gym.report.plots import MOST_LINES, ending_plots, evaluation_plots, is_
 
 
 def measured(mean: float, *, parts: int = 1, most: int = 1) -> dict:
-    """A summary as `harness.statistics` makes it."""
+    """A summary as `harness.evaluation.statistics` makes it."""
     interval = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "kind": "normal"}
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= most]
     return {

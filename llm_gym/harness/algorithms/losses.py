@@ -1,7 +1,7 @@
 """Losses: pure functions on flat per-token streams, one value per trained token.
 
 All streams have shape [M] (M trained tokens of any number of sequences). Nothing is averaged here:
-the caller sums `weight * loss` with weights fixed by a normaliser (see `batching`) before the first
+the caller sums `weight * loss` with weights fixed by a normaliser (see `normalisers`) before the first
 micro-batch, which is why the gradient does not depend on how the batch was split.
 
 Every loss of the table but `sft` is 0, and has no gradient, where the advantage is 0.
@@ -54,7 +54,7 @@ class LossConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """How tokens are weighted for the mismatch between sampler and learner."""
     normaliser: str = "token_global"
-    """`token_global`, `sequence`, `constant`, or `package.module:function` (see `batching`)."""
+    """`token_global`, `sequence`, `constant`, or `package.module:function` (see `normalisers`)."""
     constant_length: Annotated[int, Within("[1, inf)")] = 256
     """Tokens that the `constant` normaliser divides an episode by; Dr. GRPO uses the longest completion allowed."""
 
@@ -259,7 +259,7 @@ LOSSES: dict[str, LossFn] = {
     "reinforce": token_level(lambda s, c: reinforce(*_tokens(s))),
     "sft": token_level(lambda s, c: sft(s.logprobs)),
 }
-"""Those that say `token_level` are formed in one pass, the others in two (see `logprobs`)."""
+"""Those that say `token_level` are formed in one pass, the others in two (see `model.heads`)."""
 
 
 def loss_function(name: str) -> LossFn:

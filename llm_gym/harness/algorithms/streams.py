@@ -12,14 +12,14 @@ from torch import Tensor
 class Streams:
     """Flat per-token streams of a micro-batch: M trained tokens of any number of sequences, no padding.
 
-    A sequence is one training row (`core.Row`): everything that the policy said in one context. Its tokens are
+    A sequence is everything that the policy said in one context (`types.TrainSequence`). Its tokens are
     consecutive, in order, and never split over micro-batches.
     """
 
     logprobs: Tensor
     """Of the current policy, [M], differentiable."""
     old_logprobs: Tensor
-    """Of the policy that the ratio is taken against, [M] (see `corrections`)."""
+    """Of the policy that the ratio is taken against, [M] (see `importance_sampling`)."""
     advantages: Tensor
     """[M]."""
     sequence: Tensor

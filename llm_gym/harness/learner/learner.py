@@ -59,7 +59,7 @@ class Learner:
         optimizer: how a gradient becomes a step.
         loss: what one token contributes.
         total_steps: optimizer steps of the whole run, for the schedule.
-        world: the processes that train together; each is given its share of a batch (see `parallel`).
+        world: the processes that train together; each is given its share of a batch (see `batching.shards`).
 
     Raises:
         ConfigError: a setting that cannot work, or a model whose log-probabilities cannot be computed.
@@ -254,7 +254,7 @@ class Learner:
         return known["advantages"]
 
     def _anchor(self, known: TokenStreams, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What the ratio is taken against, each token's importance weight, and their metrics (see `corrections`)."""
+        """What the ratio is taken against, each token's importance weight, and their metrics (see `importance_sampling`)."""
         if self.loss.correction.name == "none":
             return sampler, torch.ones_like(new), {}
         proximal = known["proximal"].to(new.dtype) if "proximal" in known else new.detach()

@@ -228,7 +228,7 @@ class ServerPolicy:
         self.version = version
 
     def _first(self, make: Callable[[], T]) -> T:
-        return make() if self._ranks is None else self._ranks.first(make, "weights for the servers")
+        return make() if self._ranks is None else self._ranks.on_rank0(make, "weights for the servers")
 
     def _send(self, version: int, write: Callable[[Path], None], *, adapter: bool) -> Weights:
         """Hands over what `write` puts into a folder, and forgets what was before."""

@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 class Ranks(Protocol):
-    """Processes that sample from the same servers (`harness.parallel.World`)."""
+    """Processes that sample from the same servers (`harness.distributed.world.World`)."""
 
     rank: int
     size: int
 
-    def first(self, make: Callable[[], T], what: str) -> T:
+    def on_rank0(self, make: Callable[[], T], what: str) -> T:
         """What `make` gives, or raises, on rank 0 alone; on every rank."""
         ...
 
