@@ -1,8 +1,8 @@
 """Sequences to packed micro-batches, with every denominator fixed beforehand.
 
 A micro-batch is one flat row of tokens: sequences laid end to end, no padding; what several of them begin with
-may stand there once (see `prefix_tree`). The layout is deterministic (sorted by length, or by tokens where beginnings are
-shared; ties in the order given), so a run can be repeated bit for bit.
+may stand there once (see `prefix_tree`). The layout is deterministic (sorted by length, or by tokens where beginnings
+are shared; ties in the order given), so a run can be repeated bit for bit.
 
 The loss of a step is `sum(weight * per-token loss)` over all its micro-batches. The weights come from
 a normaliser that sees the WHOLE step before the first micro-batch is made; hence the gradient is the

@@ -254,7 +254,7 @@ class Learner:
         return known["advantages"]
 
     def _anchor(self, known: TokenStreams, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What the ratio is taken against, each token's importance weight, and their metrics (see `importance_sampling`)."""
+        """What the ratio is taken against, each token's importance weight, and their metrics."""
         if self.loss.correction.name == "none":
             return sampler, torch.ones_like(new), {}
         proximal = known["proximal"].to(new.dtype) if "proximal" in known else new.detach()

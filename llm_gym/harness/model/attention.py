@@ -3,8 +3,8 @@
 Linear layers and norms read the packed row as it is. What several sequences begin with stands in the row once, as a
 piece that they go on from; pieces stand in depth-first order. Attention has two forms, the same to rounding:
 
-- `merge`: flash kernels for each piece and for what goes on from it, merged (see `prefix_attention`). Needs a kernel that
-  works, and beginnings long enough to be worth its calls (see `SHORT`).
+- `merge`: flash kernels for each piece and for what goes on from it, merged (see `prefix_attention`). Needs a
+  kernel that works, and beginnings long enough to be worth its calls (see `SHORT`).
 - `cat`: queries, keys and values laid out as [sequences, longest] and run through SDPA, which has kernels
   everywhere; a sequence's keys are those of the pieces before it and its own, concatenated. Padding sits on the
   right, so that no real query sees it.
