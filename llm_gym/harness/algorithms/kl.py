@@ -44,8 +44,9 @@ def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kin
     off-policy tokens E[ratio * (k1 + c) * grad log policy], ratio = policy / sampler. Every kind has c = 0 here.
     Differentiating ratio * k1 would give c = 1: noise of mean zero that a large weight makes larger than all else, and
     that does not die out where the policy is the reference. (Nor has it mean zero under the weights of
-    `importance_sampling`, which cut ratios.) ratio * k3 has c = 0 too, but as a difference of terms of size reference / policy, which float32
-    loses where that is large; so all kinds take the gradient from k1, and differ in what is reported.
+    `importance_sampling`, which cut ratios.) ratio * k3 has c = 0 too, but as a difference of terms of size
+    reference / policy, which float32 loses where that is large; so all kinds take the gradient from k1, and
+    differ in what is reported.
 
     An estimator of your own ("package.module:function") is differentiated as it stands, times the ratio.
     What a token does to the KL of LATER states is left out; `kl_suffix_sum` has it.

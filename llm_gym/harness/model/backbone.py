@@ -145,7 +145,8 @@ class Backbone(Rows):
     """A causal LM as two halves: token ids to hidden states, and the weights that make logits of them.
 
     On construction a small copy of the model is put to the test (see `policies.builtin.self_test`), then the model
-    itself on a few tokens: rows are packed where that gives what each row alone gives, else padded, else computed one by one;
+    itself on a few tokens: rows are packed where that gives what each row alone gives, else padded, else computed
+    one by one;
     perhaps one by one only where they are longer than what the model was first trained on. Logits are
     `scale * (hidden @ weight.T + bias)`, or `softcap * tanh(that / softcap)`.
 
