@@ -105,6 +105,7 @@ def test_swapped_tensors(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tied_head_that_stays_behind(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_gym.policies.vllm import worker as vllm_worker
 
     def stay(worker: Any) -> None:
         stale = worker.model_runner.get_model().lm_head.weight.clone()
@@ -112,7 +113,7 @@ def test_a_tied_head_that_stays_behind(sync: Sync, monkeypatch: pytest.MonkeyPat
         def keep_the_old_one(model: Any) -> None:  # as vLLM's packed copy of a larger head does by itself
             model.lm_head.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, stale, bias)
 
-        monkeypatch.setattr(worker, "_refresh_tied_head", keep_the_old_one)
+        monkeypatch.setattr(vllm_worker, "_refresh_tied_head", keep_the_old_one)
 
     sync.policy._thread.call(lambda engine: engine.collective_rpc(stay)).result()
     named, felt = refused(sync, monkeypatch)

@@ -213,7 +213,7 @@ def environment(outer: Mapping[str, str]) -> dict[str, str]:
     found.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
     if "OMP_NUM_THREADS" in outer:  # who says how many threads means it; vLLM would take all cores
         found.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    package = str(Path(__file__).parents[2])  # the worker extension must be importable there too
+    package = str(Path(__file__).parents[3])  # the worker extension must be importable there too
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [package, outer.get("PYTHONPATH")]))
     return found
 

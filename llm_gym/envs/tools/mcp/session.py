@@ -1,7 +1,7 @@
 """Sessions with MCP servers, all in one event loop of their own, for environments that block.
 
 Every await has a deadline that is kept from outside too, so a server that is silent, prints garbage or dies ends a
-call as an error and never as a hang. A server started by us runs on a leash (see `leash.py`), in a folder of its own;
+call as an error and never as a hang. A server started by us runs on a leash (see `supervisor.py`), in a folder of its own;
 what one sends is bounded before it comes into the loop, there or in `mcp_http.py`.
 """
 
@@ -27,7 +27,7 @@ from llm_gym.envs.tools.mcp.results import LONGEST, TOO_LONG, message_size, not_
 from llm_gym.errors import ToolError, ToolFailure
 
 T = TypeVar("T")
-LEASH = Path(__file__).with_name("leash.py")
+LEASH = Path(__file__).with_name("supervisor.py")
 PING = 10.0
 """Seconds in which a server that somebody else runs should say that it knows a session."""
 SCRATCH = "{scratch}"

@@ -1,6 +1,6 @@
 """Starts a server so that it and everything it starts end with us.
 
-    python -I -S leash.py TRAINER NAMES FOLDER LONGEST COMMAND ...
+    python -I -S supervisor.py TRAINER NAMES FOLDER LONGEST COMMAND ...
 
 The leash stands between the trainer and a server that speaks on its standard input and output. It gives the server
 an environment of exactly the variables listed in NAMES (separated by commas), adopts whatever loses its parent
