@@ -1,8 +1,8 @@
 """Sessions with MCP servers, all in one event loop of their own, for environments that block.
 
 Every await has a deadline that is kept from outside too, so a server that is silent, prints garbage or dies ends a
-call as an error and never as a hang. A server started by us runs on a leash (see `supervisor.py`), in a folder of its own;
-what one sends is bounded before it comes into the loop, there or in `mcp_http.py`.
+call as an error and never as a hang. A server started by us runs on a leash (see `supervisor.py`), in a folder of its
+own; what one sends is bounded before it comes into the loop, there or in `mcp_http.py`.
 """
 
 from __future__ import annotations
