@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 HARNESS = {
-    "batching": {"batching": "packing"},
     "algorithms": {"corrections": "importance_sampling"}
     | {name: name for name in ("advantages", "kl", "losses", "presets", "rewards", "streams")},
     "learner": {"budget": "token_budget", "optimizers": "optimizers"},
@@ -27,7 +26,6 @@ MOVED = {
         f"llm_gym.harness.{old}": f"llm_gym.harness.{room}.{new}"
         for room, names in HARNESS.items()
         for old, new in names.items()
-        if old not in HARNESS
     },
     "llm_gym.envs.tools.mcp_server": "llm_gym.envs.tools.mcp.calculator_server",
     "llm_gym.policies.plain": "llm_gym.models.plain",

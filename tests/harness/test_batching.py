@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import credit_of, row, sample
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Trajectory, Turn, trajectories
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.batching.packing import pack, samples
@@ -223,6 +224,13 @@ def test_credit_by_turn_reaches_the_tokens_of_that_turn() -> None:
     first, second = samples([Group(7, (apart,))], np.array([[[1.0, -2.0]]]))
     assert credit_of(first) == 1
     assert credit_of(second) == -2
+
+
+def test_a_trajectory_without_a_completion_is_no_sequence() -> None:
+    shown = Trajectory(PROMPT, (), {"logprobs": np.empty(0, np.float32)})
+    one = episode(0, StopReason.ANSWERED)
+    both = dataclasses.replace(one, trajectories=(*one.trajectories, shown))
+    assert len(samples([Group(7, (both,))], np.array([[[1.0, 2.0]]]))) == 1
 
 
 def test_tool_tokens_are_never_targets() -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from llm_gym.cli.group import llmgym
 from llm_gym.core import Episode, StopReason
 from llm_gym.errors import CheckpointError
-from llm_gym.harness.runs.run_folder import RunFolder, step_of
+from llm_gym.harness.runs.run_folder import RunFolder, put, step_of
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run: RunFolder) -> None:
 
 WRITER = """
 import sys
-from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.runs.run_folder import RunFolder, put
 RunFolder(sys.argv[1]).hold()
 print("held", flush=True)
 sys.stdin.read()
@@ -209,3 +209,13 @@ def test_a_best_that_is_nowhere_else_is_replaced_by_the_next(run: RunFolder) -> 
     run.rewind(1)
     run.save(2, torch_save, keep=1, best=True)
     assert (run.path / "checkpoints" / "best").resolve().name == "step_000002"
+
+
+def test_what_a_library_could_not_read_is_not_said_of_the_place_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="has no file named config"), put("out", tmp_path):
+        raise OSError("the folder has no file named config.json")  # as transformers says it, without a number
+    with (
+        pytest.raises(CheckpointError, match=r"out: .* cannot be written \(File name too long\)"),
+        put("out", tmp_path),
+    ):
+        (tmp_path / ("x" * 300)).write_text("")

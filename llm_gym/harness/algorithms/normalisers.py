@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_gym.harness.registry import by_name, want_shape
+from llm_gym.harness.types import Floats
 
 Counts = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 Normaliser = Callable[[Counts, int], Floats]
 """(trained tokens of each episode [E], constant length) -> weight of each of its tokens [E]."""
 

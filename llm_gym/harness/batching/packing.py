@@ -31,7 +31,7 @@ CUT = (StopReason.TOKEN_LIMIT, StopReason.TIME_LIMIT)
 
 
 def sequences(episode: Episode, number: int = 0, advantage: float | Floats | None = None) -> list[TrainSequence]:
-    """An episode as it is trained: a sequence for each trajectory.
+    """An episode as it is trained: a sequence for each trajectory in which something was sampled.
 
     Args:
         episode: it.
@@ -40,6 +40,8 @@ def sequences(episode: Episode, number: int = 0, advantage: float | Floats | Non
     """
     found = []
     for i, trajectory in enumerate(episode.trajectories):
+        if not trajectory.spans:
+            continue  # nothing was sampled in it
         tokens, kept = episode.sequence(i), trajectory.of_tokens("trained")
         trained = trajectory.sampled + len(tokens) - len(trajectory.tokens)
         streams: dict[str, npt.NDArray[Any]] = {"old_logprobs": trajectory.logprobs[kept]}

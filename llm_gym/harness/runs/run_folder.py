@@ -286,6 +286,8 @@ def put(setting: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # a library's word for something that it could not read
         why = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{setting}: {str(path)!r} cannot be written ({why}); name another place.") from error
 
