@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -215,6 +215,8 @@ class Episode:
     """Wall time from reset to end."""
     task: int | None = None
     """The row of the environment's data that was asked for; None: the seed decided."""
+    rank: int = 0
+    """The process of its run that played it. That one alone holds its tokens, and trains on them."""
 
     @property
     def reward(self) -> float:
@@ -225,6 +227,24 @@ class Episode:
     def tokens_generated(self) -> int:
         """Sampled tokens."""
         return sum(span.stop - span.start for _, span in self.spans)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its tokens are here; the others know an `outline` of it."""
+        return all(len(each.tokens) >= each.spans[-1].stop for each in self.trajectories if each.spans)
+
+    def outline(self) -> Episode:
+        """What processes tell each other of an episode: lengths, rewards, versions and its end, but no token.
+
+        Of its messages only how the answers of tools begin, which says whether they are errors.
+        """
+        answers = (str(m.get("content"))[:8] for m in self.messages if m.get("role") == "tool")
+        nothing: dict[str, Any] = {"tokens": np.empty(0, np.int32), "streams": {}}
+        return replace(
+            self,
+            trajectories=tuple(replace(each, **nothing) for each in self.trajectories),
+            messages=tuple({"role": "tool", "content": text} for text in answers),
+        )
 
     @property
     def spans(self) -> list[tuple[int, Span]]:
@@ -254,103 +274,31 @@ class Episode:
         return Turn(self.sequence(number)[: before + span.start], said, span.reward)
 
 
-class TrajectoryBuilder:
-    """Puts an episode's turns together as they are played; no token is held twice.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one group plays."""
 
-    A context that extends the newest trajectory goes on with it. Any other begins a new one, as a branch of the
-    trajectory with which it has most in common.
-
-    >>> builder = TrajectoryBuilder()
-    >>> said = Completion(np.array([7], np.int32), np.zeros(1, np.float32), "stop")
-    >>> for context in ([1, 2], [1, 2, 7, 3], [1, 9]):
-    ...     builder.add(np.array(context, np.int32), said)
-    >>> [(t.tokens.tolist(), t.parent) for t in builder.build()]
-    [([1, 2, 7, 3, 7], None), ([9, 7], (0, 1))]
-    """
-
-    def __init__(self) -> None:
-        self._sequences: list[_Growing] = []
-        self._parents: list[tuple[int, int] | None] = []
-        self._spans: list[list[Span]] = []
-        self._logprobs: list[list[npt.NDArray[np.float32]]] = []
-        self.turns = 0
-        """Completions so far."""
-
-    def add(self, prompt: Ids, completion: Completion, reward: float = 0.0, *, temperature: float = 1.0) -> None:
-        """One turn: the whole context int32 [p], and what was sampled after it."""
-        if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):
-            shared = [(common_prefix(known.tokens, prompt), -i) for i, known in enumerate(self._sequences)]
-            length, earlier = max(shared, default=(0, 0))
-            self._parents.append((-earlier, length) if length else None)
-            self._sequences.append(_Growing(prompt))
-            self._spans.append([])
-            self._logprobs.append([])
-        known = self._sequences[-1]
-        known.append(prompt[len(known.tokens) :])
-        start = len(known.tokens) - self._before(-1)
-        known.append(completion.tokens)
-        said = completion.finish_reason, completion.version, completion.updates
-        self._spans[-1].append(Span(start, start + len(completion.tokens), self.turns, reward, *said, temperature))
-        self._logprobs[-1].append(completion.logprobs)
-        self.turns += 1
-
-    @property
-    def reward(self) -> float:
-        """Of all turns so far."""
-        return float(sum(span.reward for spans in self._spans for span in spans))
-
-    def build(self) -> tuple[Trajectory, ...]:
-        """The trajectories so far, in the order in which they began."""
-        return tuple(
-            Trajectory(
-                sequence.tokens[self._before(i) :].copy(),
-                tuple(self._spans[i]),
-                {"logprobs": np.concatenate(self._logprobs[i])},
-                self._parents[i],
-            )
-            for i, sequence in enumerate(self._sequences)
-        )
-
-    def _before(self, number: int) -> int:
-        """Tokens of a trajectory that are its parent's."""
-        parent = self._parents[number]
-        return 0 if parent is None else parent[1]
-
-
-class _Growing:
-    """An array of ids with room at its end: to append costs what is appended."""
-
-    def __init__(self, tokens: Ids) -> None:
-        self._room, self._used = np.array(tokens, np.int32), len(tokens)
-
-    @property
-    def tokens(self) -> Ids:
-        return self._room[: self._used]
-
-    def append(self, tokens: Ids) -> None:
-        used = self._used + len(tokens)
-        if used > len(self._room):
-            room = np.empty(2 * used, np.int32)
-            room[: self._used] = self.tokens
-            self._room = room
-        self._room[self._used : used] = tokens
-        self._used = used
-
-
-def trajectories(turns: Iterable[Turn]) -> tuple[Trajectory, ...]:
-    """Turns as trajectories: of episodes that were put together otherwise than by playing."""
-    builder = TrajectoryBuilder()
-    for turn in turns:
-        builder.add(turn.prompt, turn.completion, turn.reward)
-    return builder.build()
+    env: int
+    """Which environment of the run, from 0."""
+    seed: int
+    """The reset seed, below 2**32."""
+    row: int | None = None
+    """The row of the environment's data; None: the seed decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The episodes of one task (one seed), whole: failed ones are in it too."""
+    """The episodes of one task, whole: failed ones are in it too."""
 
-    seed: int
+    task: Task
     episodes: tuple[Episode, ...]
+    filtered: str | None = None
+    """The filter that left it out; None: it may be trained on."""
+
+    @property
+    def seed(self) -> int:
+        """The reset seed that its episodes share."""
+        return self.task.seed
 
     @property
     def rewards(self) -> npt.NDArray[np.float64]:
@@ -359,13 +307,13 @@ class Group:
 
 
 def group(episodes: Iterable[Episode], size: int) -> list[Group]:
-    """Cuts episodes in driver order (seed-major) into groups of `size`.
+    """Cuts episodes in driver order (seed-major) into groups of `size`; for episodes of one environment.
 
     Raises:
         ValueError: a group is incomplete or mixes seeds.
     """
     every = list(episodes)
-    groups = [Group(every[i].seed, tuple(every[i : i + size])) for i in range(0, len(every), size)]
+    groups = [Group(Task(0, e.seed, e.task), tuple(every[i : i + size])) for i, e in enumerate(every) if i % size == 0]
     for g in groups:
         if len(g.episodes) != size or any(e.seed != g.seed for e in g.episodes):
             raise ValueError(f"group: want {size} episodes of seed {g.seed}, got seeds {[e.seed for e in g.episodes]}.")

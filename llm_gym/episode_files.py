@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.core import Completion, Episode, Span, StopReason, Trajectory, Turn, trajectories
+from llm_gym.core import Completion, Episode, Span, StopReason, Trajectory, Turn
+from llm_gym.trajectories import trajectories
 
 FORMAT = 2
 
@@ -27,6 +28,7 @@ def encode(episode: Episode) -> dict[str, Any]:
         "seed": episode.seed,
         "member": episode.member,
         "task": episode.task,
+        "rank": episode.rank,
         "reward": episode.reward,
         "rewards": dict(episode.rewards),
         "stop_reason": str(episode.stop_reason),
@@ -61,6 +63,7 @@ def decode(record: Mapping[str, Any]) -> Episode:
         record["error"],
         record["seconds"],
         record.get("task"),
+        record.get("rank", 0),
     )
 
 

@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "an episode of several rows counts several times",
         "harness/batching/packing.py",
-        "np.unique([s.episode for s in kept], return_inverse=True)",
-        "np.unique(np.arange(len(kept)), return_inverse=True)",
+        "counts[row.episode] += len(row.trained)",
+        "counts[row.episode] = len(row.trained)",
         ("harness/test_batching.py::test_an_episode_of_three_rows_counts_once",),
     ),
     Mutant(
@@ -178,7 +178,7 @@ MUTANTS = (
     ),
     Mutant(
         "tool tokens are trained",
-        "core.py",
+        "trajectories.py",
         "        known.append(prompt[len(known.tokens) :])\n        start = len(known.tokens) - self._before(-1)\n",
         "        start = len(known.tokens) - self._before(-1)\n        known.append(prompt[len(known.tokens) :])\n",
         ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
@@ -207,7 +207,7 @@ MUTANTS = (
     ),
     Mutant(
         "history that the template rewrote is trained as if it had been the context",
-        "core.py",
+        "trajectories.py",
         "if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):",
         "if not self._sequences:",
         ("test_core.py::test_rewritten_history_branches_where_it_departs",),
@@ -347,7 +347,7 @@ MUTANTS = (
     ),
     Mutant(
         "old log-probabilities follow the model from update to update",
-        "harness/loops/trainer.py",
+        "harness/loops/group_learner.py",
         "batches = [self.learner.compute_proximal_logprobs(batch, temperature=temperature) for batch in batches]",
         "pass",
         ("harness/test_updates.py::test_minibatches_share_out_the_groups_and_epochs_repeat_them",),
@@ -369,8 +369,8 @@ MUTANTS = (
     Mutant(
         "groups that wait for a slot are lost with the process",
         "harness/data/filters.py",
-        'self.kept = [[(born, _group(episodes)) for born, episodes in own] for own in state["kept"]]',
-        "pass",
+        'for env, own in enumerate(state["kept"])',
+        "for env, own in enumerate([[]] * len(self.names))",
         ("harness/test_selection.py::test_a_saved_selection_goes_on_exactly[4]",),
     ),
     Mutant(

@@ -137,8 +137,8 @@ LOOPS = (
     Mutant(
         "a group that a filter left out is trained on",
         "harness/data/filters.py",
-        "            if refused is None:\n",
-        "            if task:\n",
+        "            if group.filtered is None:\n",
+        "            if group.task:\n",
         ("harness/test_selection.py::test_everything_filtered_is_an_empty_harvest_at_the_bound",),
     ),
     Mutant(
@@ -179,8 +179,8 @@ LOOPS = (
     Mutant(
         "unequal tokens per rank: each has denominators of its own, a mean of means",
         "harness/batching/shards.py",
-        "batch = pack(rows, max_tokens=max_tokens, **options)",
-        "batch = pack(world.shard(rows), max_tokens=max_tokens, **options)",
+        "return pack(rows, max_tokens=max_tokens, counts=every, **options)",
+        "return pack(rows, max_tokens=max_tokens, **options)",
         ("harness/test_parallel.py::test_shares_of_a_batch_are_all_of_it_once",),
     ),
     Mutant(
@@ -196,6 +196,20 @@ LOOPS = (
         "if rank == world.rank:",
         "if rank >= 0:",
         ("harness/test_parallel.py::test_shares_of_a_batch_are_all_of_it_once",),
+    ),
+    Mutant(
+        "a rank trains on the tokens that another has too",
+        "harness/distributed/groups.py",
+        "return episode if episode.rank % world.size == world.rank else episode.outline()",
+        "return episode",
+        ("harness/test_rank_groups.py::test_a_file_is_dealt_as_it_was_played",),
+    ),
+    Mutant(
+        "tokens travel to every rank",
+        "harness/distributed/groups.py",
+        "told = world.unshard([_with(group, (e.outline() for e in group.episodes)) for group in mine], what)",
+        "told = world.unshard(mine, what)",
+        ("harness/test_rank_groups.py::test_tokens_stay_where_they_were_played[2]",),
     ),
     Mutant(
         "episodes come back rank by rank, groups torn apart",
@@ -228,9 +242,9 @@ LOOPS = (
     Mutant(
         "a replay takes the new policy's log-probabilities for the sampler's",
         "harness/loops/replay.py",
-        '                with trainer.world.blame_lost_rank("replay"):\n',
-        "                trainer.learner._anchor = lambda _, new, old: (new.detach(), torch.ones_like(new), {})\n"
-        '                with trainer.world.blame_lost_rank("replay"):\n',
+        '            with world.blame_lost_rank("replay"):\n',
+        "            learning.learner._anchor = lambda _, new, old: (new.detach(), torch.ones_like(new), {})\n"
+        '            with world.blame_lost_rank("replay"):\n',
         (
             "harness/test_replay.py::test_every_step_comes_out_the_same_from_the_start_and_from_a_checkpoint[several_updates]",
         ),

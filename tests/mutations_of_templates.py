@@ -45,7 +45,7 @@ TEMPLATES = (
     ),
     Mutant(
         "the template of a run is lost when the run is saved",
-        "harness/loops/trainer.py",
+        "harness/loops/group_learner.py",
         "load_tokenizer(self.config.model, self.config.chat_template)",
         "load_tokenizer(self.config.model)",
         ("harness/test_chat_template.py::test_a_base_model_trains_by_name",),

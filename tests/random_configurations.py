@@ -26,10 +26,11 @@ from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import LLMGymError
 from llm_gym.harness import TrainConfig, load
 from llm_gym.harness.learner.weights import STATE, read_tensors
-from llm_gym.harness.loops.distill import trainer_of
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.replay import replay
 from llm_gym.harness.loops.sft import SFTConfig, sft
+from llm_gym.harness.loops.starting import load_group_learner
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.run_folder import RunFolder
 
@@ -255,13 +256,12 @@ def _check_sft(config: SFTConfig, folder: Path) -> None:
 
 
 def _check_played(config: TrainConfig, drawn: Drawn, folder: Path, looks: Sequence[str]) -> None:
-    make = trainer_of(config)
-    make(config, out=folder / "whole").train()
-    dying = make(config, out=folder / "cut", observer=KillAfter(drawn.died_at))
+    Trainer(config, out=folder / "whole").train()
+    dying = Trainer(config, out=folder / "cut", observer=KillAfter(drawn.died_at))
     try:
         dying.train()
     except Killed:
-        make(config, out=folder / "cut", resume=True).train()
+        Trainer(config, out=folder / "cut", resume=True).train()
     same_runs(folder / "whole", folder / "cut")
     (*_, last) = replay(folder / "whole", config.steps)
     assert not last.differences, f"replay differs: {last.differences[:3]}"
@@ -297,18 +297,18 @@ def _check_budget(run: Path) -> None:
 def _check_equal_rewards(config: TrainConfig, folder: Path) -> None:
     if config.distill is not None or config.advantage == "none" or config.overlong or config.loss.needs_every_sequence:
         return  # something else moves weights
-    trainer = trainer_of(config)(config, out=folder / "equal", play=False)
+    learning = load_group_learner(config)
     episodes = [
         dataclasses.replace(e, rewards=dict.fromkeys(e.rewards, 1.0), trajectories=_paying(e))
         for e in RunFolder(folder / "whole").read_episodes("step_000001")
         if not e.stop_reason.failed
     ]
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in learning.model.state_dict().items()}
     turns = {len(e.turns) for e in episodes}
     if episodes and len(episodes) % config.group_size == 0 and (config.advantage != "turn_norm" or len(turns) == 1):
         assert len(group(episodes, config.group_size)) >= 1
-        trainer.learn(episodes)
-    for name, tensor in trainer.model.state_dict().items():
+        learning.learn(group(episodes, config.group_size), 0)
+    for name, tensor in learning.model.state_dict().items():
         assert torch.equal(before[name], tensor), f"{name} moved although all rewards are equal"
 
 

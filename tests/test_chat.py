@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llm_gym.chat import SENTINEL, Chat, load_chat
-from llm_gym.core import Completion, Ids, Turn, trajectories
+from llm_gym.core import Completion, Ids, Turn
 from llm_gym.errors import TemplateError
 from llm_gym.tokenizer import load_tokenizer
+from llm_gym.trajectories import trajectories
 
 FAMILIES = ["qwen3", "gptoss", "glm4moe", "gemma4", "llama3_1", "deepseekv3", "phi3", "cohere2", "smolvlm"]
 """One template of each kind; tests/heavy has them all."""

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.core import Completion, Episode, Ids, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Ids, StopReason, Turn
 from llm_gym.episode_files import decode, encode
+from llm_gym.trajectories import trajectories
 
 
 def ids(*tokens: int) -> Ids:

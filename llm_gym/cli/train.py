@@ -75,7 +75,8 @@ def command(
     """
     from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness.distributed.world import here
-    from llm_gym.harness.loops.distill import NO_TEACHER, trainer_of
+    from llm_gym.harness.loops.distill_learner import NO_TEACHER
+    from llm_gym.harness.loops.trainer import Trainer
 
     if resume and out is None:
         raise SettingError("--resume: needs --out, the run folder to go on with.")
@@ -98,7 +99,7 @@ def command(
     try:
         with as_rank(rank, lambda: stopped(progress)):
             with settings():
-                trainer = trainer_of(config)(config, out=out, resume=resume, observer=progress, learns=not rollout_only)
+                trainer = Trainer(config, out=out, resume=resume, observer=progress, learns=not rollout_only)
             rows = trainer.train(rollout_only=rollout_only)
             if rank == 0:
                 click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from llm_gym.concurrency import run_here
-from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason, TrajectoryBuilder
+from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason
 from llm_gym.env import finite
 from llm_gym.errors import RewardError, SettingError, boundary
 from llm_gym.policies import Completer
 from llm_gym.rollouts.env_pool import Env, EnvPool, EnvSlot
+from llm_gym.trajectories import TrajectoryBuilder
 
 OnEpisode = Callable[[Episode], None]
 CONCURRENT = 128

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import credit_of, row, sample
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Trajectory, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Task, Trajectory, Turn
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.batching.packing import pack, samples
 from llm_gym.harness.types import Batch, TrainSequence
+from llm_gym.trajectories import trajectories
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 
@@ -190,7 +191,7 @@ def episode(member: int, reason: StopReason, *, tool: tuple[int, ...] = (50, 51)
 
 
 def group_of(*reasons: StopReason) -> Group:
-    return Group(7, tuple(episode(i, reason) for i, reason in enumerate(reasons)))
+    return Group(Task(0, 7), tuple(episode(i, reason) for i, reason in enumerate(reasons)))
 
 
 def test_failed_episodes_leave_no_token_and_shift_nobody() -> None:
@@ -221,7 +222,7 @@ def test_credit_by_turn_reaches_the_tokens_of_that_turn() -> None:
     assert (batch.tokens, batch.episodes) == (15, 3)
     rewritten = Turn(np.arange(30, 34, dtype=np.int32), groups[0].episodes[0].turns[1].completion, 0.0)
     apart = Episode("e", 7, trajectories([groups[0].episodes[0].turns[0], rewritten]), StopReason.ANSWERED)
-    first, second = samples([Group(7, (apart,))], np.array([[[1.0, -2.0]]]))
+    first, second = samples([Group(Task(0, 7), (apart,))], np.array([[[1.0, -2.0]]]))
     assert credit_of(first) == 1
     assert credit_of(second) == -2
 
@@ -230,13 +231,13 @@ def test_a_trajectory_without_a_completion_is_no_sequence() -> None:
     shown = Trajectory(PROMPT, (), {"logprobs": np.empty(0, np.float32)})
     one = episode(0, StopReason.ANSWERED)
     both = dataclasses.replace(one, trajectories=(*one.trajectories, shown))
-    assert len(samples([Group(7, (both,))], np.array([[[1.0, 2.0]]]))) == 1
+    assert len(samples([Group(Task(0, 7), (both,))], np.array([[[1.0, 2.0]]]))) == 1
 
 
 def test_tool_tokens_are_never_targets() -> None:
     """Changing a tool's answer changes contexts, but the trained tokens stay the same five."""
     for tool in ((50, 51), (52, 53, 54)):
-        group = Group(7, (episode(0, StopReason.ANSWERED, tool=tool),))
+        group = Group(Task(0, 7), (episode(0, StopReason.ANSWERED, tool=tool),))
         (micro,) = pack(samples([group], np.array([[1.0]])), max_tokens=100).micro
         assert micro.streams["target"].tolist() == [10, 11, 0, 20, 21]
         assert micro.tokens[micro.streams["source"]].tolist() == [3, 10, 11, tool[-1], 20]

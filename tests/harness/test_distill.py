@@ -18,11 +18,12 @@ from llm_gym.harness.config import DistillConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.learner.token_budget import Budget
-from llm_gym.harness.loops import trainer
-from llm_gym.harness.loops.distill import Distiller, DistillLearner, trainer_of
+from llm_gym.harness.loops import group_learner
+from llm_gym.harness.loops.distill import Distiller
+from llm_gym.harness.loops.distill_learner import DistillGroupLearner, DistillLearner, group_learner_of
+from llm_gym.harness.loops.group_learner import GroupLearner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher, Teacher
-from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.loading import Backbone, export, load_model
 
 DOUBLE = torch.float64
@@ -130,7 +131,7 @@ def config(*sets: str, teacher: str, **given: Any) -> TrainConfig:
 def test_the_student_comes_nearer(tmp_path: Path, teacher_folder: str, kl: str) -> None:
     """The same loop as training: rewards, checkpoints and evaluation are there, and the divergence falls."""
     settings = config(f"distill.kl={kl}", "optimizer.lr=5e-4", "group_size=8", "steps=6", teacher=teacher_folder)
-    assert trainer_of(settings) is Distiller
+    assert group_learner_of(settings) is DistillGroupLearner
     rows = Distiller(settings, out=tmp_path / "run").train()
     assert [row["step"] for row in rows] == list(range(7))
     assert {"reward/mean", "distill/kl"} <= rows[1].keys()
@@ -167,8 +168,8 @@ def test_a_step_without_groups_leaves_the_weights_alone(tmp_path: Path, teacher_
     """Every group may fail a filter."""
     run = Distiller(config("distill.kl=full", "minibatches=2", teacher=teacher_folder), out=tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    assert [batch.tokens for batch in run.batches([])] == [0, 0]
-    run.learn([])
+    assert [batch.tokens for batch in run.learning.batches([])] == [0, 0]
+    run.learning.learn([], 0)
     run.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
@@ -188,14 +189,14 @@ def test_a_step_without_groups_leaves_the_weights_alone(tmp_path: Path, teacher_
 def test_mistakes_are_found_before_the_model_loads(
     tmp_path: Path, monkeypatch, teacher_folder: str, sets, said
 ) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(group_learner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(SettingError, match=said):
         Distiller(config(*sets, teacher=teacher_folder), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_without_a_teacher_it_is_the_trainer() -> None:
-    assert trainer_of(TrainConfig()) is Trainer
+    assert group_learner_of(TrainConfig()) is GroupLearner
 
 
 @pytest.mark.parametrize("kl", ["sampled", "top_k"])

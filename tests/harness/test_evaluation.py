@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Sampling, StopReason, Turn
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
@@ -19,6 +19,7 @@ from llm_gym.harness.evaluation.evaluator import EVAL_SEED, EvalConfig, Evaluati
 from llm_gym.harness.evaluation.statistics import summary
 from llm_gym.harness.runs.run_folder import RunFolder, step_of
 from llm_gym.policies import make_policy
+from llm_gym.trajectories import trajectories
 
 
 class Even(TextEnv):

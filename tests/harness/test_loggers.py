@@ -11,7 +11,7 @@ import pytest
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops import group_learner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.runs.loggers import LogConfig, Loggers, check
 from llm_gym.harness.runs.run_folder import RunFolder
@@ -76,7 +76,7 @@ def test_a_logger_that_fails_is_switched_off_and_the_run_goes_on(tmp_path: Path)
     ],
 )
 def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, monkeypatch, settings, said) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(group_learner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=said):
         Trainer(load(TrainConfig, sets=settings), out=tmp_path / "run")

@@ -22,7 +22,7 @@ from llm_gym.episode_files import decode
 from llm_gym.errors import ConfigError, RewardError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.evaluation.evaluator import Evaluation
-from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops import group_learner
 from llm_gym.harness.loops.environments import env_specs
 from llm_gym.harness.loops.observer import Observer
 
@@ -139,7 +139,7 @@ def test_each_environment_of_a_mixture_keeps_its_reward_weights_and_limits(tmp_p
         for e in g.episodes:
             assert e.reward == pytest.approx(e.rewards["digits"] + (3 if heavy else 1) * e.rewards["short"])
             assert all(len(t.completion.tokens) <= (5 if heavy else 10) for t in e.turns)
-    assert run.batches(groups)[0].episodes == 18
+    assert run.learning.batches(groups)[0].episodes == 18
     run.close()
 
 
@@ -157,7 +157,7 @@ def test_each_environment_of_a_mixture_keeps_its_reward_weights_and_limits(tmp_p
     ],
 )
 def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, monkeypatch, given, said) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(group_learner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(SettingError, match=said):
         Trainer(config(**given), out=tmp_path / "run")
 
@@ -225,7 +225,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
     seen: dict[tuple[int, int], list[float]] = {}
     stale = 0
     while run.step < 6:
-        harvest = run.selection.collect(run.step, run.play)
+        harvest = run.selection.collect(run.step, run.playing.play)
         for e in harvest.played:
             assert e.turns[0].completion.version == run.step
             seen[e.seed, e.member] = e.turns[0].completion.logprobs.tolist()
@@ -233,7 +233,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
             assert e.turns[0].completion.logprobs.tolist() == seen[e.seed, e.member]
         old = [e for e in harvest.episodes if e.turns[0].completion.version < run.step]
         stale += len(old)
-        learned = run.learn(harvest.episodes)
+        learned = run.learning.learn(harvest.groups, run.step)
         if old:
             assert learned["sampler/logprob_gap_max"] > 1e-3  # the weights have moved since
         elif harvest.groups:
@@ -275,7 +275,7 @@ def test_a_step_without_a_group_changes_nothing_and_says_so(tmp_path: Path, more
 def test_fewer_groups_than_minibatches_are_trained_on(tmp_path: Path) -> None:
     run = Trainer(config("minibatches=6", steps=1, env="test/Digits-v0"), out=tmp_path / "run")
     harvest = run.collect()
-    assert run.learn(harvest.episodes[:6])["policy/grad_norm"] > 0
+    assert run.learning.learn(harvest.groups[:2], run.step)["policy/grad_norm"] > 0
     run.close()
 
 

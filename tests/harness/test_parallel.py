@@ -21,8 +21,8 @@ from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 from llm_gym.errors import ConfigError, RankError
-from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.batching.shards import dummy_batches, pack_shard
+from llm_gym.harness.batching.packing import pack, trained_tokens
+from llm_gym.harness.batching.shards import deal, dummy_batches, pack_shard
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed import heartbeat, world
 from llm_gym.harness.distributed.heartbeat import Watch
@@ -82,24 +82,15 @@ def test_what_is_dealt_comes_back_in_order(seeds: list[int], size: int, each: in
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 100))
 def test_shares_of_a_batch_are_all_of_it_once(lengths: list[int], size: int, budget: int) -> None:
-    whole = pack(samples(lengths), max_tokens=10**6)
-    shares = [
-        pack_shard(Told(r, size, lambda value: [value] * size), samples(lengths), max_tokens=budget)
-        for r in range(size)
-    ]
+    whole, counts = pack(samples(lengths), max_tokens=10**6), trained_tokens(samples(lengths))
+    worlds = [Told(r, size, lambda value: [counts]) for r in range(size)]
+    shares = [pack_shard(world, deal(world, samples(lengths)), max_tokens=budget) for world in worlds]
     assert {(b.tokens, b.episodes) for b in shares} == {(whole.tokens, whole.episodes)}
     for name in ("target", "weight", "advantages"):
         dealt = sorted(x for b in shares for m in b.micro for x in m.streams[name].tolist())
         assert dealt == sorted(x for m in whole.micro for x in m.streams[name].tolist())
     loads = [sum(len(m.tokens) for m in b.micro) for b in shares]
-    assert max(loads) - min(loads) <= max(len(m.tokens) for b in shares for m in b.micro)
-
-
-def test_the_smallest_token_budget_of_any_rank_counts_for_all() -> None:
-    made = [
-        pack_shard(Told(r, 2, lambda value: [10, 1000]), samples([9] * 6), max_tokens=(10, 1000)[r]) for r in range(2)
-    ]
-    assert {len(b.micro) for b in made} == {3}
+    assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_an_error_of_the_first_is_raised_by_all() -> None:
@@ -173,7 +164,7 @@ def test_two_ranks_take_the_steps_of_one(strategy: str, optimizer: str) -> None:
     def work(world: World) -> list[dict[str, float]]:
         settings = OptimizerConfig(optimizer, lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=1e3)
         learner = Learner(qwen3(dtype=torch.float64), settings, total_steps=4, world=world)
-        batch = pack_shard(world, samples([9, 14, 5, 11, 8]), max_tokens=20)
+        batch = pack_shard(world, deal(world, samples([9, 14, 5, 11, 8])), max_tokens=20)
         return [learner.step(batch) for _ in range(3)]
 
     alone = work(World())
@@ -199,7 +190,7 @@ def test_weights_of_4_bits_are_split_too(kind: str, targets: Any) -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         learner = Learner(model, OptimizerConfig(lr=1e-2), total_steps=4, world=world)
-        batch = pack_shard(world, samples([9, 14, 5, 11, 8]), max_tokens=20)
+        batch = pack_shard(world, deal(world, samples([9, 14, 5, 11, 8])), max_tokens=20)
         metrics = [learner.step(batch) for _ in range(3)]
         sent = {name: float(tensor.double().norm()) for name, tensor in plain_tensors(model)}
         held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
@@ -207,7 +198,7 @@ def test_weights_of_4_bits_are_split_too(kind: str, targets: Any) -> None:
 
     metrics, sent, held = work(World())
     for steps, tensors, part in in_ranks(2, work, "fsdp"):
-        assert all(step == pytest.approx(want, rel=1e-5) for step, want in zip(steps, metrics, strict=True))
+        assert all(step == pytest.approx(want, rel=1e-4) for step, want in zip(steps, metrics, strict=True))
         assert tensors == pytest.approx(sent, rel=1e-6)
         assert part <= 0.51 * held
 

@@ -13,7 +13,7 @@ import yaml
 from small_models import VOCABULARY, gradients, qwen3, row, saying
 from torch import Tensor
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Task, Turn
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import advantage
 from llm_gym.harness.algorithms.presets import PRESETS
@@ -23,6 +23,7 @@ from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.settings import dump, from_dict, load
 from llm_gym.harness.types import Batch, TrainSequence
+from llm_gym.trajectories import trajectories
 
 WANTED = {
     "grpo": ("group_norm", "ppo_clip", 0.2, 0.2, "sequence"),
@@ -94,7 +95,7 @@ def step_of_groups(seed: int = 0) -> list[Group]:
             parts = {"right": float(rng.integers(0, 2)), "style": float(rng.random())}
             turn = Turn(prompt, completion, sum(parts.values()))
             episodes.append(Episode("e", task, trajectories([turn]), StopReason.ANSWERED, parts, member=member))
-        made.append(Group(task, tuple(episodes)))
+        made.append(Group(Task(0, task), tuple(episodes)))
     return made
 
 

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm_gym.cli.group import llmgym
-from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, StopReason, Turn
 from llm_gym.env import Reply, TextEnv
 from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.learner.weights import read_tensors
-from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops import group_player
 from llm_gym.harness.loops.replay import compare_metrics, compare_tensors, replay, starting_point
 from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.trajectories import trajectories
 
 
 class Letters(TextEnv):
@@ -95,7 +96,7 @@ def test_every_step_comes_out_the_same_from_the_start_and_from_a_checkpoint(
 
 def test_nothing_is_played_and_the_run_folder_is_left_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Sync", "Drivers", "Evaluation"):
-        monkeypatch.setattr(trainer, name, lambda *a, **k: pytest.fail("an engine or an environment was started"))
+        monkeypatch.setattr(group_player, name, lambda *a, **k: pytest.fail("an engine or an environment was started"))
     before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
     assert [r.step for r in replay(copy, 2)] == [1, 2]
     assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == before

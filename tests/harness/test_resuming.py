@@ -17,6 +17,7 @@ from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.learner.weights import restore, save
 from llm_gym.harness.loops.replay import replay
 from llm_gym.harness.loops.resuming import changed, check_changes
+from llm_gym.harness.loops.starting import load_group_learner
 from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.tokenizer import load_tokenizer
 
@@ -210,7 +211,7 @@ def test_a_mixture_of_experts_that_is_trained_whole_goes_on_and_is_replayed(tmp_
 
 def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
     """The rate of the last step too: it stays where the next step has nothing to train."""
-    first, second = (Trainer(config(), out=tmp_path / name, play=False).learner for name in "ab")
+    first, second = (load_group_learner(config()).learner for _ in "ab")
     first.optimizers[0].param_groups[0]["lr"] = 2e-4
     (tmp_path / "checkpoint").mkdir()
     save(first, None, tmp_path / "checkpoint")

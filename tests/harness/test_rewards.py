@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Task, Turn
 from llm_gym.harness.algorithms.rewards import overlong_penalty, rewards_of
+from llm_gym.trajectories import trajectories
 
 
 def episode(*turns: tuple[int, float], reason: StopReason = StopReason.ANSWERED, **rewards: float) -> Episode:
@@ -21,8 +22,8 @@ def episode(*turns: tuple[int, float], reason: StopReason = StopReason.ANSWERED,
 
 
 GROUPS = [
-    Group(0, (episode((3, 0.5), (2, 1.0), right=1.0, style=0.25), episode((8, 0.0), right=0.0))),
-    Group(1, (episode((1, 9.0), reason=StopReason.ENV_ERROR, right=9.0), episode((10, 2.0), style=1.0))),
+    Group(Task(0, 0), (episode((3, 0.5), (2, 1.0), right=1.0, style=0.25), episode((8, 0.0), right=0.0))),
+    Group(Task(0, 1), (episode((1, 9.0), reason=StopReason.ENV_ERROR, right=9.0), episode((10, 2.0), style=1.0))),
 ]
 
 
@@ -55,6 +56,6 @@ def test_long_completions_pay_in_their_turn() -> None:
 
 @pytest.mark.parametrize("overlong", [0.0, 0.5])
 def test_a_step_without_a_turn_is_empty_not_an_error(overlong: float) -> None:
-    got = rewards_of([Group(0, (episode(reason=StopReason.POLICY_ERROR),))], limit=10, overlong=overlong)
+    got = rewards_of([Group(Task(0, 0), (episode(reason=StopReason.POLICY_ERROR),))], limit=10, overlong=overlong)
     assert got.turns.shape == (1, 1, 0)
     assert np.isnan(got.returns).all()

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks import group_of
 
-from llm_gym.core import Completion, Group, StopReason, trajectories
+from llm_gym.core import Completion, Group, StopReason, Task
 from llm_gym.episode_files import encode
 from llm_gym.errors import CheckpointError, ConfigError
 from llm_gym.harness.data.filters import FILTERS, OversampleConfig, Selection, filters
-from llm_gym.harness.data.tasks import Task, Tasks
+from llm_gym.harness.data.tasks import Tasks
+from llm_gym.trajectories import trajectories
 
 nan = float("nan")
 
@@ -52,7 +53,7 @@ def spoken(*lengths: int) -> Group:
     group = group_of(*[1.0] * len(lengths))
     completions = [Completion(np.full(n, 9, np.int32), np.zeros(n, np.float32), "stop") for n in lengths]
     return Group(
-        0,
+        Task(0, 0),
         tuple(
             dataclasses.replace(e, trajectories=trajectories([dataclasses.replace(e.turns[0], completion=c)]))
             for e, c in zip(group.episodes, completions, strict=True)
@@ -108,7 +109,7 @@ class Player:
 
     def group(self, task: Task) -> Group:
         passes = task.seed / 2**32 < self.share
-        return group_of(0, 1 if passes else 0, seed=task.seed, env=f"env{task.env}")
+        return dataclasses.replace(group_of(0, 1 if passes else 0, seed=task.seed, env=f"env{task.env}"), task=task)
 
 
 def select(count: int = 8, weights: tuple[float, ...] = (1.0,), factor: float = 4.0, age: int = 1) -> Selection:

@@ -17,8 +17,8 @@ from llm_gym import embedded
 from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.errors import CheckpointError, ConfigError, DataError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.packing import pack
-from llm_gym.harness.batching.shards import pack_shard
+from llm_gym.harness.batching.packing import pack, trained_tokens
+from llm_gym.harness.batching.shards import deal, pack_shard
 from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.data.sft_examples import encode
 from llm_gym.harness.learner.learner import Learner
@@ -279,10 +279,10 @@ def test_held_out_tokens_of_other_processes_count() -> None:
     rows = [sample(encode(chat, load_tokenizer()), 1.0, i) for i, chat in enumerate(wild())]
     learner = Learner(new_model(INIT, seed=3).double(), OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
     whole = held_out_loss(learner, pack(rows, max_tokens=150))
-    sums = {}
+    sums, counts = {}, trained_tokens(rows)
     for rank in range(2):
-        learner.world = Told(rank, 2, lambda value: [value, value])
-        share = pack_shard(learner.world, rows, max_tokens=150)
+        learner.world = Told(rank, 2, lambda value: [counts])
+        share = pack_shard(learner.world, deal(learner.world, rows), max_tokens=150)
         learner.world = Told(rank, 2, lambda value: [value, {"loss": 7.0}])
         sums[rank] = held_out_loss(learner, share)["eval/loss"] * share.tokens - 7.0
         assert 0 < sums[rank] / share.tokens < whole["eval/loss"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_models import VOCABULARY, gradients, llama, qwen3, row, sample
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, Ids, StopReason, Task, Turn
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching import prefix_tree
 from llm_gym.harness.batching.packing import pack, samples
@@ -26,6 +26,7 @@ from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import Backbone, LoraConfig, prepare
 from llm_gym.harness.model.prefix_attention import parts
 from llm_gym.harness.types import MicroBatch, TrainSequence
+from llm_gym.trajectories import trajectories
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(1, 15), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -182,7 +183,7 @@ def rewriting(members: int, turns: int, seed: int = 0, *, rewritten: bool = True
             played.append(Turn(history, said, float(rng.random())))
             history = np.concatenate([history, said.tokens[2 * rewritten :], new(3)])
         episodes.append(Episode("e", seed, trajectories(played), StopReason.ANSWERED, member=member))
-    return Group(seed, tuple(episodes))
+    return Group(Task(0, seed), tuple(episodes))
 
 
 def test_a_history_that_only_grows_is_one_row() -> None:

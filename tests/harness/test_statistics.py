@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, StopReason, Turn
 from llm_gym.envs import make
 from llm_gym.harness.evaluation.evaluator import EVAL_SEED, metrics
 from llm_gym.harness.evaluation.statistics import Z95, mean_interval, pass_at, summary, wilson
+from llm_gym.trajectories import trajectories
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

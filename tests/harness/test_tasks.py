@@ -8,10 +8,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Task, Turn
 from llm_gym.harness.data.curriculum import CurriculumConfig, Difficulty, Epochs
-from llm_gym.harness.data.tasks import Dealer, Task, Tasks, task_seeds
+from llm_gym.harness.data.tasks import Dealer, Tasks, task_seeds
 from llm_gym.harness.evaluation.evaluator import EVAL_SEED
+from llm_gym.trajectories import trajectories
 
 
 def group_of(*rewards: float, seed: int = 0, env: str = "e", reason: StopReason = StopReason.ANSWERED) -> Group:
@@ -23,7 +24,7 @@ def group_of(*rewards: float, seed: int = 0, env: str = "e", reason: StopReason 
         turn = Turn(np.array([1, 2], np.int32), completion, 0.0 if failed else reward)
         stop = StopReason.ENV_ERROR if failed else reason
         made.append(Episode(env, seed, trajectories([turn]), stop, member=member))
-    return Group(seed, tuple(made))
+    return Group(Task(0, seed), tuple(made))
 
 
 def test_training_seeds_and_evaluation_seeds_never_meet() -> None:

@@ -16,7 +16,7 @@ from llm_gym.core import StopReason, group
 from llm_gym.env import Reply, TextEnv
 from llm_gym.errors import CheckpointError, SettingError
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops import trainer
+from llm_gym.harness.loops import group_learner
 from llm_gym.harness.loops.observer import Observer, listening
 from llm_gym.harness.model.loading import load_model
 from llm_gym.harness.runs.run_folder import RunFolder
@@ -130,10 +130,10 @@ def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
     episodes = run.collect().episodes
     broken = [dataclasses.replace(e, stop_reason=StopReason.ENV_ERROR) for e in episodes[:4]]
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    (batch,) = run.batches(group([*broken, *episodes[4:]], 4))
+    (batch,) = run.learning.batches(group([*broken, *episodes[4:]], 4))
     assert batch.episodes == 4
     assert batch.tokens == sum(e.tokens_generated for e in episodes[4:])
-    run.learner.step(*run.batches(group([*broken, *broken], 4)))
+    run.learner.step(*run.learning.batches(group([*broken, *broken], 4)))
     assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
     run.close()
 
@@ -160,7 +160,7 @@ def test_a_seed_whose_group_failed_teaches_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, monkeypatch, given, said) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(group_learner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(SettingError, match=said):
         Trainer(load(TrainConfig, sets=SMALL, **given), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -43,13 +43,13 @@ def test_minibatches_share_out_the_groups_and_epochs_repeat_them(tmp_path: Path,
     monkeypatch.setattr(
         run.learner, "step", lambda batch, **how: seen.append((batch, step(batch, **how))) or seen[-1][1]
     )
-    row = run.learn(episodes)
+    row = run.learning.learn(groups, 0)
     run.close()
     assert len(seen) == 4
     assert seen[0][0] is seen[2][0]
     assert seen[1][0] is seen[3][0]
     trained = {float(a) for batch, _ in seen for m in batch.micro for a in m.streams["advantages"]}
-    credits = run.compute_advantages(rewards_of(groups))
+    credits = run.learning.compute_advantages(rewards_of(groups))
     assert trained == {float(np.float32(a)) for a in credits.ravel() if a}
     assert (
         sum(batch.tokens for batch, _ in seen) == 2 * sum(e.tokens_generated for e in episodes) == row["tokens/trained"]
@@ -77,10 +77,10 @@ def test_cut_episodes_are_trained_or_masked(tmp_path: Path, truncated: str, left
     for i in (1, 6):
         episodes[i] = dataclasses.replace(episodes[i], stop_reason=StopReason.TOKEN_LIMIT)
     groups = group(episodes, 4)
-    run.compute_advantages = lambda rewards: np.where(
+    run.learning.compute_advantages = lambda rewards: np.where(
         np.isnan(rewards.returns), np.nan, np.arange(1.0, 9).reshape(2, 4)
     )
-    (batch,) = run.batches(groups)
+    (batch,) = run.learning.batches(groups)
     assert batch.episodes == left
     kept = [e for i, e in enumerate(episodes) if truncated == "train" or i not in (1, 6)]
     assert batch.tokens == sum(e.tokens_generated for e in kept)

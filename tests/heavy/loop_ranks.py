@@ -25,10 +25,10 @@ from llm_gym.harness.distributed.fsdp import whole
 from llm_gym.harness.distributed.world import ParallelConfig, here
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.loops import sft as module
-from llm_gym.harness.loops.distill import trainer_of
 from llm_gym.harness.loops.pipeline import read_plan, run_plan
 from llm_gym.harness.loops.replay import replay
 from llm_gym.harness.loops.sft import SFTConfig, SFTEvalConfig, sft
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.loading import new_model, prepare
 from llm_gym.harness.model.lora import LoraConfig
 from llm_gym.harness.runs.run_folder import RunFolder
@@ -119,14 +119,14 @@ def distilled(folder: Path, strategy: str) -> None:
     for name, teacher, kl in (("local", str(folder / "teacher"), "full"), ("served", url, "top_k")):
         sets = [*SMALL, f"distill.teacher={teacher}", f"distill.kl={kl}", "distill.top_k=4", "token_budget=auto"]
         config = load(TrainConfig, sets=[*sets, f"parallel.strategy={strategy}"], steps=2)
-        trainer_of(config)(config, out=folder / f"{strategy}-{name}").train()
+        Trainer(config, out=folder / f"{strategy}-{name}").train()
 
 
 def played(folder: Path, strategy: str) -> dict[str, Any]:
     """Steps written without training; the same run trained; both trained again from the episodes alone."""
     config = load(TrainConfig, sets=[*SMALL, f"parallel.strategy={strategy}", "loss.entropy_weight=0.1"], steps=2)
-    trainer_of(config)(config, out=folder / f"{strategy}-played").train(rollout_only=True)
-    trainer_of(config)(config, out=folder / f"{strategy}-trained").train()
+    Trainer(config, out=folder / f"{strategy}-played").train(rollout_only=True)
+    Trainer(config, out=folder / f"{strategy}-trained").train()
     again = [(r.metrics, r.tensors, r.differences) for r in replay(folder / f"{strategy}-trained", 2)]
     from_start = list(replay(folder / f"{strategy}-played", 1, out=folder / f"{strategy}-model"))
     return {"again": again, "from_start": [(r.metrics, r.differences) for r in from_start]}

@@ -23,7 +23,7 @@ from test_presets import prepared  # noqa: E402
 
 from llm_gym.harness.algorithms.presets import PRESETS  # noqa: E402
 from llm_gym.harness.batching.packing import Batch, pack  # noqa: E402
-from llm_gym.harness.batching.shards import pack_shard  # noqa: E402
+from llm_gym.harness.batching.shards import deal, pack_shard  # noqa: E402
 from llm_gym.harness.config import TrainConfig  # noqa: E402
 from llm_gym.harness.distributed.fsdp import split_as, whole  # noqa: E402
 from llm_gym.harness.distributed.world import ParallelConfig, World, connect  # noqa: E402
@@ -123,7 +123,9 @@ def two_steps(case: Case, world: World, share: str) -> dict[str, Any]:
                 gradients.setdefault(name, whole(parameter.grad).clone())
 
     learner.optimizers[0].register_step_pre_hook(keep)
-    batch = pack_shard(world, rows, max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
+    batch = (
+        pack_shard(world, deal(world, rows), max_tokens=50, **how) if share == "dealt" else by_hand(rows, world, how)
+    )
     if case.sets[:1] == ("loss.correction.name=mis",):
         batch = learner.compute_proximal_logprobs(batch)
     metrics = [learner.step(batch), learner.step(batch)]

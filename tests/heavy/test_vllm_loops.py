@@ -11,7 +11,7 @@ import torch
 from engine_checks import contexts
 
 from llm_gym.chat import load_tokenizer
-from llm_gym.core import Episode, Sampling, StopReason, Turn, trajectories
+from llm_gym.core import Episode, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.batching.packing import pack, sequences
@@ -21,6 +21,7 @@ from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.builtin.policy import TransformersPolicy
 from llm_gym.policies.vllm_server.process import ServerProcess
+from llm_gym.trajectories import trajectories
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")

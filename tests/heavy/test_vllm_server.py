@@ -28,7 +28,7 @@ from engine_checks import contexts
 from leftovers import living
 from sandbox_tiers import within
 
-from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.batching.packing import pack, sequences
 from llm_gym.harness.learner.learner import Learner
@@ -38,6 +38,7 @@ from llm_gym.policies.openai import OpenAIPolicy
 from llm_gym.policies.vllm_server.policy import ServerPolicy
 from llm_gym.policies.vllm_server.process import EXTENSION, ServerProcess, _known, checked, command
 from llm_gym.rollouts.driver import rollout
+from llm_gym.trajectories import trajectories
 
 pytestmark = pytest.mark.heavy
 pytest.importorskip("vllm", reason="vLLM is not installed")

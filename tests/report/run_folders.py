@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_gym.core import Completion, Episode, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, StopReason, Turn
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.runs.run_folder import RunFolder
 from llm_gym.harness.settings import dump
+from llm_gym.trajectories import trajectories
 
 
 def ids(text: str) -> np.ndarray:

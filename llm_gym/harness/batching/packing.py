@@ -12,7 +12,8 @@ zero (advantage 0, no KL or entropy term) is counted there but never computed, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,8 @@ def samples(
 ) -> list[TrainSequence]:
     """The sequences that a step trains on.
 
-    A failed episode gives none (it carries no token into any denominator either). With
+    A failed episode gives none (it carries no token into any denominator either), nor does one that another rank
+    played: its tokens are there. With
     `train_truncated=False` neither does an episode that was cut by a limit (DAPO's overlong filtering):
     it keeps its place in its group's baseline, and is left out of the loss.
 
@@ -72,7 +74,7 @@ def samples(
     for p, group in enumerate(groups):
         for g, episode in enumerate(group.episodes):
             number += 1
-            if episode.stop_reason.failed or (not train_truncated and episode.stop_reason in CUT):
+            if not episode.whole or episode.stop_reason.failed or (not train_truncated and episode.stop_reason in CUT):
                 continue
             chosen += sequences(episode, number - 1, None if advantages is None else advantages[p][g])
     return chosen
@@ -86,6 +88,7 @@ def pack(
     constant_length: int = 256,
     skip_zero: bool = False,
     share: bool = False,
+    counts: Mapping[int, int] | None = None,
 ) -> Batch:
     """Lays sequences into micro-batches of at most `max_tokens` input tokens (a longer one goes alone).
 
@@ -98,6 +101,8 @@ def pack(
         share: lay out once what several sequences of a micro-batch begin with (a group's prompt, the turns before a
             history was rewritten, a system prompt) where that saves enough. The gradient is the same; the model
             must read `parents` (`Backbone.shares`).
+        counts: trained tokens of every episode of the step, by its number: the denominators are theirs. None: `rows`
+            are the whole step.
 
     Raises:
         ValueError: a sequence whose first token is trained (nothing predicts it).
@@ -107,17 +112,22 @@ def pack(
     for s in kept:
         if s.trained[0] == 0:
             raise ValueError(f"rows: the first token of a row of episode {s.episode} is trained; nothing predicts it.")
-    numbers, of_row = np.unique([s.episode for s in kept], return_inverse=True)
-    per_row = np.array([len(s.trained) for s in kept], np.int64)
-    counts = np.bincount(of_row, weights=per_row, minlength=len(numbers)).astype(np.int64)
-    weights = normaliser_of(normaliser)(counts, constant_length)
-    live = [
-        _weighted(s, float(weights[number]))
-        for s, number in zip(kept, of_row, strict=True)
-        if not skip_zero or np.any(s.streams["advantages"] != 0)
-    ]
+    counts = trained_tokens(rows) if counts is None else counts
+    numbers = sorted(counts)
+    each = np.array([counts[number] for number in numbers], np.int64)
+    weights = dict(zip(numbers, normaliser_of(normaliser)(each, constant_length).tolist(), strict=True))
+    live = [_weighted(s, weights[s.episode]) for s in kept if not skip_zero or np.any(s.streams["advantages"] != 0)]
     live.sort(key=lambda s: -len(s.tokens))  # stable: neighbours of like length need little attention padding
-    return Batch(tuple(_micro_batches(live, max_tokens, share)), int(counts.sum()), len(numbers))
+    return Batch(tuple(_micro_batches(live, max_tokens, share)), int(each.sum()), len(numbers))
+
+
+def trained_tokens(rows: Iterable[TrainSequence]) -> dict[int, int]:
+    """How many tokens of each episode are trained, by its number; episodes without one are left out."""
+    counts: Counter[int] = Counter()
+    for row in rows:
+        if len(row.trained):
+            counts[row.episode] += len(row.trained)
+    return dict(counts)
 
 
 def _weighted(row: TrainSequence, weight: float) -> TrainSequence:

@@ -1,38 +1,40 @@
-"""A step's batch among ranks: the denominators of all of it on each, its micro-batches dealt."""
+"""A step's batch among ranks: each packs what it holds, with the denominators of all of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from llm_gym.harness.batching.packing import pack
+from llm_gym.harness.batching.packing import pack, trained_tokens
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.types import Batch, MicroBatch, TrainSequence
 
 
 def pack_shard(world: World, rows: Sequence[TrainSequence], *, max_tokens: int, **options: Any) -> Batch:
-    """`packing.pack`, of which this rank keeps its share: the same total on every rank, micro-batches dealt.
-
-    Denominators are those of all rows. The token budget is the smallest of any rank, and no more than makes a
-    micro-batch for each of them.
+    """`packing.pack` for the rows of this rank, with the denominators and the totals of all ranks' rows.
 
     Args:
         world: the ranks.
-        rows: of the whole step, the same on every rank.
-        max_tokens: this rank's token budget of a micro-batch.
+        rows: this rank's part of the step; an episode's number is the same, and another's is not, on every rank.
+        max_tokens: token budget of a micro-batch.
         **options: of `packing.pack`.
     """
-    max_tokens = min(world.gather(max_tokens, "packing"))
-    batch = pack(rows, max_tokens=max_tokens, **options)
-    if world.size == 1 or not batch.micro:
-        return batch
-    fair = -(-sum(len(m.tokens) for m in batch.micro) // world.size)
-    if fair < max_tokens:
-        batch = pack(rows, max_tokens=fair, **options)
-    return replace(batch, micro=_share(batch.micro, world))
+    counts = world.gather(trained_tokens(rows), "packing")
+    every = {number: count for counted in counts for number, count in counted.items()}
+    return pack(rows, max_tokens=max_tokens, counts=every, **options)
+
+
+def deal(world: World, rows: Sequence[TrainSequence]) -> list[TrainSequence]:
+    """This rank's part of rows that every rank has: the longest first, each to the rank with the fewest tokens."""
+    loads, mine = [0] * world.size, []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens)):
+        rank = loads.index(min(loads))
+        loads[rank] += len(rows[i].tokens)
+        if rank == world.rank:
+            mine.append(i)
+    return [rows[i] for i in sorted(mine)]
 
 
 def dummy_batches(world: World, passes: int) -> list[MicroBatch]:
@@ -44,17 +46,6 @@ def dummy_batches(world: World, passes: int) -> list[MicroBatch]:
     if not world.sharded:
         return []
     return [_nothing()] * (max(world.gather(passes, "counting micro-batches")) - passes)
-
-
-def _share(micro: Sequence[MicroBatch], world: World) -> tuple[MicroBatch, ...]:
-    """The largest micro-batch first, each to the rank with the fewest tokens so far."""
-    loads, mine = [0] * world.size, []
-    for i in sorted(range(len(micro)), key=lambda i: -len(micro[i].tokens)):
-        rank = loads.index(min(loads))
-        loads[rank] += len(micro[i].tokens)
-        if rank == world.rank:
-            mine.append(i)
-    return tuple(micro[i] for i in sorted(mine))
 
 
 def _nothing() -> MicroBatch:

@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,18 +23,20 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.core import Episode, Group
+from llm_gym.core import Episode, Group, Task
 from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError, ConfigError, place
 from llm_gym.harness.bounds import Within, check_bounds
-from llm_gym.harness.data.tasks import Task, Tasks
+from llm_gym.harness.data.tasks import Tasks
+from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_on_rank0
+from llm_gym.harness.distributed.world import World
 from llm_gym.harness.registry import attempt, by_name
 
 Floats = npt.NDArray[np.float64]
 Filter = Callable[[Group, Any], bool]
 """(group, limit) -> whether it may be trained on. Returns and lengths are those of episodes that did not fail."""
 Play = Callable[[Sequence[Task]], list[Group]]
-"""Tasks -> a group for each, in the same order."""
+"""Tasks -> a whole group for each, in the same order."""
 
 STATE = "data.json"
 """In a checkpoint: where the curricula are, and the groups that wait for a slot."""
@@ -145,6 +147,7 @@ class Selection:
         chosen: the filters.
         oversample: how groups that do not pass are replaced.
         names: of the environments, in the order of `Task.env`.
+        world: the ranks: each plays its share, and judges what it played.
     """
 
     def __init__(
@@ -154,8 +157,9 @@ class Selection:
         chosen: Mapping[str, Any] | None = None,
         oversample: OversampleConfig | None = None,
         names: Sequence[str] = ("",),
+        world: World | None = None,
     ) -> None:
-        self.tasks, self.count, self.names = tasks, count, list(names)
+        self.tasks, self.count, self.names, self.world = tasks, count, list(names), world or World()
         self.filters, self.oversample = filters(chosen or {}), oversample or OversampleConfig()
         if self.oversample.max_factor > 1 and not self.filters:
             raise ConfigError(
@@ -168,15 +172,16 @@ class Selection:
         """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
 
     def collect(self, step: int, play: Play) -> StepBatch:
-        """Plays a step's groups, and chooses among them."""
+        """Plays a step's groups, and chooses among them; `play` is given this rank's share of the tasks."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
         counts: Counter[str] = Counter()
-        played: list[tuple[Task, Group]] = []
+        played: list[Group] = []
         dropped: list[Group] = []
         while (missing := self._open(slots)) and len(played) < self.budget:
             tasks = self.tasks.draw(self._round(missing, self.budget - len(played)))
-            fresh = list(zip(tasks, play(tasks), strict=True))
+            mine = [self._judge(group) for group in play(self.world.shard(tasks))]
+            fresh = share_groups(self.world, mine, "rollout")
             played += fresh
             dropped += self._sort(step, fresh, counts)
         self.tasks.learn(played)
@@ -184,12 +189,14 @@ class Selection:
         counts["expired"] = self._expire(step + 1)
         counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
         groups = [group for _, group in chosen]
-        metrics = self._metrics(counts, len(groups), [group for _, group in played])
-        return StepBatch(groups, [episode for _, group in played for episode in group.episodes], dropped, metrics)
+        metrics = self._metrics(counts, len(groups), played)
+        return StepBatch(groups, [episode for group in played for episode in group.episodes], dropped, metrics)
 
     def save(self, folder: Path) -> None:
-        """Writes everything that later steps depend on, groups that wait for a slot included."""
-        kept = [[[born, [encode(e) for e in group.episodes]] for born, group in own] for own in self.kept]
+        """Writes everything that later steps depend on, groups that wait for a slot included; every rank calls it."""
+        kept = [[[born, self._encoded(group)] for born, group in own] for own in self.kept]
+        if self.world.rank != 0:
+            return
         state = {"envs": self.names, "tasks": self.tasks.state_dict(), "rates": self.rates, "kept": kept}
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -212,7 +219,17 @@ class Selection:
     def _load(self, state: Mapping[str, Any]) -> None:
         self.tasks.load_state_dict(state["tasks"])
         self.rates = list(state["rates"])
-        self.kept = [[(born, _group(episodes)) for born, episodes in own] for own in state["kept"]]
+        self.kept = [
+            [(born, _group(self.world, env, episodes)) for born, episodes in own]
+            for env, own in enumerate(state["kept"])
+        ]
+
+    def _encoded(self, group: Group) -> list[dict[str, Any]]:
+        return [encode(episode) for episode in whole_on_rank0(self.world, group.episodes, "saving")]
+
+    def _judge(self, group: Group) -> Group:
+        """The group with the name of the first filter that it does not pass."""
+        return replace(group, filtered=next((name for name, passes in self.filters.items() if not passes(group)), None))
 
     def _open(self, slots: Sequence[int]) -> list[int]:
         """The environments of the slots for which no group is ready."""
@@ -235,17 +252,17 @@ class Selection:
                 turns.append(env)
         return turns[:most]
 
-    def _sort(self, step: int, fresh: Sequence[tuple[Task, Group]], counts: Counter[str]) -> list[Group]:
+    def _sort(self, step: int, fresh: Sequence[Group], counts: Counter[str]) -> list[Group]:
         """Makes ready what passes, and learns how much that is; returns the others."""
         dropped = []
         tried: dict[int, list[bool]] = {}
-        for task, group in fresh:
-            refused = next((name for name, passes in self.filters.items() if not passes(group)), None)
-            tried.setdefault(task.env, []).append(refused is None)
-            if refused is None:
-                self.kept[task.env].append((step, group))
+        for group in fresh:
+            env = group.task.env
+            tried.setdefault(env, []).append(group.filtered is None)
+            if group.filtered is None:
+                self.kept[env].append((step, group))
             else:
-                counts[f"dropped/{refused}"] += 1
+                counts[f"dropped/{group.filtered}"] += 1
                 dropped.append(group)
         for env, passed in tried.items():
             seen = (1 - SMOOTHING) * self.rates[env] + SMOOTHING * sum(passed) / len(passed)
@@ -280,9 +297,11 @@ def _call(function: Filter, limit: Any, group: Group, passing: tuple[type[Except
     return bool(passed)
 
 
-def _group(episodes: Iterable[Mapping[str, Any]]) -> Group:
+def _group(world: World, env: int, episodes: Iterable[Mapping[str, Any]]) -> Group:
+    """A group that waited for a slot: its tokens on the rank that played it."""
     every = tuple(decode(data) for data in episodes)
-    return Group(every[0].seed, every)
+    (own,) = own_groups(world, [Group(Task(env, every[0].seed, every[0].task), every)])
+    return own
 
 
 def _sound(group: Group) -> list[Episode]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llm_gym.concurrency import run_here
-from llm_gym.core import Episode, Group, Sampling, group
+from llm_gym.core import Episode, Group, Sampling, Task, group
 from llm_gym.envs import NAMESPACE
 from llm_gym.errors import ConfigError
 from llm_gym.harness.data.curriculum import CurriculumConfig
-from llm_gym.harness.data.tasks import Task
 from llm_gym.harness.runs.metrics import describe
 from llm_gym.policies import Completer
 from llm_gym.rollouts.driver import Driver, OnEpisode
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ class Drivers:
         groups: list[Group | None] = [None] * len(tasks)
         for own, player in running:
             for place, made in zip(own, group(player.result(), group_size), strict=True):
-                groups[place] = made
+                groups[place] = replace(made, task=tasks[place])
         return [made for made in groups if made is not None]
 
     def close(self) -> None:

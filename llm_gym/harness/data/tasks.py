@@ -6,29 +6,16 @@ Nothing here knows who plays them: every process of a run that makes the same ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from llm_gym.core import Group
+from llm_gym.core import Group, Task
 from llm_gym.harness.data.curriculum import Curriculum
 
 ROUNDING = 1e-6
 """How far below its mark a return still passes: weighted components do not sum exactly."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What one group plays."""
-
-    env: int
-    """Which environment of the mixture."""
-    seed: int
-    """The reset seed, below 2**32."""
-    row: int | None = None
-    """The row of the environment's data; None: the seed decides."""
 
 
 def task_seeds(run_seed: int, step: int, first: int, count: int) -> list[int]:
@@ -100,9 +87,10 @@ class Tasks:
         rows = [iter(self._draw_rows(env, list(envs).count(env))) for env in range(len(self.curricula))]
         return [Task(env, seed, next(rows[env])) for env, seed in zip(envs, seeds, strict=True)]
 
-    def learn(self, played: Iterable[tuple[Task, Group]]) -> None:
+    def learn(self, played: Iterable[Group]) -> None:
         """Tells the curricula how the step's groups went."""
-        for task, group in played:
+        for group in played:
+            task = group.task
             curriculum = self.curricula[task.env]
             if curriculum is not None and task.row is not None:
                 returns = group.rewards[~np.isnan(group.rewards)]

@@ -1,8 +1,8 @@
 """The processes that train together: who they are, what they share, and who is missing when one does not come.
 
-Every process (rank) runs the same program. It plays its own share of the step's tasks, hears of all the episodes,
-fixes the same denominators, computes its own share of the micro-batches, and adds its gradient to the others':
-gradients are sums over ranks, because the weights of `batching` already hold the denominators of the whole step.
+Every process (rank) runs the same program. It plays its own share of the step's tasks, hears how all the others went,
+fixes the same denominators, trains on what it played, and adds its gradient to the others': gradients are sums over
+ranks, because the weights of `batching` already hold the denominators of the whole step.
 
 `World()` is one process alone: there every function here is the identity.
 """
@@ -93,7 +93,7 @@ class World:
         return items[self.rank :: self.size]
 
     def unshard(self, mine: Sequence[T], what: str, *, each: int = 1) -> list[T]:
-        """What all ranks made of their shares, in the order before `deal`, on every rank.
+        """What all ranks made of their shares, in the order before `shard`, on every rank.
 
         Args:
             mine: `each` results for each item of the share.
@@ -116,6 +116,20 @@ class World:
             found: list[Any] = [None] * self.size
             dist.all_gather_object(found, value, group=self.group)
         return found
+
+    def send_to_rank0(self, value: T, rank: int, what: str) -> T:
+        """What `rank` (not 0) holds, on rank 0; the others do nothing, and keep what they have.
+
+        Raises:
+            RankError: one of the two is gone.
+        """
+        box = [value]
+        with self.blame_lost_rank(what):
+            if self.rank == rank:
+                dist.send_object_list(box, dst=0, group=self.group)
+            elif self.rank == 0:
+                dist.recv_object_list(box, src=rank, group=self.group)
+        return box[0]
 
     def on_rank0(self, make: Callable[[], T], what: str) -> T:
         """What `make` gives, or raises, on rank 0 alone; on every rank."""

@@ -15,6 +15,7 @@ from llm_gym.harness.data.curriculum import CURRICULA, curriculum
 from llm_gym.harness.data.filters import Selection
 from llm_gym.harness.data.mixture import EnvConfig, EnvSpec
 from llm_gym.harness.data.tasks import Tasks
+from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import EvalTask, eval_task, eval_tasks, try_env
 from llm_gym.harness.loops.trials import try_curriculum
 
@@ -45,7 +46,7 @@ def entries(config: TrainConfig) -> list[EnvConfig]:
     return [replace(entry, env_args={**config.env_args, **entry.env_args}) for entry in chosen]
 
 
-def selection_of(config: TrainConfig, found: Sequence[EnvSpec]) -> Selection:
+def selection_of(config: TrainConfig, found: Sequence[EnvSpec], world: World) -> Selection:
     """What the run plays in its environments, and what it trains on.
 
     Raises:
@@ -61,7 +62,7 @@ def selection_of(config: TrainConfig, found: Sequence[EnvSpec]) -> Selection:
         [spec.curriculum.pass_reward for spec in found],
     )
     names = [spec.name for spec in found]
-    return Selection(tasks, config.prompts_per_step, config.filters, config.oversample, names)
+    return Selection(tasks, config.prompts_per_step, config.filters, config.oversample, names, world)
 
 
 def eval_tasks_of(config: TrainConfig, found: Sequence[EnvSpec]) -> list[EvalTask]:

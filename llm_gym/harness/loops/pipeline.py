@@ -24,10 +24,11 @@ import yaml
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.world import ParallelConfig, World, connect, here
-from llm_gym.harness.loops.distill import check_distill, trainer_of
+from llm_gym.harness.loops.distill_learner import check_distill
 from llm_gym.harness.loops.preparation import prepare_run
 from llm_gym.harness.loops.resuming import changed
 from llm_gym.harness.loops.sft import MODEL, SFTConfig, check_sft, prepare, sft
+from llm_gym.harness.loops.trainer import Trainer
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import STAGES, locate, model_path
@@ -258,7 +259,7 @@ def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Sta
     if stage.kind == "sft":
         sft(config, resume=True)
         return
-    trainer_of(config)(config, out=folder, resume=True, observer=observer(stage)).train()
+    Trainer(config, out=folder, resume=True, observer=observer(stage)).train()
 
 
 def _stage(number: int, item: Any, sets: list[str]) -> Stage:

@@ -56,7 +56,7 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
     if learns and config.distill is None and not config.loss.needs_every_sequence:
         _check_credit(config, compute_advantages)
     found = env_specs(config)
-    return Prepared(found, eval_tasks_of(config, found), selection_of(config, found), compute_advantages)
+    return Prepared(found, eval_tasks_of(config, found), selection_of(config, found, world), compute_advantages)
 
 
 def _check_credit(config: TrainConfig, compute_advantages: AdvantageFn) -> None:

@@ -18,17 +18,20 @@ import torch
 import yaml
 from torch import Tensor
 
+from llm_gym.core import group
 from llm_gym.errors import CheckpointError
 from llm_gym.harness.config import PolicyConfig, TrainConfig
 from llm_gym.harness.distributed.fsdp import read_parts
+from llm_gym.harness.distributed.groups import own_groups
+from llm_gym.harness.distributed.world import connect
 from llm_gym.harness.evaluation.evaluator import EvalConfig
-from llm_gym.harness.learner.weights import PARTS, STATE, read_tensors, restore, save
-from llm_gym.harness.loops.distill import trainer_of
-from llm_gym.harness.loops.trainer import Trainer
+from llm_gym.harness.learner.weights import PARTS, STATE, read_tensors
+from llm_gym.harness.loops.group_learner import GroupLearner
+from llm_gym.harness.loops.starting import load_group_learner
+from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs.loggers import LogConfig
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of
 from llm_gym.harness.settings import load
-from llm_gym.tokenizer import load_tokenizer
 
 COMPARED = ("policy/", "sampler/", "tokens/trained")
 """How the names of metrics begin that depend on nothing but episodes and weights."""
@@ -134,38 +137,37 @@ def replay(
     if out is not None:
         with put("out", Path(out)):
             Path(out).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as scratch:
-        trainer = trainer_of(config)(config, out=Path(scratch) / "run", observer=observer, play=False)
-        try:
-            if checkpoint is not None:
-                restore(trainer.learner, checkpoint)
-            for trainer.step in range(start, step):
-                at = trainer.step + 1
-                with trainer.world.blame_lost_rank("replay"):
-                    learned = trainer.learn(folder.read_episodes(f"step_{at:06d}"))
-                compared, found = compare_metrics(recorded.get(at, {}), learned)
-                tensors, more = _compare_checkpoint(trainer, folder.path / "checkpoints" / f"step_{at:06d}")
-                yield Replayed(at, learned, compared, tensors, found + more)
-            if out is not None:
-                with put("out", Path(out)):
-                    save(trainer.learner, load_tokenizer(config.model, config.chat_template), Path(out))
-        finally:
-            trainer.world.close()
-            trainer.run.release()
+    world = connect(config.parallel, device_of(config.device))
+    try:
+        learning = load_group_learner(config, world, observer, checkpoint)
+        for at in range(start + 1, step + 1):
+            groups = own_groups(world, group(folder.read_episodes(f"step_{at:06d}"), config.group_size))
+            with world.blame_lost_rank("replay"):
+                learned = learning.learn(groups, at - 1)
+            compared, found = compare_metrics(recorded.get(at, {}), learned)
+            tensors, more = _compare_checkpoint(learning, folder.path / "checkpoints" / f"step_{at:06d}")
+            yield Replayed(at, learned, compared, tensors, found + more)
+        if out is not None:
+            with put("out", Path(out)):
+                learning.save(Path(out))
+    finally:
+        world.close()
 
 
-def _compare_checkpoint(trainer: Trainer, saved: Path) -> tuple[int, tuple[Difference, ...]]:
+def _compare_checkpoint(learning: GroupLearner, saved: Path) -> tuple[int, tuple[Difference, ...]]:
     """What the run saved of a step, if it did, against the same step replayed; looked at by the first process."""
-    world, again = trainer.world, trainer.run.path / saved.name
     if not saved.is_dir():
         return 0, ()
-    save(trainer.learner, load_tokenizer(trainer.config.model), again)
+    world = learning.world
+    with TemporaryDirectory() as scratch:
+        again = world.on_rank0(lambda: Path(scratch), "comparing")
+        learning.save(again)
 
-    def compare() -> tuple[int, tuple[Difference, ...]]:
-        alike = [name for name in (STATE, PARTS) if all((folder / name).exists() for folder in (saved, again))]
-        return compare_tensors(_state(saved, alike), _state(again, alike))
+        def compare() -> tuple[int, tuple[Difference, ...]]:
+            alike = [name for name in (STATE, PARTS) if all((folder / name).exists() for folder in (saved, again))]
+            return compare_tensors(_state(saved, alike), _state(again, alike))
 
-    return world.on_rank0(compare, "comparing")
+        return world.on_rank0(compare, "comparing")
 
 
 def compare_metrics(recorded: Mapping[str, Any], learned: Mapping[str, Any]) -> tuple[int, tuple[Difference, ...]]:

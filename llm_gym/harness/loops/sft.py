@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llm_gym.chat import load_tokenizer
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
-from llm_gym.harness.batching.shards import dummy_batches, pack_shard
+from llm_gym.harness.batching.shards import deal, dummy_batches, pack_shard
 from llm_gym.harness.data.sft_examples import Example, encode, encode_all, load_examples
 from llm_gym.harness.distributed.fsdp import is_sharded
 from llm_gym.harness.distributed.world import World, connect
@@ -273,9 +273,9 @@ def _held_out(config: SFTConfig, tokenizer: Any) -> list[TrainSequence]:
 
 def _pack(budget: Budget, rows: Sequence[TrainSequence]) -> Batch:
     """This process's share of the rows, packed."""
-    return pack_shard(
-        budget.learner.world, [replace(row, episode=i) for i, row in enumerate(rows)], max_tokens=budget.tokens
-    )
+    world = budget.learner.world
+    mine = deal(world, [replace(row, episode=i) for i, row in enumerate(rows)])
+    return pack_shard(world, mine, max_tokens=budget.tokens)
 
 
 def _model(config: SFTConfig, world: World, model: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llm_gym.core import Completion, Episode, Group, StopReason, Turn, trajectories
+from llm_gym.core import Completion, Episode, Group, StopReason, Task, Turn
 from llm_gym.errors import ConfigError, place
 from llm_gym.harness.algorithms.advantages import ADVANTAGES, AdvantageFn, advantage
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, importance_weights
@@ -25,6 +25,7 @@ from llm_gym.harness.algorithms.streams import Streams
 from llm_gym.harness.data.curriculum import CURRICULA, CurriculumConfig
 from llm_gym.harness.data.filters import FILTERS, filters
 from llm_gym.harness.registry import attempt, by_name
+from llm_gym.trajectories import trajectories
 
 if TYPE_CHECKING:
     from llm_gym.harness.config import TrainConfig
@@ -129,4 +130,4 @@ def _group() -> Group:
         said = trajectories([Turn(ids, completion, reward)])
         return Episode("example", 0, said, StopReason.ANSWERED, {"reward": reward}, messages, member)
 
-    return Group(0, (episode(0, 0.0), episode(1, 1.0)))
+    return Group(Task(0, 0), (episode(0, 0.0), episode(1, 1.0)))

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.core import Episode, Sampling, StopReason, TrajectoryBuilder
+from llm_gym.core import Episode, Sampling, StopReason
 from llm_gym.harness.batching.packing import pack, sequences
 from llm_gym.harness.learner.learner import Learner
+from llm_gym.trajectories import TrajectoryBuilder
 
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (5e-2, 1.0)}
 """Compute type -> largest mean and largest single gap (nats) that rounding explains. vLLM against transformers over

@@ -1,0 +1,85 @@
+"""What plays: the engine that samples, the environments, and the problems that the policy is measured on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_gym.core import Episode, Group, Sampling, Task
+from llm_gym.harness.algorithms.rewards import RewardWatch
+from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.data.mixture import Drivers
+from llm_gym.harness.evaluation.evaluator import Evaluation
+from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.loops.observer import Observer
+from llm_gym.harness.loops.preparation import Prepared
+from llm_gym.harness.weight_sync.sync import Sync
+from llm_gym.rollouts.driver import Driver, OnEpisode
+
+
+class GroupPlayer:
+    """Starts the engine of a run, with the learner's weights, and plays groups with it.
+
+    Args:
+        config: the run's.
+        prepared: its environments.
+        learner: whose weights sample.
+        observer: is told of the phases `engine`, `rollout` and `eval`.
+        folder: the run folder.
+        version: of the weights now.
+
+    Raises:
+        SyncError: engine and learner disagree from the start.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        learner: Learner,
+        observer: Observer,
+        *,
+        folder: Path,
+        version: int,
+    ) -> None:
+        self.config, self.world, self.observer = config, learner.world, observer
+        observer.on_phase("engine", 1)
+        self.sync = Sync(config, learner, folder=folder / "sync", version=version, tell=observer.on_note)
+        self.policy = self.sync.policy
+        self.drivers = Drivers(prepared.env_specs, self.policy, time_limit=config.time_limit)
+        most, limit = config.sampling.max_tokens, config.time_limit
+        self.evaluation = Evaluation(prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
+
+        self.rewards = RewardWatch(min(2, config.prompts_per_step))
+
+    def play(self, tasks: Sequence[Task]) -> list[Group]:
+        """`group_size` episodes of each of these tasks, this rank's own."""
+        config, size = self.config, self.config.group_size
+        count = self._counting("rollout", len(tasks) * size)
+        return self.drivers.play(tasks, group_size=size, seed=config.seed, sampling=config.sampling, on_episode=count)
+
+    def evaluate(self) -> tuple[dict[str, float], dict[str, list[Episode]]]:
+        """A row of `eval/...` metrics, and the transcripts of each environment; ranks share the problems."""
+        return self.evaluation(self._play)
+
+    def close(self) -> None:
+        """Closes the environments and the engine."""
+        for part in (self.drivers, self.evaluation, self.sync):
+            part.close()
+
+    def _play(
+        self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
+    ) -> list[Episode]:
+        mine = self.world.shard(seeds)
+        count = self._counting(phase, len(mine) * group_size)
+        played = driver.run(mine, group_size=group_size, sampling=sampling, seed=self.config.seed, on_episode=count)
+        episodes = self.world.unshard(played, phase, each=group_size)
+        self.rewards.see(episodes)
+        return episodes
+
+    def _counting(self, phase: str, total: int) -> OnEpisode:
+        """Begins a phase; call what is returned with each of its episodes."""
+        self.observer.on_phase(phase, total)
+        done = itertools.count(1)
+        return lambda episode: self.observer.on_progress(next(done))
