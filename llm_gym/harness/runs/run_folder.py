@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,9 +142,9 @@ class RunFolder:
 
     def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
         """Writes episodes, one JSON object a line, as `episodes/<name>.jsonl`."""
-        text = "".join(json.dumps(encode(episode)) + "\n" for episode in episodes)
+        lines = (json.dumps(encode(episode)) + "\n" for episode in episodes)
         with self.writing():
-            write_atomically(self.path / "episodes" / f"{name}.jsonl", text)
+            write_atomically(self.path / "episodes" / f"{name}.jsonl", lines)
 
     def best(self, metric: str) -> int | None:
         """The step whose row has the largest value of a metric, the first of several; None if no row has one.
@@ -257,7 +258,8 @@ class NonZeroRankRunFolder(RunFolder):
         """Nothing."""
 
     def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
-        """Nothing."""
+        """Goes through them: those played here are sent to the process that writes (see `distributed.groups`)."""
+        deque(episodes, maxlen=0)
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
         """Writes this process's part into the folder that the first one has made, and will name."""
@@ -292,10 +294,11 @@ def put(setting: str, path: Path) -> Iterator[None]:
         raise CheckpointError(f"{setting}: {str(path)!r} cannot be written ({why}); name another place.") from error
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replaces `file` whole: a kill leaves the old one or the new one."""
+def write_atomically(file: Path, text: str | Iterable[str]) -> None:
+    """Replaces `file` whole, by a text or its parts: a kill leaves the old one or the new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.writelines([text] if isinstance(text, str) else text)
     _sync(partial)
     os.replace(partial, file)
 
