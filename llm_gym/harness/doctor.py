@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -22,8 +21,8 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.environments import entries
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.model.loading import load_model
+from llm_gym.harness.weight_sync.engines import RECEIVERS, sync_modes, vllm_at_hand
 from llm_gym.harness.weight_sync.parity import Parity, measure
-from llm_gym.harness.weight_sync.sync import MODES
 from llm_gym.models.loading import set_threads
 from llm_gym.policies import ENGINES, Policy, make_policy
 
@@ -203,7 +202,7 @@ def parity(setting: Setting) -> Iterator[Finding]:
 
 def parity_of(engine: str, learner: Learner, setting: Setting) -> Finding:
     """One engine's parity; an engine that fails is a finding, whatever it raised."""
-    slow = ", which takes a minute" if engine == "vllm" else ""
+    slow = ", which takes a minute" if engine in RECEIVERS and RECEIVERS[engine].slow_start else ""
     setting.tell(f"starting {engine}{slow}")
     began = time.perf_counter()
     try:
@@ -248,24 +247,15 @@ def judged(engine: str, found: Parity, started: float) -> Finding:
 
 def start(engine: str, learner: Learner, config: TrainConfig) -> Policy:
     """The engine, with the weights that the learner began with."""
-    options: dict[str, dict[str, Any]] = {
-        "vllm": {"dtype": config.optimizer.dtype, **config.policy.vllm},
-        "server": {"servers": list(config.policy.servers), **config.policy.server},
-    }
-    source = learner.model if engine == "transformers" else config.model
-    return make_policy(source, engine=engine, **options.get(engine, {}))
+    receiver = RECEIVERS.get(engine)
+    source = learner.model if receiver and receiver.module else config.model
+    return make_policy(source, engine=engine, **(receiver.options(config, "") if receiver else {}))
 
 
 def coarser(config: TrainConfig) -> str:
     """The type of the less exact of engine and learner."""
     exact = config.optimizer.dtype == "float32" and not config.policy.vllm.get("quantization")
     return "float32" if exact else "bfloat16"
-
-
-def sync_modes(engine: str, *, adapters: bool) -> list[str]:
-    """How new weights can reach `engine`; those that `policy.sync: auto` chooses from come first."""
-    fitting = {name: m for name, m in MODES.items() if engine in m.engines and m.adapters in (None, adapters)}
-    return sorted(fitting, key=lambda name: not fitting[name].automatic)
 
 
 CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
@@ -287,14 +277,7 @@ def checkup(setting: Setting) -> Iterator[Finding]:
 
 def at_hand(engine: str, config: TrainConfig) -> bool:
     """Whether an engine can be started with this configuration, and compared with a learner."""
-    if engine == "vllm":
-        return vllm_at_hand()
-    return bool(config.policy.servers) if engine == "server" else engine != "openai"
-
-
-def vllm_at_hand() -> bool:
-    """Whether vLLM is installed (it is not imported: that takes ten seconds)."""
-    return importlib.util.find_spec("vllm") is not None
+    return engine in RECEIVERS and RECEIVERS[engine].at_hand(config)
 
 
 def _version(name: str) -> str | None:

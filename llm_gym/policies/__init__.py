@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from llm_gym.core import Completion, Ids, Sampling
+from llm_gym.core import Completion, Ids, Message, Sampling
 from llm_gym.errors import SettingError, unknown
 
 if TYPE_CHECKING:
     import torch
+
+    from llm_gym.chat import Chat
 
 ENGINES = {
     "transformers": "llm_gym.policies.builtin.policy:TransformersPolicy",
@@ -26,16 +29,37 @@ ENGINES = {
 
 @runtime_checkable
 class Completer(Protocol):
-    """All that the episode driver needs.
-
-    It uses a few more attributes where they exist: `max_rows` (as many episodes are under way), `stop_ids`
-    (they end a completion beside the chat's own), and `forget()` (called around a rollout, so that what was
-    cached before changes nothing). One that only speaks text has `reply` in place of `complete` (`policies.openai`).
-    """
+    """All that the episode driver needs; what more it may have is in `Abilities`."""
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
         """One completion of `context` (int32 [p]); requests in flight together are batched continuously."""
         ...
+
+
+@runtime_checkable
+class TextPolicy(Protocol):
+    """A policy that reads chat messages and writes text, in place of token ids; its tokens cannot be trained on."""
+
+    async def reply(self, messages: Sequence[Message], chat: Chat, sampling: Sampling, *, seed: int) -> Completion:
+        """One reply to the messages, as tokens of the environment's chat."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a policy may have beside `complete`; these are its attributes of the same names where it has them."""
+
+    max_rows: int = 128
+    """As many episodes are under way at once."""
+    stop_ids: tuple[int, ...] = ()
+    """They end a completion, beside the chat's own."""
+    forget: Callable[[], None] = lambda: None
+    """Called around a rollout, so that what was cached before changes nothing."""
+
+    @classmethod
+    def of(cls, policy: object) -> Abilities:
+        """Those of a policy."""
+        return cls(**{field.name: getattr(policy, field.name) for field in fields(cls) if hasattr(policy, field.name)})
 
 
 @runtime_checkable
@@ -57,6 +81,48 @@ class Policy(Completer, Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+class WeightReceiver(Policy, Protocol):
+    """An engine that a training run can sample with: new weights reach it, also while requests are in flight.
+
+    Of the methods below it has those that its transports use (`harness.weight_sync.transports`).
+    """
+
+    dtype: torch.dtype
+    """Type of its weights."""
+    max_context: int
+    """Most tokens of context and completion together."""
+
+    def load_adapter(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int
+    ) -> None:
+        """Replace the LoRA adapter (PEFT's names, and what PEFT writes to adapter_config.json)."""
+        ...
+
+    def load_folder(self, folder: Path, *, version: int) -> None:
+        """Replace all weights by those of a checkpoint."""
+        ...
+
+    def refresh(self, *, version: int) -> None:
+        """The module that it shares with the learner has new weights: drop what was cached."""
+        ...
+
+    def restart(self, folder: Path, *, version: int) -> None:
+        """A new engine on a checkpoint, in place of this one."""
+        ...
+
+    def differing(self, expected: Mapping[str, int]) -> list[str]:
+        """Names of the tensors whose checksums are not those that were sent; empty where nothing is held apart."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
         ...
 
 

@@ -21,18 +21,16 @@ from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason
 from llm_gym.env import finite
 from llm_gym.errors import RewardError, SettingError, boundary
-from llm_gym.policies import Completer
+from llm_gym.policies import Abilities, Completer, TextPolicy
 from llm_gym.rollouts.env_pool import Env, EnvPool, EnvSlot
 from llm_gym.trajectories import TrajectoryBuilder
 
 OnEpisode = Callable[[Episode], None]
-CONCURRENT = 128
-"""Episodes under way at once, unless the policy has a `max_rows` of its own."""
 
 
 def rollout(
     env: str | Callable[..., Env],
-    policy: Completer,
+    policy: Completer | TextPolicy,
     *,
     seeds: Iterable[int],
     group_size: int = 1,
@@ -71,7 +69,7 @@ def rollout(
 
 async def rollout_async(
     env: str | Callable[..., Env],
-    policy: Completer,
+    policy: Completer | TextPolicy,
     *,
     seeds: Iterable[int],
     group_size: int = 1,
@@ -93,7 +91,7 @@ class Driver:
     def __init__(
         self,
         env: str | Callable[..., Env],
-        policy: Completer,
+        policy: Completer | TextPolicy,
         *,
         sampling: Sampling | None = None,
         env_args: Mapping[str, Any] | None = None,
@@ -105,8 +103,8 @@ class Driver:
             raise SettingError(f"max_concurrent: got {max_concurrent}, want at least 1.")
         if time_limit is not None and not time_limit > 0:
             raise SettingError(f"time_limit: got {time_limit}, want seconds, more than 0.")
-        self.policy, self.sampling = policy, sampling or Sampling()
-        self.max_concurrent = max_concurrent or int(getattr(policy, "max_rows", CONCURRENT))
+        self.policy, self.sampling, self.able = policy, sampling or Sampling(), Abilities.of(policy)
+        self.max_concurrent = max_concurrent or self.able.max_rows
         self.time_limit = time_limit
         self._seats = EnvPool(env, env_args or {}, name)
 
@@ -145,7 +143,7 @@ class Driver:
         jobs = [_Job(int(s), member, seed, how, row) for s, row in tasks for member in range(group_size)]
         episodes: list[Episode | None] = [None] * len(jobs)
         queue = iter(enumerate(jobs))
-        self._forget()
+        self.able.forget()
         try:
             async with asyncio.TaskGroup() as players:
                 for _ in range(min(self.max_concurrent, len(jobs))):
@@ -156,7 +154,7 @@ class Driver:
         except BaseException:
             self.close()
             raise
-        self._forget()
+        self.able.forget()
         return [episode for episode in episodes if episode is not None]
 
     def close(self) -> None:
@@ -168,11 +166,6 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _forget(self) -> None:
-        """Drops what the policy has cached, so that a rollout depends on nothing that came before it."""
-        if forget := getattr(self.policy, "forget", None):
-            forget()
 
     async def _work(
         self, queue: Iterator[tuple[int, _Job]], episodes: list[Episode | None], on_episode: OnEpisode | None
@@ -226,8 +219,8 @@ class Driver:
             sampling = self._sampling(job.sampling, seat.env, prompt)
             tale.asking = True
             request_seed = job.request_seed(tale.builder.turns)
-            if hasattr(self.policy, "reply"):  # it reads messages, not token ids
-                completion = await self._reply(seat.env, tale.messages, sampling, request_seed)
+            if isinstance(self.policy, TextPolicy):
+                completion = await self._reply(self.policy, seat.env, tale.messages, sampling, request_seed)
             else:
                 completion = await self.policy.complete(prompt, sampling, seed=request_seed)
             tale.asking = False
@@ -254,12 +247,13 @@ class Driver:
             )
         return number
 
-    async def _reply(self, env: Env, messages: Iterable[Message], sampling: Sampling, seed: int) -> Completion:
+    async def _reply(
+        self, policy: TextPolicy, env: Env, messages: Iterable[Message], sampling: Sampling, seed: int
+    ) -> Completion:
         chat = getattr(env.unwrapped, "chat", None)
         if chat is None:
             raise SettingError(f"policy: it reads chat messages only, and {self._seats.env_id} has none.")
-        completion: Completion = await self.policy.reply(list(messages), chat, sampling, seed=seed)  # type: ignore[attr-defined]
-        return completion
+        return await policy.reply(list(messages), chat, sampling, seed=seed)
 
     def _sampling(self, sampling: Sampling, env: Env, prompt: Ids) -> Sampling:
         """`sampling` within the environment's limits, ending at its chat's stop tokens and the model's own."""
@@ -268,7 +262,7 @@ class Driver:
         limit = min(sampling.max_tokens, getattr(inner, "max_tokens", sampling.max_tokens), max(room, 1))
         stops = sampling.stop_token_ids
         if stops is None and (chat := getattr(inner, "chat", None)) is not None:
-            stops = tuple(sorted({*chat.stop_ids, *getattr(self.policy, "stop_ids", ())}))
+            stops = tuple(sorted({*chat.stop_ids, *self.able.stop_ids}))
         return Sampling(sampling.temperature, limit, sampling.top_k, sampling.top_p, sampling.min_p, stops)
 
 

@@ -192,7 +192,7 @@ def test_a_small_adapter_is_kept_whole(base: str, tmp_path: Path) -> None:
 
 def test_experts_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
     """Names and shapes of a merged Mixtral on disk, and of what engines are sent, are those of its base's file."""
-    from llm_gym.harness.weight_sync.sync import MODES
+    from llm_gym.harness.weight_sync.transports import MODES
 
     _, learner = trained(tmp_path, "Mixtral, its experts and its router")
     export(learner.model, tmp_path / "out")

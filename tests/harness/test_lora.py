@@ -21,7 +21,7 @@ from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import Backbone, export, load_model, merged, plain_tensors, prepare
 from llm_gym.harness.model.lora import KINDS, LoraConfig
 from llm_gym.harness.model.memory import MemoryConfig, apply_memory_config
-from llm_gym.harness.weight_sync.sync import modes_of
+from llm_gym.harness.weight_sync.transports import modes_of
 from llm_gym.models.folding import weight_of
 from llm_gym.models.plain import HELD
 

@@ -33,7 +33,7 @@ from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.loading import load_model, plain_tensors
 from llm_gym.harness.model.lora import LoraConfig
 from llm_gym.harness.settings import load
-from llm_gym.harness.weight_sync.sync import check
+from llm_gym.harness.weight_sync.engines import check
 
 
 class Told(World):

@@ -17,7 +17,8 @@ from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.loading import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
-from llm_gym.harness.weight_sync.sync import MODES, engine_of, engine_options, modes_of
+from llm_gym.harness.weight_sync.engines import RECEIVERS, engine_of, engine_options
+from llm_gym.harness.weight_sync.transports import MODES, modes_of
 from llm_gym.harness.weight_sync.verify import ProbePrompts, WeightSyncCheck
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
@@ -258,7 +259,7 @@ def test_every_mode_has_an_engine_and_every_engine_that_trains_has_modes() -> No
     from llm_gym.policies import ENGINES
 
     assert {engine for mode in MODES.values() for engine in mode.engines} <= ENGINES.keys()
-    for engine in ("transformers", "vllm", "server"):
+    for engine in RECEIVERS:
         for adapters in (True, False):
             fit = [m for m in MODES.values() if engine in m.engines and m.adapters in (None, adapters)]
             assert any(m.automatic for m in fit)

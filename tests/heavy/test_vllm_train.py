@@ -14,7 +14,7 @@ from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.loops.observer import Observer
-from llm_gym.harness.weight_sync.sync import check
+from llm_gym.harness.weight_sync.engines import check
 from llm_gym.harness.weight_sync.verify import Found, WeightSyncCheck
 
 pytestmark = pytest.mark.heavy

@@ -172,7 +172,7 @@ class Selection:
         """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
 
     def collect(self, step: int, play: Play) -> StepBatch:
-        """Plays a step's groups, and chooses among them; `play` is given this rank's share of the tasks."""
+        """Plays a step's groups, and chooses among them; `play` (a `Player`'s) is given this rank's share."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
         counts: Counter[str] = Counter()

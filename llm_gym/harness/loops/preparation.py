@@ -20,7 +20,7 @@ from llm_gym.harness.loops.environments import env_specs, eval_tasks_of, selecti
 from llm_gym.harness.loops.trials import learns_nothing, try_functions
 from llm_gym.harness.model.loading import check_model
 from llm_gym.harness.runs import loggers
-from llm_gym.harness.weight_sync.sync import check
+from llm_gym.harness.weight_sync.engines import check
 
 if TYPE_CHECKING:
     from llm_gym.harness.config import TrainConfig
