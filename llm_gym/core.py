@@ -8,9 +8,10 @@ engine read and sampled, each of them once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -87,20 +88,24 @@ class Sampling:
     """Ids that end a completion (and stay in it); None: the model's own."""
 
     def __post_init__(self) -> None:
-        for name, ok, want in (
-            ("temperature", 0 <= self.temperature < math.inf, "in [0, inf)"),
-            ("max_tokens", self.max_tokens >= 1, ">= 1"),
-            ("top_k", self.top_k >= 0, ">= 0 (0 keeps every token)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-        ):
-            if not ok:
-                raise ValueError(f"sampling.{name}: got {getattr(self, name)!r}, want a value {want}.")
+        for name, holds, want in _BOUNDS:
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and holds(value)):
+                raise ValueError(f"sampling.{name}: got {value!r}, want a value {want}.")
 
     @property
     def full_support(self) -> bool:
         """Whether every token can be drawn, so that its log-probability is the plain softmax's."""
         return self.temperature > 0 and self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0
+
+
+_BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda value: 0 <= value < math.inf, "in [0, inf)"),
+    ("max_tokens", lambda value: value >= 1, ">= 1"),
+    ("top_k", lambda value: value >= 0, ">= 0 (0 keeps every token)"),
+    ("top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
+    ("min_p", lambda value: 0 <= value <= 1, "in [0, 1]"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,28 +51,29 @@ ANY = Within("(-inf, inf)")
 """What a number lies in whose field states nothing."""
 
 
-def check_bounds(settings: Any, section: str = "") -> None:
-    """Looks at every number among a dataclass's fields, those in tuples too.
+def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Looks at every number among the values of a dataclass's fields, those in tuples too.
 
     Args:
-        settings: an instance.
-        section: what its fields' names follow in sentences, such as `optimizer`.
+        cls: the dataclass.
+        values: field -> value; defaults need not be among them.
+        where: what the fields' names follow in sentences, such as `optimizer.`.
 
     Raises:
         ConfigError: one that is no number, or not within its field's bounds.
     """
-    for name, (bounds, others) in _stated(settings.__class__).items():
-        value = getattr(settings, name)
+    stated = _stated(cls)
+    for name, value in values.items():
+        bounds, others = stated[name]
         for number in value if isinstance(value, tuple | list) else (value,):
             if _numeric(number):
                 ok = (bounds or ANY).holds(number)
             else:
                 ok = bounds is None or number is None or number in others
             if not ok:
-                where = f"{section}.{name}" if section else name
                 finite = "a finite number, " if bounds and bounds.ends[1] == number else ""
                 words = ", or ".join([(bounds or ANY).words, *others])
-                raise ConfigError(f"{where}: got {value!r}, want {finite}{words}.")
+                raise ConfigError(f"{where}{name}: got {value!r}, want {finite}{words}.")
 
 
 def _numeric(value: Any) -> bool:

@@ -11,7 +11,7 @@ from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.algorithms.presets import PRESETS
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.data.filters import OversampleConfig
 from llm_gym.harness.data.mixture import EnvConfig
@@ -24,9 +24,11 @@ from llm_gym.harness.model.memory import MemoryConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.runs.loggers import LogConfig
+from llm_gym.harness.settings import checked
 from llm_gym.templates import read_template
 
 
+@checked("checkpoint")
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved."""
@@ -39,10 +41,8 @@ class CheckpointConfig:
     """Whether to save, and keep as `checkpoints/best`, the step with the best `eval/sampled_reward` (of a mixture,
     `eval/mixture_reward`)."""
 
-    def __post_init__(self) -> None:
-        check_bounds(self, "checkpoint")
 
-
+@checked("policy")
 @dataclass(frozen=True)
 class PolicyConfig:
     """The engine that samples."""
@@ -66,10 +66,8 @@ class PolicyConfig:
     server: Mapping[str, Any] = field(default_factory=dict)
     """How servers are used (`folder` for weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
 
-    def __post_init__(self) -> None:
-        check_bounds(self, "policy")
 
-
+@checked("distill")
 @dataclass(frozen=True)
 class DistillConfig:
     """On-policy distillation: the student samples in the environment, the teacher judges every token.
@@ -88,7 +86,6 @@ class DistillConfig:
     """Of a local teacher's weights; `auto`: bfloat16 on CUDA."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, "distill")
         if self.served and self.kl == "full":
             raise ConfigError(
                 "distill.kl: 'full' needs the teacher's whole distribution, which no server sends; "
@@ -101,6 +98,7 @@ class DistillConfig:
         return self.teacher.startswith(("http://", "https://"))
 
 
+@checked()
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run."""
@@ -175,7 +173,6 @@ class TrainConfig:
     """Where rows of metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
         if self.minibatches > self.prompts_per_step:
             raise ConfigError(f"minibatches: got {self.minibatches}, want at most the {self.prompts_per_step} prompts.")
         check_device_name(self.device)

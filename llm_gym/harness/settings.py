@@ -1,22 +1,27 @@
 """One typed, frozen configuration: dataclasses in Python, YAML on disk, `a.b=c` on the command line.
 
 `load` builds any frozen dataclass (nested ones included) from a mapping; a key that does not exist or
-a value of the wrong type is refused with one sentence before anything else happens.
+a value of the wrong type is refused with one sentence before anything else happens. A dataclass that is
+`checked` refuses it with the same sentence when it is written out in Python.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache, wraps
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from llm_gym.errors import ConfigError, unknown
+from llm_gym.harness.bounds import check_bounds
 
 T = TypeVar("T")
 
@@ -62,21 +67,43 @@ def parse_scalar(text: str) -> Any:
     return value if isinstance(value, bool | int | float | None) and ":" not in text else text
 
 
+def checked(section: str = "") -> Callable[[type[T]], type[T]]:
+    """Makes a dataclass as careful in Python as in YAML: the same values are taken, and refused with one sentence.
+
+    `TrainConfig(loss={"name": "gspo"})` holds a `LossConfig`; `TrainConfig(step=3)` names `steps`. It stands above
+    `@dataclass`; what it has looked at, `__post_init__` finds in the types that the fields state, within their bounds.
+
+    Args:
+        section: where the dataclass stands in the configuration, for the sentence; "" at the top.
+    """
+    where = f"{section}." if section else ""
+
+    def decorate(cls: type[T]) -> type[T]:
+        make: Callable[..., None] = cls.__init__
+        names = _fields(cls)
+
+        @wraps(make)
+        def __init__(self: T, *args: Any, **given: Any) -> None:
+            named = dict(zip(names, args, strict=False))
+            if len(named) < len(args) or named.keys() & given.keys():
+                make(self, *args, **given)  # raises Python's own TypeError
+            make(self, **_values(cls, _with_preset(cls, named | given), where))
+
+        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+        return cls
+
+    return decorate
+
+
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | None = None) -> T:
     """A dataclass from a mapping, nested ones included; what the mapping leaves out is as in `over`, or default.
 
     Raises:
         ConfigError: names the key, the value received and the nearest valid one.
     """
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    base = {name: getattr(over, name) for name in names} if over is not None else _section_defaults(cls)
-    for key in data:
-        if key not in names:
-            raise ConfigError(unknown("configuration key", f"{where}{key}", [f"{where}{name}" for name in names]))
-    given = {key: _coerce(value, hints[key], f"{where}{key}", base.get(key)) for key, value in data.items()}
+    base = {} if over is None else {name: getattr(over, name) for name in _fields(cls)}
     try:
-        return cls(**(base | given))
+        return cls(**(base | _values(cls, data, where, base)))
     except ConfigError:
         raise
     except ValueError as error:
@@ -91,6 +118,37 @@ def to_dict(config: Any) -> dict[str, Any]:
 def dump(config: Any) -> str:
     """YAML that `load` reads back to an equal configuration."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _values(cls: type, data: Mapping[str, Any], where: str, over: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Given values of a dataclass's fields, in the types that the fields state and within their bounds.
+
+    Args:
+        cls: the dataclass.
+        data: field -> value.
+        where: what the fields' names follow in sentences, such as `loss.`.
+        over: sections that a section given in part is laid over; None: the defaults.
+
+    Raises:
+        ConfigError: an unknown field, or a value that cannot be.
+    """
+    hints, names = _hints(cls), _fields(cls)
+    for key in data:
+        if key not in names:
+            raise ConfigError(unknown("configuration key", f"{where}{key}", [f"{where}{name}" for name in names]))
+    base = over or _section_defaults(cls)
+    values = {key: _coerce(value, hints[key], f"{where}{key}", base.get(key)) for key, value in data.items()}
+    check_bounds(cls, values, where)
+    return values
+
+
+def _fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _plain(value: Any) -> Any:
@@ -196,14 +254,14 @@ def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
 def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float:
         value = _number(value) if isinstance(value, str) else value
-        _require(isinstance(value, int | float) and not isinstance(value, bool), where, value, _words(hint))
+        _require(isinstance(value, Real) and not isinstance(value, bool), where, value, _words(hint))
         return float(value)
     if hint is int:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
         _require(whole and not isinstance(value, bool), where, value, _words(hint))
         return int(value)
-    if hint is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # what YAML read as a number, such as the layers -4
+    if hint is str and isinstance(value, int | os.PathLike) and not isinstance(value, bool):
+        return str(value)  # what YAML read as a number, such as the layers -4; or a path, in Python
     if hint in (bool, str):
         _require(isinstance(value, hint), where, value, _words(hint))
     return value

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_gym.core import Sampling
 from llm_gym.errors import ConfigError
-from llm_gym.harness.config import LossConfig, TrainConfig
+from llm_gym.harness.algorithms.importance_sampling import CorrectionConfig
+from llm_gym.harness.algorithms.losses import LossConfig
+from llm_gym.harness.config import DistillConfig, TrainConfig
+from llm_gym.harness.data.mixture import EnvConfig
+from llm_gym.harness.evaluation.evaluator import EvalConfig
+from llm_gym.harness.learner.optimizers import OptimizerConfig
+from llm_gym.harness.loops.sft_config import SFTConfig, SFTEvalConfig
+from llm_gym.harness.model.lora import LoraConfig
 from llm_gym.harness.settings import dump, from_dict, load, parse_scalar
 
 
@@ -55,6 +64,69 @@ def test_mistakes_are_named(sets: list[str], said: list[str]) -> None:
         load(TrainConfig, sets=sets)
     assert all(word in str(error.value) for word in said), str(error.value)
     assert "\n" not in str(error.value)
+
+
+WRITTEN = [
+    ({"step": 3}, "configuration key: unknown value 'step'; did you mean 'steps'?"),
+    ({"steps": "3"}, "steps: got '3', want a whole number."),
+    ({"steps": 0}, "steps: got 0, want at least 1."),
+    ({"truncated": "msak"}, "truncated: unknown value 'msak'; did you mean 'mask'?"),
+    ({"loss": 3}, "loss: got 3, want a mapping of settings."),
+    ({"loss": {"name": "gpso"}}, "loss.name: unknown value 'gpso'; did you mean 'gspo'?"),
+    ({"loss": {"nmae": "gspo"}}, "configuration key: unknown value 'loss.nmae'; did you mean 'loss.name'?"),
+    ({"eval": {"envs": [{"evn": "GSM8K-v0"}]}}, "unknown value 'eval.envs[0].evn'; did you mean 'eval.envs[0].env'?"),
+    ({"sampling": {"temperature": "hot"}}, "sampling.temperature: got 'hot', want a number."),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), WRITTEN)
+def test_python_and_yaml_say_the_same_sentence(given, said: str) -> None:
+    for made in (lambda: TrainConfig(**given), lambda: from_dict(TrainConfig, yaml.safe_load(yaml.safe_dump(given)))):
+        with pytest.raises(ConfigError) as error:
+            made()
+        assert str(error.value).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        (LossConfig, "nmae", "gspo", "configuration key: unknown value 'loss.nmae'; did you mean 'loss.name'?"),
+        (LossConfig, "clip_low", "wide", "loss.clip_low: got 'wide', want a number."),
+        (CorrectionConfig, "high", 0.5, "loss.correction.high: got 0.5, want at least 1."),
+        (OptimizerConfig, "betas", 0.9, "optimizer.betas: got 0.9, want a list."),
+        (LoraConfig, "rank", 1.5, "lora.rank: got 1.5, want a whole number."),
+        (EvalConfig, "envs", ({"env": 1.5},), "eval.envs[0].env: got 1.5, want text."),
+        (EnvConfig, "weight", "much", "envs.weight: got 'much', want a number."),
+        (DistillConfig, "kl", "ful", "distill.kl: unknown value 'ful'; did you mean 'full'?"),
+        (SFTConfig, "step", 3, "configuration key: unknown value 'step'; did you mean 'steps'?"),
+        (SFTEvalConfig, "every", "2", "eval.every: got '2', want a whole number."),
+        (Sampling, "temperature", "hot", "sampling.temperature: got 'hot', want a value in [0, inf)."),
+    ],
+)
+def test_so_does_every_section_by_itself(section, name: str, value, said: str) -> None:
+    with pytest.raises(ValueError, match=r"[.?]$") as error:
+        section(**{name: value})
+    assert str(error.value) == said
+
+
+def test_a_section_may_be_a_mapping_in_python() -> None:
+    config = TrainConfig(loss={"name": "gspo", "correction": {"name": "tis"}}, optimizer={"lr": 1e-3}, lora={})  # type: ignore[arg-type]
+    assert config.loss == LossConfig(name="gspo", correction=CorrectionConfig(name="tis"))
+    assert config.optimizer == dataclasses.replace(TrainConfig().optimizer, lr=1e-3)
+    assert config.lora == LoraConfig()
+    assert dataclasses.replace(config, eval={"episodes": 3}).eval == EvalConfig(episodes=3)  # type: ignore[arg-type]
+    assert TrainConfig(envs=[{"env": "GSM8K-v0"}]).envs == (EnvConfig("GSM8K-v0"),)  # type: ignore[arg-type]
+
+
+def test_python_has_numbers_and_paths_that_yaml_has_not(tmp_path) -> None:
+    config = TrainConfig(steps=np.int64(3), overlong=np.float32(0.5), model=tmp_path)  # type: ignore[arg-type]
+    assert (config.steps, config.overlong, config.model) == (3, 0.5, str(tmp_path))
+    assert from_dict(TrainConfig, yaml.safe_load(dump(config))) == config
+
+
+def test_what_python_refuses_itself_is_left_to_it() -> None:
+    with pytest.raises(TypeError, match="multiple values for argument 'env'"):
+        EnvConfig("GSM8K-v0", env="GSM8K-v0")  # type: ignore[misc]
 
 
 def test_a_missing_or_broken_file_is_one_sentence(tmp_path) -> None:

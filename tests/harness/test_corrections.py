@@ -58,7 +58,7 @@ def test_settings_are_checked() -> None:
         CorrectionConfig("tsi")
     with pytest.raises(ConfigError, match=r"loss\.correction\.level: unknown value 'row'"):
         CorrectionConfig("tis", "row")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"low=0\.5, high=0\.9"):
+    with pytest.raises(ConfigError, match=r"loss\.correction\.high: got 0\.9, want at least 1"):
         CorrectionConfig("tis", high=0.9)
 
 

@@ -149,7 +149,7 @@ def test_each_environment_of_a_mixture_keeps_its_reward_weights_and_limits(tmp_p
         ({"envs": [{"env": "Aritmetic-v0"}]}, "did you mean 'Arithmetic-v0'"),
         ({"envs": [{"env": "Arithmetic-v0"}] * 2}, "envs: 2 are called 'llm_gym/Arithmetic-v0'; give each a name"),
         ({"envs": [{"weight": 1}]}, "an entry names no environment"),
-        ({"envs": [{"env": "Arithmetic-v0", "weight": 0}]}, "got weight 0.0 for 'Arithmetic-v0'"),
+        ({"envs": [{"env": "Arithmetic-v0", "weight": 0}]}, r"envs\[0\].weight: got 0.0, want a value > 0"),
         ({"envs": [{"env": "Arithmetic-v0", "wieght": 1}]}, r"envs\[0\].weight"),
         ({"curriculum": {"name": "epochs"}}, "Arithmetic-v0 has no rows to choose from"),
         ({"filters": {"spraed": 0}}, "did you mean 'spread'"),

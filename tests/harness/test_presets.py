@@ -75,8 +75,12 @@ def test_what_is_written_down_says_everything_without_the_preset() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="preset: unknown value 'gpso'; did you mean 'gspo'"):
         load(TrainConfig, preset="gpso")
-    with pytest.raises(TypeError, match="preset"):
-        TrainConfig(preset="gspo")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="preset: unknown value 'gpso'; did you mean 'gspo'"):
+        TrainConfig(preset="gpso")  # type: ignore[call-arg]
+
+
+def test_a_preset_is_taken_in_python_too() -> None:
+    assert TrainConfig(preset="gspo", steps=3) == load(TrainConfig, preset="gspo", steps=3)  # type: ignore[call-arg]
 
 
 # One gradient

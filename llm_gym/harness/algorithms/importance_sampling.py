@@ -20,18 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.algorithms.streams import same_shape, sequence_sum
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.registry import by_name, want_shape
+from llm_gym.harness.settings import checked
 
-LEVELS = ("token", "sequence")
 
-
+@checked("loss.correction")
 @dataclass(frozen=True, slots=True)
 class CorrectionConfig:
     """How tokens are weighted for the mismatch between sampler and learner."""
@@ -41,20 +41,13 @@ class CorrectionConfig:
     level: Literal["token", "sequence"] = "token"
     """Whose ratio: each token's own (small spread, biased), or the product over its sequence (unbiased below the
     bound, large spread)."""
-    low: float = 0.5
-    """Smallest ratio that `mis` keeps; `tis` does not read it."""
-    high: float = 2.0
+    low: Annotated[float, Within("[0, 1]")] = 0.5
+    """Smallest ratio that `mis` keeps; `tis` does not read it. That of a perfect sampler is 1."""
+    high: Annotated[float, Within("[1, inf]")] = 2.0
     """Largest ratio: `tis` cuts down to it, `mis` drops what is above (IcePop: 5)."""
 
     def __post_init__(self) -> None:
         by_name("loss.correction.name", self.name, {**CORRECTIONS, "none": None})
-        if self.level not in LEVELS:
-            raise ConfigError(unknown("loss.correction.level", self.level, LEVELS))
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ConfigError(
-                f"loss.correction: got low={self.low!r}, high={self.high!r}, want 0 <= low <= 1 <= high: "
-                "the ratio of a perfect sampler is 1."
-            )
 
 
 def truncate(ratio: Tensor, low: float, high: float) -> Tensor:

@@ -18,15 +18,17 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from llm_gym.errors import ConfigError, place, unknown
+from llm_gym.errors import ConfigError, place
 from llm_gym.harness.algorithms.importance_sampling import CORRECTIONS, CorrectionConfig
 from llm_gym.harness.algorithms.kl import KL
 from llm_gym.harness.algorithms.normalisers import NORMALISERS
 from llm_gym.harness.algorithms.streams import Streams, same_shape, sequence_mean
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.registry import by_name, want_shape
+from llm_gym.harness.settings import checked
 
 
+@checked("loss")
 @dataclass(frozen=True, slots=True)
 class LossConfig:
     """What is minimised."""
@@ -59,12 +61,9 @@ class LossConfig:
     """Tokens that the `constant` normaliser divides an episode by; Dr. GRPO uses the longest completion allowed."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, "loss")
         loss_function(self.name)
         by_name("loss.kl", self.kl, {**KL, "none": None})
         by_name("loss.normaliser", self.normaliser, NORMALISERS)
-        if self.kl_in not in ("loss", "reward"):
-            raise ConfigError(unknown("loss.kl_in", self.kl_in, ("loss", "reward")))
         if self.kl_in == "reward" and self.kl not in ("none", "k1"):
             raise ConfigError(f"loss.kl: got {self.kl!r} with kl_in='reward', want 'k1'; no other sum is the KL.")
 

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.registry import by_name
+from llm_gym.harness.settings import checked
 
 Floats = npt.NDArray[np.float64]
 
 
+@checked("curriculum")
 @dataclass(frozen=True)
 class CurriculumConfig:
     """Which rows of the data are played, and when."""
@@ -36,9 +38,6 @@ class CurriculumConfig:
     """`difficulty`: what earlier results of a row weigh when it is played again."""
     pass_reward: float = 1.0
     """`difficulty`: the least return of an episode that passed."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "curriculum")
 
 
 class Curriculum(Protocol):

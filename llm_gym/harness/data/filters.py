@@ -26,11 +26,12 @@ import numpy.typing as npt
 from llm_gym.core import Episode, Group, Task
 from llm_gym.episode_files import decode, encode
 from llm_gym.errors import CheckpointError, ConfigError, place
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_on_rank0
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.registry import attempt, by_name
+from llm_gym.harness.settings import checked
 
 Floats = npt.NDArray[np.float64]
 Filter = Callable[[Group, Any], bool]
@@ -44,6 +45,7 @@ SMOOTHING = 0.5
 """How much the newest round says about the share of groups that pass."""
 
 
+@checked("oversample")
 @dataclass(frozen=True)
 class OversampleConfig:
     """How groups that do not pass the filters are replaced."""
@@ -52,9 +54,6 @@ class OversampleConfig:
     """Most groups played in a step, as a multiple of `prompts_per_step`; 1: none are replaced."""
     max_age: Annotated[int, Within("[0, inf)")] = 1
     """Steps for which groups that passed and found no slot are kept; 0: they are dropped."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "oversample")
 
 
 @dataclass(frozen=True, slots=True)

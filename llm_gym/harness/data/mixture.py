@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from llm_gym.concurrency import run_here
 from llm_gym.core import Episode, Group, Sampling, Task, group
 from llm_gym.envs import NAMESPACE
 from llm_gym.errors import ConfigError
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.runs.metrics import describe
+from llm_gym.harness.settings import checked
 from llm_gym.policies import Completer
 from llm_gym.rollouts.driver import Driver, OnEpisode
 
 
+@checked("envs")
 @dataclass(frozen=True)
 class EnvConfig:
     """One environment of a mixture."""
 
     env: str = ""
     """Its id, as in `TrainConfig.env`."""
-    weight: float = 1.0
+    weight: Annotated[float, Within("(0, inf)")] = 1.0
     """How many of a step's groups it gets, in proportion to the other weights."""
     env_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment, over those of the run."""
@@ -35,8 +38,6 @@ class EnvConfig:
     def __post_init__(self) -> None:
         if not self.env:
             raise ConfigError("envs: an entry names no environment; want env, and perhaps weight, env_args, name.")
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"envs: got weight {self.weight} for {self.env!r}, want a number above 0.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from llm_gym.errors import PolicyError, RankError
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.distributed.heartbeat import Watch
+from llm_gym.harness.settings import checked
 
 T = TypeVar("T")
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
@@ -40,6 +41,7 @@ BUCKET = 1 << 24
 """Most gradient elements that travel in one piece."""
 
 
+@checked("parallel")
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
     """How several processes share the work; of no effect in one."""
@@ -48,9 +50,6 @@ class ParallelConfig:
     """`ddp`: every process holds the whole model. `fsdp`: each holds a part of every weight (FSDP2)."""
     timeout: Annotated[float, Within("(0, inf)")] = 1800.0
     """Seconds that a process waits for the others; the slowest rollout of a step must fit."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "parallel")
 
 
 class World:

@@ -15,8 +15,9 @@ from llm_gym.core import Episode, Sampling, StopReason
 from llm_gym.envs import make, resolve
 from llm_gym.envs.parameters import environment_class
 from llm_gym.errors import ConfigError, LLMGymError, SettingError, place
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.evaluation.statistics import summary
+from llm_gym.harness.settings import checked
 from llm_gym.policies import Completer
 from llm_gym.rollouts.driver import Driver
 
@@ -34,6 +35,7 @@ Play = Callable[[Driver, str, Sequence[int], int, Sampling], list[Episode]]
 """(environments, name of the phase, seeds, episodes of each, sampling) -> the episodes, seed-major."""
 
 
+@checked("eval.envs")
 @dataclass(frozen=True)
 class EvalEnv:
     """One more environment to evaluate on."""
@@ -51,6 +53,7 @@ class EvalEnv:
         return self.name or (self.env or "").rpartition("/")[2].rpartition(":")[2]
 
 
+@checked("eval")
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on unseen problems, always before the first and after the last step."""
@@ -72,7 +75,6 @@ class EvalConfig:
     """Further environments, such as `{env: GSM8K-v0, env_args: {dataset: test.jsonl}, name: gsm8k}`."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, "eval")
         seen = set[str]()
         for i, title in enumerate(env.title for env in self.envs):
             if not re.fullmatch(r"[\w.-]+", title) or title in _TAKEN or title in seen:

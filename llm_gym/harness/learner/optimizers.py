@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from llm_gym.errors import ConfigError, Diverged, unknown
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.distributed.fsdp import whole, whole_steps
 from llm_gym.harness.registry import require
+from llm_gym.harness.settings import checked
 
 
+@checked("optimizer")
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """How the weights move."""
@@ -47,7 +49,6 @@ class OptimizerConfig:
         for name, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"optimizer.{name}", getattr(self, name), valid))
-        check_bounds(self, "optimizer")
 
     @property
     def peak(self) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.config import CheckpointConfig
 from llm_gym.harness.distributed.world import ParallelConfig
 from llm_gym.harness.learner.optimizers import OptimizerConfig
@@ -19,9 +19,11 @@ from llm_gym.harness.model.memory import MemoryConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.settings import checked
 from llm_gym.templates import read_template
 
 
+@checked("eval")
 @dataclass(frozen=True)
 class SFTEvalConfig:
     """Loss on chats that are not trained on; off unless `dataset` or `split` is given."""
@@ -34,6 +36,7 @@ class SFTEvalConfig:
     """Also after every so many steps; 0: only before the first and after the last."""
 
 
+@checked()
 @dataclass(frozen=True)
 class SFTConfig:
     """Everything that decides a fine-tuning run."""
@@ -91,7 +94,6 @@ class SFTConfig:
     """`auto`, `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
         check_device_name(self.device)
         if self.init and self.model:
             raise ConfigError(f"init: starts from random weights, but model={self.model!r} was given; set one of them.")

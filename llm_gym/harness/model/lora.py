@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm_gym.errors import ConfigError, unknown
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.model.layers import decoder_layers, parse_layers
 from llm_gym.harness.registry import require
+from llm_gym.harness.settings import checked
 from llm_gym.models.folding import base_of, beneath, places, plain_tensors
 from llm_gym.models.plain import HELD, full_precision, plain_class, plain_config
 
@@ -35,6 +36,7 @@ SAME_NUMBERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.da
 """Attributes of a weight whose reading is a use of its numbers (that of its type is none)."""
 
 
+@checked("lora")
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685), trained instead of the model's own weights."""
@@ -60,7 +62,6 @@ class LoraConfig:
         for name, valid in (("kind", KINDS), ("base", HELD)):
             if getattr(self, name) not in valid:
                 raise ConfigError(unknown(f"lora.{name}", getattr(self, name), valid))
-        check_bounds(self, "lora")
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)

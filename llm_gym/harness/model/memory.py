@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import torch
 
 from llm_gym.errors import ConfigError
-from llm_gym.harness.bounds import Within, check_bounds
+from llm_gym.harness.bounds import Within
 from llm_gym.harness.model.checkpointing import wrap_layers
 from llm_gym.harness.model.layers import NAMED, decoder_layers, parse_layers, train_only
 from llm_gym.harness.model.lora import LoraConfig
+from llm_gym.harness.settings import checked
 
 
+@checked("memory")
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
     """What memory is spent on."""
@@ -25,9 +27,6 @@ class MemoryConfig:
     train_layers: str = ""
     """The only weights that are trained: layers such as `20-31` or `-4` (the last four), `embeddings`, `head`,
     `norms`, joined by commas; empty: all (or the adapters)."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "memory")
 
 
 def check_memory(

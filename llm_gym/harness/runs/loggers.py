@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.registry import by_name
+from llm_gym.harness.settings import checked
 
 
 class Logger(Protocol):
@@ -28,6 +29,7 @@ class Logger(Protocol):
         """The run is over, or stopped."""
 
 
+@checked("log")
 @dataclass(frozen=True)
 class LogConfig:
     """Where rows of metrics go besides metrics.jsonl."""
