@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,13 @@ def by_name(argument: str, name: str, table: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{argument}: cannot import {name!r} ({error}).") from error
+
+
+def import_path(thing: Any) -> str | None:
+    """`package.module:name` of a function or class that an import finds there; None of anything else."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    found = getattr(sys.modules.get(str(module)), str(name), None)
+    return f"{module}:{name}" if found is thing and found is not None else None
 
 
 def attempt(argument: str, function: Callable[..., Any], *args: Any, form: str, passing: tuple[Any, ...] = ()) -> Any:

@@ -11,19 +11,31 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from datetime import date
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.bounds import check_bounds
+from llm_gym.harness.registry import import_path
 
 T = TypeVar("T")
+PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str),
+    (os.PathLike, str),
+    (Integral, int),
+    (Real, float),
+)
+"""Kinds of values -> what YAML has for them: paths, and the numbers of NumPy."""
+GIVEN = "given in Python: "
+"""Begins what stands in YAML for an object that no import finds again."""
 
 
 def load(cls: type[T], file: str | Path | None = None, sets: Iterable[str] = (), **given: Any) -> T:
@@ -120,6 +132,20 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def check_complete(config: Any) -> None:
+    """Looks whether a configuration that was read from YAML lacks an object that it had in Python.
+
+    Raises:
+        ConfigError: it does; names the setting and the object.
+    """
+    for name, text in _strings(config):
+        if text.startswith(GIVEN):
+            raise ConfigError(
+                f"{name}: the run was given {text.removeprefix(GIVEN)} in Python, of which config.yaml keeps only the "
+                "name; pass it again, or put a function into a module and pass package.module:function."
+            )
+
+
 def _values(cls: type, data: Mapping[str, Any], where: str, over: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Given values of a dataclass's fields, in the types that the fields state and within their bounds.
 
@@ -152,11 +178,41 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    """A value as YAML has it; an object of Python by its import path, or marked where no import finds it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | bytes | date):
+        return value
+    for kind, plain in PLAIN:
+        if isinstance(value, kind):
+            return plain(value)
+    path = import_path(value)
+    return path if path and not path.startswith("__main__:") else f"{GIVEN}{_title(value)}"
+
+
+def _title(thing: Any) -> str:
+    """`module.name` of a function or class; of anything else, that of its class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{'' if named is thing else 'an object of '}{named.__module__}.{named.__qualname__}"
+
+
+def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a configuration, by its dotted name."""
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, str):
+        yield name, value
+    elif dataclasses.is_dataclass(value):
+        inner = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, tuple | list):
+        inner = enumerate(value)
+    for key, item in inner:
+        yield from _strings(item, f"{name}.{key}" if name else str(key))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -235,7 +291,7 @@ def _coerce(value: Any, hint: Any, where: str, over: Any = None) -> Any:
         return tuple(_coerce(v, inner or args[i], f"{where}[{i}]") for i, v in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         _require(isinstance(value, Mapping), where, value, "a mapping")
-        return dict(value)
+        return {_coerce_scalar(key, args[0], where): item for key, item in value.items()}
     return _coerce_scalar(value, hint, where)
 
 
@@ -262,6 +318,10 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
         return int(value)
     if hint is str and isinstance(value, int | os.PathLike) and not isinstance(value, bool):
         return str(value)  # what YAML read as a number, such as the layers -4; or a path, in Python
+    if hint is str and isinstance(value, FunctionType | type):
+        path = import_path(value)
+        _require(path is not None, where, value, "a function at the top of a module, which an import finds")
+        return path
     if hint in (bool, str):
         _require(isinstance(value, hint), where, value, _words(hint))
     return value

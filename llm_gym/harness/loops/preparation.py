@@ -20,6 +20,7 @@ from llm_gym.harness.loops.environments import env_specs, eval_tasks_of, selecti
 from llm_gym.harness.loops.trials import learns_nothing, try_functions
 from llm_gym.harness.model.loading import check_model
 from llm_gym.harness.runs import loggers
+from llm_gym.harness.settings import check_complete
 from llm_gym.harness.weight_sync.engines import check
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
         learns: whether it will train; a run that only plays may have settings that teach nothing.
 
     Raises:
-        SettingError: something that cannot work, or could not teach anything.
+        SettingError: something that is not there or cannot work, or could not teach anything.
     """
+    check_complete(config)
     compute_advantages = advantage(config.advantage)
     check(config, world)
     check_optimizer(config.optimizer)
