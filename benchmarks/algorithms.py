@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_gym.cli.progress import TrainProgress
 from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.loops.progress import TrainProgress
 from llm_gym.harness.runs.run_folder import RunFolder, write_atomically
 from llm_gym.report.scale import labels, smooth, ticks
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import llm_gym
-from llm_gym.cli.progress import TrainProgress
 from llm_gym.core import Sampling
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.learner.optimizers import OPTIMIZERS
+from llm_gym.harness.loops.progress import TrainProgress
 from llm_gym.harness.loops.sft import SFTConfig, sft
 from llm_gym.harness.model.lora import KINDS
 from llm_gym.harness.runs.run_folder import RunFolder, write_atomically

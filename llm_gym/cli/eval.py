@@ -163,8 +163,8 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
     """Plays the plan and sums it up."""
     from transformers.utils import logging
 
-    from llm_gym.cli.progress import counter
     from llm_gym.harness.evaluation.statistics import summary
+    from llm_gym.harness.loops.progress import counter
     from llm_gym.models.loading import set_threads
     from llm_gym.policies import make_policy
     from llm_gym.policies.builtin.policy import TransformersPolicy

@@ -12,8 +12,8 @@ from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import to_resume
 
 if TYPE_CHECKING:
-    from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness.loops.pipeline import Stage
+    from llm_gym.harness.loops.progress import TrainProgress
 
 
 @click.command("run", short_help="Run stages (sft, train, distill) one after the other.")
@@ -30,10 +30,10 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     the settings of `llmgym config sft` and `llmgym config` (docs/loops.md). Every stage is a run folder of its own.
     """
     from llm_gym import report
-    from llm_gym.cli.progress import TrainProgress
     from llm_gym.cli.runs import decoder
     from llm_gym.harness.distributed.world import here
     from llm_gym.harness.loops.pipeline import read_plan, run_plan
+    from llm_gym.harness.loops.progress import TrainProgress
     from llm_gym.harness.runs.lineage import STAGES
 
     shown: list[TrainProgress] = []

@@ -55,7 +55,7 @@ def command(
     if nproc > size:
         return launch(nproc)
     with as_rank(rank, lambda: f"Stopped. Go on from its newest checkpoint: llmgym sft --resume --out {folder}"):
-        sft(replace(config, out=folder), resume=resume)
+        sft(replace(config, out=folder), resume=resume, progress=True)
     if rank > 0:
         return
     click.echo(f"Model:  {Path(folder) / 'model'}")

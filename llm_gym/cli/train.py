@@ -23,8 +23,8 @@ from llm_gym.cli.options import (
 from llm_gym.errors import SettingError
 
 if TYPE_CHECKING:
-    from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness import TrainConfig
+    from llm_gym.harness.loops.progress import TrainProgress
     from llm_gym.report.transcripts import Transcript
 
 
@@ -73,9 +73,9 @@ def command(
     Without options: the embedded model, on two-digit addition, on this machine's CPU. `llmgym config`
     prints every setting; --set wins over options, options over the --config file.
     """
-    from llm_gym.cli.progress import TrainProgress
     from llm_gym.harness.distributed.world import here
     from llm_gym.harness.loops.distill_learner import NO_TEACHER
+    from llm_gym.harness.loops.progress import TrainProgress
     from llm_gym.harness.loops.trainer import Trainer
 
     if resume and out is None:
@@ -159,8 +159,8 @@ def closing(run: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -
 def _before_after(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Greedy and sampled reward in evaluation, first against last."""
     from llm_gym.harness.evaluation.statistics import different
+    from llm_gym.harness.runs.words import problems
     from llm_gym.harness.settings import to_dict
-    from llm_gym.report.run import problems
 
     lines = []
     for word in ("greedy", "sampled"):

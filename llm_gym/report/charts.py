@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from llm_gym.harness.runs.words import short
 from llm_gym.report.plots import MAIN, MORE, MOST_LINES, Plot, ending_plots, evaluation_plots, is_evaluation, one
 from llm_gym.report.run import Run, Series
-from llm_gym.report.scale import labels, short, smooth, ticks
+from llm_gym.report.scale import labels, smooth, ticks
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 48, 452, 10, 194

@@ -11,9 +11,9 @@ import jinja2
 
 from llm_gym.harness.runs.run_folder import put, write_atomically
 from llm_gym.harness.runs.verdict import warnings
+from llm_gym.harness.runs.words import duration, problems, short
 from llm_gym.report import charts
-from llm_gym.report.run import Run, Series, problems, read, title
-from llm_gym.report.scale import duration, short
+from llm_gym.report.run import Run, Series, read, title
 from llm_gym.report.transcripts import Decode, along_the_way, compare
 
 

@@ -18,9 +18,6 @@ Record = dict[str, Any]
 """One episode as `Episode.to_dict` wrote it."""
 
 
-_FILES = (".jsonl", ".json", ".parquet", ".csv")
-
-
 @dataclass(frozen=True, slots=True)
 class Series:
     """The finite values of one metric, in order of steps; both lists have the same length."""
@@ -62,22 +59,6 @@ def title(config: Mapping[str, Any]) -> str | None:
     entries = config.get("envs") or ()
     names = [str(e.get("name") or e.get("env")) for e in entries if isinstance(e, Mapping)]
     return " + ".join(names) or config.get("env")
-
-
-def problems(config: Mapping[str, Any]) -> str:
-    """What a run's evaluations are on: `unseen problems`, unless they were drawn from the training data itself.
-
-    A local file is one split, so that evaluation draws from the same rows unless it was given its own
-    data (`eval.env_args`); the same holds for `Dataset-v0`, which knows no test split.
-    """
-    first = {"env": config.get("env"), **next(iter(config.get("envs") or ()), {})}
-    args = {**(config.get("env_args") or {}), **(first.get("env_args") or {})}
-    other = (config.get("eval") or {}).get("env_args") or {}
-    data = args.get("dataset")
-    if data is None or "dataset" in other or "split" in other:
-        return "unseen problems"
-    one_split = data == "sample" or Path(str(data)).suffix in _FILES or str(first["env"]).endswith("Dataset-v0")
-    return "training problems" if one_split else "unseen problems"
 
 
 def read(folder: str | Path) -> Run:

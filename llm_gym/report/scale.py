@@ -1,4 +1,4 @@
-"""Numbers as people read them, and axes with round ticks."""
+"""Axes with round ticks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number in `digits` significant digits: `0.953`, `12.4`, `3.21M`, `4.1e-05`.
-
-    >>> [short(v) for v in (0, 0.9532, 12.36, 999.7, 1024, 3_210_000, 0.000041, float("nan"))]
-    ['0', '0.953', '12.4', '1k', '1.02k', '3.21M', '4.1e-05', '–']
-    """
-    if not math.isfinite(value):
-        return "–"
-    if value == 0 or 1e-3 <= abs(value) < 999.5:
-        return f"{value:.{digits}g}"
-    for size, letter in _SI:
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.{digits}g}{letter}"
-    return f"{value:.{digits - 1}g}"
+from llm_gym.harness.runs.words import short
 
 
 def labels(marks: Sequence[float]) -> list[str]:
@@ -33,23 +17,6 @@ def labels(marks: Sequence[float]) -> list[str]:
     ['0.998', '0.999', '1', '1.001']
     """
     return next(t for d in range(3, 18) if len(set(t := [short(m, d) for m in marks])) == len(marks) or d == 17)
-
-
-def duration(seconds: float) -> str:
-    """A time span in its two largest units.
-
-    >>> [duration(s) for s in (0.42, 7, 161, 7325, 200_000)]
-    ['0.4 s', '7 s', '2 min 41 s', '2 h 2 min', '2 d 7 h']
-    """
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    left = round(seconds)
-    parts: list[tuple[int, str]] = []
-    for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, left = divmod(left, size)
-        if count or parts:
-            parts.append((count, name))
-    return " ".join(f"{count} {name}" for count, name in parts[:2] if count)
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

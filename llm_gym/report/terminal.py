@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llm_gym.report.scale import short, smooth, ticks
+from llm_gym.harness.runs.words import short
+from llm_gym.report.scale import smooth, ticks
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille cell (2 dots wide, 4 high), by row and column."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from llm_gym import episode_files
 from llm_gym.core import Episode, Ids
+from llm_gym.harness.runs.words import short
 from llm_gym.report.run import Record, Run, episodes
-from llm_gym.report.scale import short
 
 PAIRS = 10
 """Before/after pairs shown."""

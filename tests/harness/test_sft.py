@@ -112,10 +112,10 @@ def rows_of(folder: Path) -> list[dict]:
 
 def test_long_chats_are_dropped_or_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = chat("Say red", "red " * 100)
-    sft(config(tmp_path, steps=1, max_length=60), [*chats(3), long])
+    sft(config(tmp_path, steps=1, max_length=60), [*chats(3), long], progress=True)
     assert rows_of(tmp_path / "run")[0]["data/dropped"] == 1
     assert "1 of 4 chats are longer than 60 tokens, and dropped" in capsys.readouterr().out
-    sft(config(tmp_path / "b", steps=1, max_length=60, long="cut"), [*chats(3), long])
+    sft(config(tmp_path / "b", steps=1, max_length=60, long="cut"), [*chats(3), long], progress=True)
     row = rows_of(tmp_path / "b" / "run")[0]
     assert (row["data/dropped"], row["data/cut"]) == (0, 1)
     assert "1 of 4 chats are longer than 60 tokens, and cut" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_held_out_loss_from_a_split_and_from_a_file(tmp_path: Path, capsys: pyte
     settings = config(
         tmp_path, dataset=file, steps=4, split="train[:20]", eval=SFTEvalConfig(split="train[20:]", every=2)
     )
-    model = sft(settings)
+    model = sft(settings, progress=True)
     assert "10 of 10 held-out chats are trained on too" in capsys.readouterr().out
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4]
@@ -261,7 +261,7 @@ def test_a_budget_that_is_measured_is_written_down_and_changes_nothing(tmp_path:
     file = write(tmp_path / "chats.jsonl", wild())
     smooth = OptimizerConfig(lr=1e-3, eps=1e-3)
     a, b = (
-        sft(config(tmp_path / name, dataset=file, steps=2, token_budget=budget, optimizer=smooth))
+        sft(config(tmp_path / name, dataset=file, steps=2, token_budget=budget, optimizer=smooth), progress=True)
         for name, budget in (("a", "auto"), ("b", 20))
     )
     assert "tokens a micro-batch." in capsys.readouterr().out

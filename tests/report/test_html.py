@@ -10,8 +10,9 @@ from run_folders import decode, episode, run
 
 from llm_gym import report
 from llm_gym.errors import CheckpointError
+from llm_gym.harness.runs.words import problems
 from llm_gym.report.charts import main_charts, more_charts
-from llm_gym.report.run import problems, read
+from llm_gym.report.run import read
 
 
 class Page(HTMLParser):

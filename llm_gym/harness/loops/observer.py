@@ -35,6 +35,9 @@ class Observer:
     def on_row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics was written."""
 
+    def on_close(self) -> None:
+        """The run is over: complete, interrupted or failed."""
+
     def on_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The run is complete; all its rows."""
 

@@ -126,7 +126,7 @@ def run_plan(
     out: str | Path,
     *,
     resume: bool = False,
-    observer: Callable[[Stage], object] = lambda stage: None,
+    observer: Callable[[Stage], object | None] = lambda stage: None,
     done: Callable[[Stage, Path], None] = lambda stage, folder: None,
 ) -> str:
     """Runs the stages that are not complete yet; returns the folder of the last one's model.
@@ -137,7 +137,7 @@ def run_plan(
         plan: from `read_plan`.
         out: the folder of all runs.
         resume: go on where a former call was stopped.
-        observer: gives the progress display of a stage; None: none.
+        observer: gives the observer of a stage; None: progress is shown on a terminal and in a notebook.
         done: is told of each stage when it is complete, and of its run folder; the first process tells.
 
     Raises:
@@ -253,13 +253,13 @@ def _write(plan: Plan, out: Path) -> None:
         write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], object]) -> None:
+def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], object | None]) -> None:
     """Runs a stage, or the rest of it."""
-    config = _settings(stage, model, folder)
+    config, watching = _settings(stage, model, folder), observer(stage)
     if stage.kind == "sft":
-        sft(config, resume=True)
+        sft(config, resume=True, progress=None if watching is None else True)
         return
-    Trainer(config, out=folder, resume=True, observer=observer(stage)).train()
+    Trainer(config, out=folder, resume=True, observer=watching).train()
 
 
 def _stage(number: int, item: Any, sets: list[str]) -> Stage:

@@ -123,7 +123,7 @@ def replay(
         source: a checkpoint to start from; None: see `starting_point`.
         sets: settings over the run's, as `--set` takes them: to see what a change would have done.
         out: a folder for the trained weights and optimizer; None: they are not kept.
-        observer: is told what happens.
+        observer: is told what happens; None: nobody is.
 
     Raises:
         SettingError: settings that cannot work.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from llm_gym.chat import load_tokenizer
 from llm_gym.errors import ConfigError
@@ -35,6 +35,7 @@ from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import check_optimizer
 from llm_gym.harness.learner.token_budget import Budget
+from llm_gym.harness.loops.progress import Bar, wanted
 from llm_gym.harness.loops.resuming import Opened, open_run
 from llm_gym.harness.loops.sft_config import SFTConfig as SFTConfig
 from llm_gym.harness.loops.sft_config import SFTEvalConfig as SFTEvalConfig
@@ -71,7 +72,7 @@ def sft(
     *,
     model: Any = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Any:
     """Fine-tunes a model and returns it; started by torchrun, together with the other processes.
 
@@ -81,7 +82,7 @@ def sft(
             called by the first process alone.
         model: a model from an earlier call, trained on in place (its tokenizer must be `config`'s).
         resume: go on from the newest checkpoint in `config.out`, or from the start if there is none yet.
-        progress: whether to show a progress bar.
+        progress: whether to show how far it is; None: on a terminal and in a notebook.
 
     Raises:
         SettingError: settings or data that cannot work, before the model is loaded.
@@ -98,7 +99,7 @@ def sft(
         run, opened = _open(config, resume, data.steps, world)
         config, saved = opened.config, opened.checkpoint
         with (
-            _bar(data, opened.step, progress and world.rank == 0) as (tell, advance),
+            _bar(data, opened.step, wanted(progress) and world.rank == 0) as (tell, advance),
             world.blame_lost_rank("fine-tuning"),
         ):
             for text in filter(None, (f"sft: {said}.", opened.note)):
@@ -312,20 +313,17 @@ def _bar(
     data: Data, start: int, shown: bool
 ) -> Iterator[tuple[Callable[[str], None], Callable[[Mapping[str, Any]], None]]]:
     """A progress bar under what is to be known of the data; yields what says a line, and what shows a row."""
-    columns = (TextColumn("sft"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
+    bar = Bar("sft", data.steps, start, console=Console(highlight=False, soft_wrap=True), shown=shown)
 
-        def tell(text: str) -> None:
-            if shown:
-                progress.console.print(text, highlight=False)
+    def show(row: Mapping[str, Any]) -> None:
+        held_out = f", held-out {row['eval/loss']:.4f}" if "eval/loss" in row else ""
+        speed = row["tokens/trained"] / row["time/step"]
+        bar.start()
+        bar.step(row["step"], f"loss {row['loss']:.4f}{held_out}, {speed:,.0f} tokens/s")
 
-        for note in data.notes:
-            tell(f"sft: {note}.")
-        task = progress.add_task("sft", total=data.steps, completed=start, what="")
-
-        def show(row: Mapping[str, Any]) -> None:
-            speed = row["tokens/trained"] / row["time/step"]
-            held_out = f"  held-out {row['eval/loss']:.4f}" if "eval/loss" in row else ""
-            progress.update(task, advance=1, what=f"loss {row['loss']:.4f}{held_out}  {speed:,.0f} tokens/s")
-
-        yield tell, show
+    for note in data.notes:
+        bar.say(f"sft: {note}.")
+    try:
+        yield bar.say, show
+    finally:
+        bar.stop()

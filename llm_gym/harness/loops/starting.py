@@ -14,6 +14,7 @@ from llm_gym.harness.loops.distill_learner import check_distill, group_learner_o
 from llm_gym.harness.loops.group_learner import GroupLearner
 from llm_gym.harness.loops.observer import Observer, listening
 from llm_gym.harness.loops.preparation import Prepared, prepare_run
+from llm_gym.harness.loops.progress import default_observer
 from llm_gym.harness.loops.resuming import open_run
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs import provenance
@@ -46,7 +47,7 @@ def start_run(
     """Starts a run; the arguments and errors are those of `Trainer`."""
     config = _resolved(config)
     world = connect(config.parallel, device_of(config.device))
-    heard = listening(observer if world.rank == 0 else None)
+    heard = listening(default_observer(observer) if world.rank == 0 else None)
     prepared = prepare_run(config, world, learns=learns)
     first = prepared.env_specs[0].env_id
     path = world.on_rank0(lambda: out or default_folder(first), "naming the run folder")

@@ -33,7 +33,8 @@ class Trainer:
         config: every decision of the run; with `distill` set a teacher judges, in place of rewards.
         out: the run folder; None: `runs/<env>-<time>`.
         resume: go on from the folder's newest checkpoint, or from the start if there is none yet.
-        observer: is told what happens; any object with some of the methods of `Observer`.
+        observer: is told what happens; any object with some of the methods of `Observer`. None: progress is shown on
+            a terminal and in a notebook.
         learns: whether it will train; without it settings that teach nothing are accepted.
 
     Raises:
@@ -166,6 +167,7 @@ class Trainer:
         for part in (self.playing, self.loggers, self.world, self.learning):
             part.close()
         self.run.release()
+        self.observer.on_close()
 
     def _give_up(self, episodes: Sequence[Episode]) -> None:
         """Ends a run whose episodes all fail, with nothing lost: they are written, and what was learned before."""
