@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_gym.envs import register
+from llm_gym.envs import register, register_table
 from llm_gym.lazy import forward_moved, names
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
     "Chat", "load_chat", "load_tokenizer",
     "Completion", "Episode", "Group", "Message", "Messages", "Sampling", "Span", "StopReason", "Trajectory", "Turn",
     "Reply", "TextEnv", "LLMGymError", "make_policy", "rollout", "Tokens", "check_environment", "TextVectorEnv",
+    "register",
 ]  # fmt: skip
 
-register()
+register_table()
 forward_moved()
 __getattr__ = names(__name__, _MODULES)
 

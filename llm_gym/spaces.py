@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium.spaces import Space
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
 
 from llm_gym.core import Ids
 from llm_gym.errors import SettingError
@@ -19,8 +22,11 @@ class Tokens(Space[Ids]):
     """Sequences of token ids: 1-D arrays of `min_length` to `max_length` integers in [0, vocab_size).
 
     The canonical member is int32; `contains` accepts any integer dtype, since samplers hand over int64.
-    Batches are tuples of ragged arrays, which is what Gymnasium does with every space it does not know:
-    `SyncVectorEnv` and `AsyncVectorEnv(shared_memory=False)` work without registration.
+    Batches are tuples of ragged arrays, in Gymnasium's vector environments too.
+
+    >>> space = Tokens(vocab_size=512, max_length=8)
+    >>> np.array([3, 511], np.int32) in space, np.array([512], np.int32) in space
+    (True, False)
     """
 
     def __init__(
@@ -82,3 +88,52 @@ class Tokens(Space[Ids]):
 
     def _key(self) -> tuple[int, int, int]:
         return self.vocab_size, self.max_length, self.min_length
+
+
+class SharedTokens(Sequence[Ids]):
+    """The members that several processes wrote last, as views of the memory they share; a deep copy is a tuple.
+
+    Args:
+        rows: int32 [n, 1 + max_length]: the length of each, then its ids.
+    """
+
+    def __init__(self, rows: npt.NDArray[np.int32]) -> None:
+        self._rows = rows
+
+    @overload
+    def __getitem__(self, index: int) -> Ids: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Ids]: ...
+    def __getitem__(self, index: int | slice) -> Ids | Sequence[Ids]:
+        if isinstance(index, slice):
+            return SharedTokens(self._rows[index])
+        row: Ids = self._rows[index]
+        return row[1 : 1 + row[0]]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Ids]:
+        return (self[i] for i in range(len(self)))
+
+    def __deepcopy__(self, memo: Any) -> tuple[Ids, ...]:
+        return tuple(ids.copy() for ids in self)
+
+
+@create_shared_memory.register(Tokens)
+def _create(space: Tokens, n: int = 1, ctx: Any = multiprocessing) -> Any:
+    """Memory for `n` members, for Gymnasium's AsyncVectorEnv."""
+    return ctx.Array("i", n * (1 + space.max_length))
+
+
+@read_from_shared_memory.register(Tokens)
+def _read(space: Tokens, shared_memory: Any, n: int = 1) -> SharedTokens:
+    return SharedTokens(np.frombuffer(shared_memory.get_obj(), np.int32).reshape(n, 1 + space.max_length))
+
+
+@write_to_shared_memory.register(Tokens)
+def _write(space: Tokens, index: int, value: Ids, shared_memory: Any) -> None:
+    if len(value) > space.max_length:
+        raise ValueError(f"observation: got {len(value)} tokens, want at most {space.max_length}, as its space says.")
+    rows = np.frombuffer(shared_memory.get_obj(), np.int32).reshape(-1, 1 + space.max_length)
+    rows[index, 0], rows[index, 1 : 1 + len(value)] = len(value), value

@@ -1,8 +1,7 @@
 """The vector environment: lockstep `step` for Gymnasium, `send`/`recv` where no one waits for another.
 
-`gymnasium.make_vec("llm_gym/GSM8K-v0", num_envs=64)` gives one, through the vector entry point
-`llm_gym.vector:<environment id>`; a registration of your own can name it the same way. Results
-equal those of `SyncVectorEnv` step for step, in every autoreset mode.
+`gymnasium.make_vec("llm_gym/GSM8K-v0", num_envs=64)` gives one, and so it does for an environment of your own that
+`llm_gym.register` has registered. Results equal those of `SyncVectorEnv` step for step, in every autoreset mode.
 """
 
 from __future__ import annotations

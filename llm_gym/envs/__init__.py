@@ -6,6 +6,7 @@ Each row is `name -> (module:Class, one line about it)`; the id is `llm_gym/<nam
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -28,12 +29,32 @@ TABLE: dict[str, tuple[str, str]] = {
 }
 
 
-def register() -> None:
+def register(env_id: str, entry_point: str | Callable[..., gymnasium.Env[Any, Any]], **given: Any) -> None:
+    """`gymnasium.register` for an environment over `Tokens`: `gymnasium.make_vec` then gives a `TextVectorEnv`.
+
+    >>> import gymnasium, llm_gym
+    >>> llm_gym.register("me/Guess-v0", "llm_gym.envs.guess_number:GuessNumber", kwargs={"high": 7})
+    >>> type(gymnasium.make_vec("me/Guess-v0", num_envs=2)).__name__
+    'TextVectorEnv'
+    >>> del gymnasium.registry["me/Guess-v0"]
+
+    Args:
+        env_id: such as `me/Guess-v0`.
+        entry_point: the class, a function that makes one, or `package.module:name`.
+        given: the other arguments of `gymnasium.register`. With `additional_wrappers`, which are put around single
+            environments, `make_vec` gives Gymnasium's own vector environment.
+    """
+    if not given.get("additional_wrappers"):
+        given = {"vector_entry_point": f"llm_gym.vector:{env_id}", **given}
+    gymnasium.register(env_id, entry_point, **given)
+
+
+def register_table() -> None:
     """Puts the table into Gymnasium's registry; doing it twice changes nothing."""
     for name, (entry_point, _) in TABLE.items():
         env_id = f"{NAMESPACE}/{name}"
         if env_id not in gymnasium.registry:
-            gymnasium.register(env_id, entry_point, vector_entry_point=f"llm_gym.vector:{env_id}")
+            register(env_id, entry_point)
 
 
 def resolve(env_id: str) -> str:
@@ -66,7 +87,7 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         SettingError: no such id or keyword argument (the nearest one is named), or a value of the wrong type.
     """
     full = resolve(env_id)
-    check(full, kwargs)
+    check(full, {name: value for name, value in kwargs.items() if name != "max_episode_steps"})  # Gymnasium's own
     try:
         return gymnasium.make(full, disable_env_checker=True, **kwargs)
     except TypeError as error:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pickle
 import sys
+from contextlib import closing
 
 import gymnasium
 import pytest
+from gymnasium.utils.env_checker import data_equivalence
 
+import llm_gym
 from llm_gym import envs
 from llm_gym.envs import TABLE, resolve
+from llm_gym.envs.guess_number import GuessNumber
 from llm_gym.errors import SettingError
 from llm_gym.vector import TextVectorEnv
 
@@ -24,7 +28,7 @@ def test_every_row_is_registered_as_strings(name):
 
 def test_registering_twice_changes_nothing():
     before = dict(gymnasium.registry)
-    envs.register()
+    envs.register_table()
     assert dict(gymnasium.registry) == before
 
 
@@ -35,8 +39,7 @@ def test_short_and_full_ids_are_one():
 
 def test_a_module_before_the_colon_is_imported(tmp_path, monkeypatch):
     (tmp_path / "my_games.py").write_text(
-        "import gymnasium\ngymnasium.register('me/Mine-v0', 'llm_gym.envs.guess_number:GuessNumber',\n"
-        "    kwargs={'high': 7}, vector_entry_point='llm_gym.vector:me/Mine-v0')\n"
+        "import llm_gym\nllm_gym.register('me/Mine-v0', 'llm_gym.envs.guess_number:GuessNumber', kwargs={'high': 7})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     try:
@@ -49,6 +52,49 @@ def test_a_module_before_the_colon_is_imported(tmp_path, monkeypatch):
     finally:
         gymnasium.registry.pop("me/Mine-v0", None)
         sys.modules.pop("my_games", None)
+
+
+@pytest.fixture
+def registered():
+    yield "me/Own-v0"
+    gymnasium.registry.pop("me/Own-v0", None)
+
+
+def test_a_class_of_your_own_has_the_vector_environment(registered):
+    llm_gym.register(registered, GuessNumber, max_episode_steps=1)
+    with closing(gymnasium.make_vec(registered, num_envs=2, high=9)) as venv:
+        assert isinstance(venv, TextVectorEnv)
+        venv.reset(seed=1)
+        *_, truncated, _ = venv.step([envs.make(registered).unwrapped.chat.encode_reply("none")] * 2)
+        assert truncated.tolist() == [True, True]
+
+
+def test_wrappers_around_each_environment_leave_gymnasiums_own(registered):
+    wrapper = gymnasium.wrappers.RecordEpisodeStatistics.wrapper_spec()
+    llm_gym.register(registered, GuessNumber, additional_wrappers=(wrapper,))
+    with closing(gymnasium.make_vec(registered, num_envs=2)) as venv:
+        assert isinstance(venv, gymnasium.vector.SyncVectorEnv)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "Dataset-v0"])  # which is GSM8K-v0 without a file
+def test_processes_of_their_own_play_the_same_episodes(name):
+    """Through the memory that they share, which is Gymnasium's default."""
+    options = {"dataset": "sample"} if name == "GSM8K-v0" else {}
+    modes = ("async", "sync")
+    venvs = [gymnasium.make_vec(f"llm_gym/{name}", 2, vectorization_mode=mode, **options) for mode in modes]
+    chat = venvs[1].envs[0].unwrapped.chat
+    try:
+        for seed in (1, 2):
+            played = [[venv.reset(seed=seed)] for venv in venvs]
+            for text in ("50", "Answer: 42", "25", "7"):
+                for venv, out in zip(venvs, played, strict=True):
+                    out.append(venv.step((chat.encode_reply(text), chat.encode_reply("75"))))
+                    assert isinstance(out[-1][0], tuple)
+                    assert out[-1][0] in venv.observation_space
+            assert data_equivalence(*played, exact=True)
+    finally:
+        for venv in venvs:
+            venv.close()
 
 
 @pytest.mark.parametrize(
