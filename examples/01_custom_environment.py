@@ -13,6 +13,7 @@ import re
 import gymnasium
 import numpy as np
 
+import llm_gym
 from llm_gym import Reply, TextEnv
 from llm_gym.testing import check_environment
 
@@ -37,7 +38,7 @@ class Countdown(TextEnv):
         return Reply(messages=[{"role": "user", "content": "Go on."}], reward={"step": 0.1})
 
 
-gymnasium.register("me/Countdown-v0", entry_point=Countdown)
+llm_gym.register("me/Countdown-v0", entry_point=Countdown)
 
 
 def count_down(messages):

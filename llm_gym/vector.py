@@ -61,6 +61,7 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
     def __init__(
         self,
         env: str | Callable[..., gymnasium.Env[Any, Any]],
+        /,
         num_envs: int = 1,
         *,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,

@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+import llm_gym
 from llm_gym import Reply, StopReason, TextEnv, check_environment
 from llm_gym.envs import TABLE
 from llm_gym.errors import SettingError
@@ -285,7 +286,53 @@ class CloseFails(Good):
         self.closed = True
 
 
+class ConstantRandomness(Good):
+    """Draws, but from a generator that the seed does not reach."""
+
+    turns = 1
+
+    def open(self):
+        self.np_random = np.random.default_rng(0)
+        return super().open()
+
+
+class Fixed(Good):
+    """One question, and nothing to draw."""
+
+    turns = 1
+    metadata: ClassVar = {**Good.metadata, "fixed_start": True}
+
+    def draw_task(self, size):
+        return 7
+
+
+class AlikeByChance(Good):
+    """A rare second question, which none of the seeds draws."""
+
+    turns = 1
+
+    def draw_task(self, size):
+        return int(self.np_random.random() < 1e-9)
+
+
+class OneRow(Good):
+    turns = 1
+    num_tasks = 1
+
+    def draw_task(self, size):
+        return super().draw_task(1)
+
+
+class NamedAlike(Good):
+    """Arguments that are called as those of the checks and of `make`."""
+
+    def __init__(self, *, env, env_id=None, subject=None, **kwargs):
+        self.env = env
+        super().__init__(**kwargs)
+
+
 FAULTS = {
+    ConstantRandomness: "gymnasium: .*random number generators are not different",
     SeedIgnored: "seeds: seeds 0 to 15 all give the same episode",
     TaskIgnored: "task option: resets to task 0 with seeds 3 and 4 show different rows",
     SeedNotPassedOn: "gymnasium: .*",
@@ -321,6 +368,21 @@ FAULTS = {
 def test_the_sound_environment_passes():
     check_environment(Good)
     check_environment(Good())
+
+
+@pytest.mark.parametrize("kind", [Fixed, AlikeByChance, OneRow])
+def test_episodes_may_be_alike_where_the_seed_is_not_ignored(kind):
+    check_environment(kind)
+
+
+def test_arguments_of_any_name_reach_the_environment():
+    check_environment(NamedAlike, env="mine", env_id=3, subject=4)
+    llm_gym.register("test/NamedAlike-v0", NamedAlike)
+    try:
+        check_environment("test/NamedAlike-v0", env="mine", env_id=3)
+        gymnasium.make_vec("test/NamedAlike-v0", num_envs=2, env="mine", env_id=3).close()
+    finally:
+        del gymnasium.registry["test/NamedAlike-v0"]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

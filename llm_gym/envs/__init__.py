@@ -80,7 +80,7 @@ def resolve(env_id: str) -> str:
     raise SettingError(unknown("env", bare, [*TABLE, *(i for i in gymnasium.registry if "/" in i)]))
 
 
-def make(env_id: str, **kwargs: Any) -> gymnasium.Env[Any, Any]:
+def make(env_id: str, /, **kwargs: Any) -> gymnasium.Env[Any, Any]:
     """`gymnasium.make` for a full or short id, without Gymnasium's checker around every step.
 
     Raises:
