@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llm_gym.chat import Chat, load_chat, load_tokenizer
     from llm_gym.core import Completion, Episode, Group, Message, Messages, Sampling, Span, StopReason, Trajectory, Turn
     from llm_gym.env import Reply, TextEnv
-    from llm_gym.errors import LLMGymError
+    from llm_gym.errors import BadReply, LLMGymError
     from llm_gym.policies import make_policy
     from llm_gym.rollouts.driver import rollout
     from llm_gym.spaces import Tokens
@@ -39,7 +39,7 @@ _MODULES = {
         "Turn",
     ),
     "env": ("Reply", "TextEnv"),
-    "errors": ("LLMGymError",),
+    "errors": ("BadReply", "LLMGymError"),
     "policies": ("make_policy",),
     "rollouts.driver": ("rollout",),
     "spaces": ("Tokens",),
@@ -50,7 +50,7 @@ __all__ = [  # noqa: RUF022 (sorted by module, as the table above)
     "Chat", "load_chat", "load_tokenizer",
     "Completion", "Episode", "Group", "Message", "Messages", "Sampling", "Span", "StopReason", "Trajectory", "Turn",
     "Reply", "TextEnv", "LLMGymError", "make_policy", "rollout", "Tokens", "check_environment", "TextVectorEnv",
-    "register",
+    "register", "BadReply",
 ]  # fmt: skip
 
 register_table()

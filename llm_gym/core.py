@@ -35,6 +35,8 @@ class StopReason(StrEnum):
     """A completion was cut by length, or the context is full."""
     TIME_LIMIT = "time_limit"
     """The episode's wall-clock budget ran out."""
+    BAD_REPLY = "bad_reply"
+    """The scorer could make nothing of the reply, by the reply's own fault: it scores 0 (`errors.BadReply`)."""
     TOOL_FAILURE = "tool_failure"
     """A tool broke in a way that is not the policy's doing (a dead server, a lost sandbox)."""
     ENV_ERROR = "env_error"
@@ -49,7 +51,7 @@ class StopReason(StrEnum):
     @property
     def terminated(self) -> bool:
         """Whether the task itself ended (Gymnasium's `terminated`; every other end is `truncated`)."""
-        return self is StopReason.ANSWERED
+        return self in (StopReason.ANSWERED, StopReason.BAD_REPLY)
 
     @property
     def failed(self) -> bool:

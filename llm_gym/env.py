@@ -30,7 +30,7 @@ from gymnasium.error import ResetNeeded
 
 from llm_gym.chat import Chat, load_chat, load_tokenizer
 from llm_gym.core import Ids, Message, Messages, StopReason
-from llm_gym.errors import ConfigError, LLMGymError, RewardError, SettingError, unknown
+from llm_gym.errors import BadReply, ConfigError, LLMGymError, RewardError, SettingError, unknown
 from llm_gym.spaces import Tokens
 
 NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
@@ -51,6 +51,8 @@ class Reply:
     """Why it is over, if not simply `answered`; giving one ends the episode."""
     rewrite: Messages | None = None
     """The whole chat from here on, if history is rewritten (thinking dropped, a summary); else None."""
+    error: str = ""
+    """What was wrong with the completion, for `info["error"]`; with the stop reason `bad_reply`."""
 
 
 class TextEnv(gymnasium.Env[Ids, Ids]):
@@ -159,7 +161,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
         Returns:
             The next context, this step's weighted reward, terminated, truncated, and the info:
-            `messages`; `rewritten` where history was; on the last step `stop_reason` and `rewards`.
+            `messages`; `rewritten` where history was; on the last step `stop_reason` and `rewards`, and `error` of
+            a reply that nothing could be made of.
 
         Raises:
             ResetNeeded: the episode is over, or none was started.
@@ -173,7 +176,10 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self._messages.append({"role": "assistant", "content": text})
         self._turn += 1
         self._cut = int(action[-1]) not in self._stop_ids and len(action) >= self._room()
-        reply = self.reply(text)
+        try:
+            reply = self.reply(text)
+        except BadReply as error:
+            reply = bad_reply(error, dict.fromkeys(self.reward_names or (), 0.0))
         if not isinstance(reply, Reply):
             raise SettingError(f"{self._name()}: reply() returned {reply!r:.80}, want a Reply.")
         reward = self._add_rewards(reply.reward)
@@ -190,6 +196,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         final = np.concatenate([self._context, action])
         self._context = None
         info = {**self._info(), "stop_reason": stop, "rewards": dict(self._rewards)}
+        if reply.error:
+            info["error"] = reply.error
         return final, reward, stop.terminated, not stop.terminated, info
 
     def render(self) -> str | None:
@@ -224,7 +232,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
     def _stop_reason(self, reply: Reply) -> StopReason | None:
         """Why the episode ends here, or None if it goes on."""
-        if reply.stop_reason is not None:
+        if reply.stop_reason is not None and not (self._cut and reply.stop_reason == StopReason.BAD_REPLY):
             return StopReason(reply.stop_reason)
         if self._cut:
             return StopReason.TOKEN_LIMIT
@@ -294,6 +302,11 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
 
     def _name(self) -> str:
         return self.spec.id if self.spec is not None else type(self).__name__
+
+
+def bad_reply(error: BadReply, rewards: Mapping[str, float]) -> Reply:
+    """What answers a completion that a scorer can make nothing of."""
+    return Reply(reward=rewards, done=True, stop_reason=StopReason.BAD_REPLY, error=f"BadReply: {error}")
 
 
 def finite(value: object) -> float | None:

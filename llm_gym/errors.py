@@ -6,6 +6,7 @@
     │   ├── DataError       a data set, its path, split or columns
     │   └── TemplateError   a chat template that cannot be extended exactly
     ├── RewardError         a reward function failed; the episode ends with `reward_error`
+    ├── BadReply            a reply that nothing can be made of: it scores 0, and is counted
     ├── ToolError           a tool call failed; the model is told, the episode goes on
     ├── ToolFailure         a tool broke; the episode ends with `tool_failure`
     ├── PolicyError         the engine failed for one request
@@ -62,6 +63,14 @@ class ToolFailure(LLMGymError):
 
 class RewardError(LLMGymError, ValueError):
     """A reward function that raised, or gave neither a finite number nor a mapping of names to finite numbers."""
+
+
+class BadReply(LLMGymError, ValueError):
+    """A reply that a scorer can make nothing of, by the reply's own fault: it scores 0, and ends with `bad_reply`.
+
+    A reward function, `reply` or `final` raises it where the text is no JSON, crashes a parser, runs for ever ... Any
+    other exception counts as the scorer's fault: the episode fails, and is not trained on.
+    """
 
 
 class PolicyError(LLMGymError):

@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from llm_gym.core import Messages
-from llm_gym.env import Reply, TextEnv
+from llm_gym.env import Reply, TextEnv, bad_reply
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
-from llm_gym.errors import ConfigError, DataError, LLMGymError, RewardError, ended, place, unknown
+from llm_gym.errors import BadReply, ConfigError, DataError, LLMGymError, RewardError, ended, place, unknown
 
 FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
 """Replies that a reward is tried on."""
@@ -43,7 +43,8 @@ class Dataset(TextEnv):
     Raises:
         DataError: no such data, no such column, or no reference in it.
         ConfigError: a reward function that cannot be imported or called.
-        RewardError: a reward function raised, or gave no finite number, or two give a component of one name.
+        RewardError: a reward function raised (anything but `BadReply`) or gave no finite number, or two give
+            a component of one name.
     """
 
     def __init__(
@@ -83,12 +84,16 @@ class Dataset(TextEnv):
     def reply(self, text: str) -> Reply:
         """Scores the reply; the episode is over."""
         parts: dict[str, float] = {}
+        bad = None
         for name, function in self._functions.items():
-            named = self._score(name, function, text)
+            try:
+                named = self._score(name, function, text)
+            except BadReply as error:
+                bad, named = error, {}  # a component that is missing counts as 0
             if twice := parts.keys() & named.keys():
                 raise RewardError(f"{self._name()}: two reward functions give the component {min(twice)!r}.")
             parts.update(named)
-        return Reply(reward=parts, done=True)
+        return bad_reply(bad, parts) if bad else Reply(reward=parts, done=True)
 
     def rehearse(self) -> None:
         """Tries the reward on row 0, with a reply that gives what stands in the row, in several usual forms.
@@ -107,7 +112,10 @@ class Dataset(TextEnv):
                     return
                 except RewardError as error:
                     first = first or error
-        assert first is not None
+                except BadReply:
+                    pass
+        if first is None:  # the function says of each that it is no reply to this row
+            return
         cause = first.__cause__ or first
         functions = [f for f in self._functions.values() if getattr(f, "__name__", "") in str(first)]
         where = f" ({place(functions[0], cause)})" if functions else ""

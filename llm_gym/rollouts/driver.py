@@ -214,7 +214,7 @@ class Driver:
         context, info = await seat.call(seat.env.reset, seed=job.seed, **options)
         done = False
         while not done:
-            tale.messages = info.get("messages", ())
+            tale.messages, tale.error = info.get("messages", ()), info.get("error")
             prompt = np.array(context, np.int32)
             sampling = self._sampling(job.sampling, seat.env, prompt)
             tale.asking = True
@@ -229,7 +229,7 @@ class Driver:
             tale.builder.add(prompt, completion, earned, temperature=sampling.temperature)
             cut = completion.finish_reason == "length"
             done = terminated or truncated or cut
-        tale.messages = info.get("messages", ())
+        tale.messages, tale.error = info.get("messages", ()), info.get("error")
         parts = info.get("rewards", {"reward": tale.builder.reward})
         tale.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
         tale.stop_reason = _stop_reason(info, terminated, cut)

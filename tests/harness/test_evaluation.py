@@ -63,7 +63,8 @@ def test_metrics_of_a_summary() -> None:
     assert row["eval/x/sampled_reward/a"] == 3 / 5
     assert (row["eval/x/pass@1"], row["eval/x/pass@2"]) == ((0.5 + 1 + 0) / 3, 1.0)
     ends = {name.rpartition("/")[2]: value for name, value in row.items() if "stop/" in name}
-    assert ends == {"answered": 4 / 6, "token_limit": 1 / 6, "failed": 1 / 6, "turn_limit": 0, "time_limit": 0}
+    known = {"answered": 4 / 6, "token_limit": 1 / 6, "failed": 1 / 6}
+    assert ends == {"turn_limit": 0, "time_limit": 0, "bad_reply": 0} | known
     assert math.fsum(ends.values()) == pytest.approx(1)
     greedy = metrics(found, "eval/", "greedy")
     assert {"eval/greedy_reward", "eval/greedy_reward/b"} < greedy.keys()

@@ -48,7 +48,7 @@ def test_charts_of_several_environments() -> None:
     assert (shown[0], shown[-1]) == ("eval/pass@1", "eval/pass@128")
     ends = {plot.title: [name for _, name in plot.metrics] for plot in ending_plots(row(0.5))}
     assert ends["Parts of the reward in evaluation: gsm8k"] == ["part0", "part1"]
-    assert ends["Ends in evaluation"] == ["answered", "turn_limit", "token_limit", "time_limit", "failed"]
+    assert ends["Ends in evaluation"] == ["answered", "turn_limit", "token_limit", "time_limit", "bad_reply", "failed"]
     assert evaluation_plots(metrics(measured(0.5), "eval/", "sampled")) == []
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from llm_gym.chat import Chat
@@ -266,7 +267,7 @@ def shorten(text: str, most: int) -> str:
 def _with_parts(reply: Reply, parts: Mapping[str, float]) -> Reply:
     """`reply` with further reward components; its own go first."""
     own = reply.reward if isinstance(reply.reward, Mapping) else {"reward": reply.reward}
-    return Reply(reply.messages, {**parts, **own}, reply.done, reply.stop_reason, reply.rewrite)
+    return replace(reply, reward={**parts, **own})
 
 
 def _by_name(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:

@@ -27,7 +27,7 @@ TRIES = 16
 """Episodes that are begun to see whether one can."""
 TRANSCRIPTS = 64
 """Greedy episodes of each environment kept in the run folder."""
-STOPS = (StopReason.ANSWERED, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT, StopReason.TIME_LIMIT)
+STOPS = tuple(stop for stop in StopReason if not stop.failed)
 """Ends whose share of the sampled episodes is in the row; the others are `failed`."""
 _TAKEN = ("greedy_reward", "sampled_reward", "sampled_stop")
 

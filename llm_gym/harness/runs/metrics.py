@@ -20,7 +20,8 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
 
     `episode/failed_fraction` counts the ends that are not the policy's doing, `episode/reward_failed_fraction` those
     among them where the reward function failed; those episodes take no part in the reward metrics. Of the others,
-    `episode/cut_fraction` counts those that were cut by length or time.
+    `episode/cut_fraction` counts those that were cut by length or time, `episode/bad_reply_fraction` those that nothing
+    could be made of, and so scored 0.
     """
     sound = [episode for episode in episodes if not episode.stop_reason.failed]
     rewards = np.array([episode.reward for episode in sound])
@@ -35,6 +36,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
         "episode/tokens_mean": _mean([e.tokens_generated for e in sound]),
         "episode/truncated_fraction": _mean([not e.stop_reason.terminated for e in sound]),
         "episode/cut_fraction": _mean([e.stop_reason in CUT for e in sound]),
+        "episode/bad_reply_fraction": _mean([e.stop_reason is StopReason.BAD_REPLY for e in sound]),
         "episode/failed_fraction": 1 - len(sound) / len(episodes) if episodes else float("nan"),
         "episode/reward_failed_fraction": _mean([e.stop_reason is StopReason.REWARD_ERROR for e in episodes]),
         "tokens/generated": float(sum(e.tokens_generated for e in episodes)),

@@ -35,6 +35,11 @@ ALARMS: Mapping[str, tuple[float, str]] = {
         0.5,
         "{:.0%} of the episodes failed, and are left out: look at their errors in the run's episodes.",
     ),
+    "episode/bad_reply_fraction": (
+        0.5,
+        "{:.0%} of the replies scored 0 because the scorer could make nothing of them: look at their errors in the "
+        "run's episodes, and say in the prompt which form is wanted.",
+    ),
     "episode/cut_fraction": (
         0.5,
         "{:.0%} of the episodes were cut by length or time: raise sampling.max_tokens, the environment's max_tokens or "
