@@ -29,6 +29,13 @@ from llm_gym.harness.settings import dump
 class Trainer:
     """Trains a policy on an environment.
 
+    >>> import tempfile
+    >>> config = TrainConfig(steps=1, prompts_per_step=2, group_size=2, eval={"episodes": 0})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = Trainer(config, out=folder + "/run").train()
+    >>> [row["step"] for row in rows]
+    [0, 1]
+
     Args:
         config: every decision of the run; with `distill` set a teacher judges, in place of rewards.
         out: the run folder; None: `runs/<env>-<time>`.
