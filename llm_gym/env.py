@@ -1,13 +1,5 @@
 """`TextEnv`: a Gymnasium environment over token ids, written as two hooks of plain text.
 
-    class Echo(TextEnv):
-        def open(self):              # the first messages; draws only from self.np_random
-            self.word = str(self.np_random.choice(["one", "two"]))
-            return [{"role": "user", "content": f"Say {self.word}."}]
-
-        def reply(self, text):       # what the model said -> what follows
-            return Reply(reward=float(self.word in text), done=True)
-
 Outside, `reset` and `step` speak token ids: an observation is the whole context, ready for the
 policy's next token; an action is the completion that was sampled. Text is decoded for the hooks
 and only new messages are encoded, so nothing the policy sampled is ever tokenised again.
@@ -57,6 +49,21 @@ class Reply:
 
 class TextEnv(gymnasium.Env[Ids, Ids]):
     """Base of text environments; subclasses write `open` and `reply`.
+
+    >>> class Echo(TextEnv):
+    ...     def open(self):  # draws only from self.np_random, so the seed fixes the task
+    ...         self.word = str(self.np_random.choice(["one", "two"]))
+    ...         return [{"role": "user", "content": f"Say {self.word}."}]
+    ...
+    ...     def reply(self, text):
+    ...         return Reply(reward=float(self.word in text), done=True)
+    >>> env = Echo()
+    >>> context, info = env.reset(seed=7)
+    >>> info["messages"]
+    [{'role': 'user', 'content': 'Say two.'}]
+    >>> _, reward, terminated, _, info = env.step(env.chat.encode_reply("two"))
+    >>> reward, terminated, str(info["stop_reason"])
+    (1.0, True, 'answered')
 
     Args:
         tokenizer: a path, a hub id or a tokenizer object; None: the embedded model's.

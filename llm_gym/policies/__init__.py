@@ -129,6 +129,14 @@ class WeightReceiver(Policy, Protocol):
 def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: str = "auto", **options: Any) -> Policy:
     """An engine that serves `model`.
 
+    >>> from llm_gym import load_chat
+    >>> policy, chat = make_policy(), load_chat()
+    >>> context = chat.open([{"role": "user", "content": "12+30"}])
+    >>> [completion] = policy.generate([context], Sampling(max_tokens=3), seeds=[0])
+    >>> len(completion.tokens) == len(completion.logprobs) <= 3
+    True
+    >>> policy.close()
+
     Args:
         model: a folder (of an adapter too: it is folded in), a hub id, a transformers module (served in place), or
             None: the embedded model.

@@ -43,6 +43,13 @@ def rollout(
 ) -> list[Episode]:
     """Plays `group_size` episodes of each seed, and returns them all in seed-major order.
 
+    >>> from llm_gym.policies.scripted import ScriptedPolicy
+    >>> from llm_gym import load_chat
+    >>> policy = ScriptedPolicy(["50", "25", "75"], load_chat())
+    >>> episodes = rollout("llm_gym/GuessNumber-v0", policy, seeds=[1, 2], group_size=2, env_args={"max_turns": 3})
+    >>> [(episode.seed, episode.member, len(episode.turns)) for episode in episodes]
+    [(1, 0, 3), (1, 1, 3), (2, 0, 3), (2, 1, 3)]
+
     Args:
         env: an id, short or full, or a callable that makes an environment.
         policy: what completes the contexts.
@@ -84,6 +91,12 @@ async def rollout_async(
 
 class Driver:
     """Environments kept between rollouts, reused by `reset`; the arguments are those of `rollout`.
+
+    >>> from llm_gym.policies.scripted import ScriptedPolicy
+    >>> from llm_gym import load_chat
+    >>> with Driver("llm_gym/GuessNumber-v0", ScriptedPolicy(["50"], load_chat()), env_args={"max_turns": 2}) as driver:
+    ...     [len(driver.run(seeds)) for seeds in ([1, 2], [3])]
+    [2, 1]
 
     `name` is what episodes call the environment; None: its id.
     """

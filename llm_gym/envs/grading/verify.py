@@ -66,6 +66,11 @@ def verify(
 ) -> Grade:
     """Grades a reply against a reference.
 
+    >>> verify("0.5", r"It is \\boxed{\\frac{1}{2}}.").score, verify("1,234", "Answer: 1234").score
+    (1.0, 1.0)
+    >>> verify("42", "I think it is 41.").why
+    '41 is not 42.'
+
     Args:
         gold: the reference: a number (`1,234`, `$5`, `-3.5`, `1/2`), an expression, set, interval, tuple, matrix,
             equation or word, in LaTeX or plain text; or a solution that states one (in a box, after `####`).

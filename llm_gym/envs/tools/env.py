@@ -40,6 +40,23 @@ from llm_gym.tokenizer import well_formed
 class ToolEnv(TextEnv):
     """Base of environments with tools; subclasses write `open` and `final`.
 
+    >>> def double(number: int) -> int:
+    ...     "Twice a number."
+    ...     return 2 * number
+    >>> class Doubles(ToolEnv):
+    ...     def open(self):
+    ...         self.number = int(self.np_random.integers(100))
+    ...         return [{"role": "user", "content": f"What is twice {self.number}?"}]
+    ...
+    ...     def final(self, text):
+    ...         return Reply(reward=float(str(2 * self.number) in text), done=True)
+    >>> env = Doubles([double])
+    >>> _ = env.reset(seed=1)
+    >>> *_, info = env.step(env.chat.encode_reply(env.call_text("double", number=env.number)))
+    >>> info["messages"][-1]["content"] == str(2 * env.number)
+    True
+    >>> env.close()
+
     Calls are read from the reply's text outside its thinking, and run in the order in which they stand. Whatever is
     wrong with a call (no JSON, an unknown tool, a missing argument, an exception in the tool, no result in time) is
     answered with a sentence that says so, as that call's result. A reply that was cut runs no calls.
