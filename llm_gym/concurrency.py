@@ -150,18 +150,22 @@ class Worker:
     async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[tuple[list[T], BaseException | None]] = loop.create_future()
 
         def call() -> None:
+            value: list[T] = []
+            failed: BaseException | None = None
             try:
-                value = function(*args, **kwargs)
-            except BaseException as error:
-                _tell(loop, future, error=error)
-            else:
-                _tell(loop, future, value=value)
+                value.append(function(*args, **kwargs))
+            except BaseException as error:  # a future takes not each as its own: it would never hear of StopIteration
+                failed = error
+            _tell(loop, future, (value, failed))
 
         self._calls.put(call)
-        return await future
+        value, failed = await future
+        if failed is not None:
+            raise failed
+        return value[0]
 
     def stop(self, last: Callable[[], None]) -> None:
         """Runs `last` after the calls under way, then ends the thread; does not wait for it."""
@@ -178,16 +182,12 @@ class Worker:
             call()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], **outcome: Any) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], outcome: T) -> None:
     """Settles `future` from another thread, unless it was cancelled or its loop is gone."""
 
     def settle() -> None:
-        if future.done():
-            return
-        if "error" in outcome:
-            future.set_exception(outcome["error"])
-        else:
-            future.set_result(outcome["value"])
+        if not future.done():
+            future.set_result(outcome)
 
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(settle)

@@ -24,6 +24,7 @@ exception of one episode into the `StopReason` it ends with, or re-raises what m
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import os
 import traceback
@@ -101,6 +102,10 @@ class CheckpointError(LLMGymError):
     """A run folder or checkpoint that is missing, incomplete or of another run."""
 
 
+FAULTS = (Exception, SystemExit)
+"""What code of a user's own may raise that is its fault; `sys.exit` in it ends no run. Ctrl-C is nobody's."""
+
+
 def boundary(error: BaseException, *, policy: bool) -> StopReason:
     """The stop reason of an episode in which `error` was raised; re-raises what must stop the run.
 
@@ -110,9 +115,9 @@ def boundary(error: BaseException, *, policy: bool) -> StopReason:
 
     Raises:
         BaseException: `error` itself, if it is a `SettingError` (a user's mistake that every episode
-            would repeat) or no `Exception` at all (Ctrl-C, cancellation, interpreter exit).
+            would repeat) or none of `FAULTS` (Ctrl-C, cancellation).
     """
-    if isinstance(error, SettingError) or not isinstance(error, Exception):
+    if isinstance(error, SettingError) or not isinstance(error, FAULTS):
         raise error
     if policy:
         return StopReason.POLICY_ERROR
@@ -145,6 +150,34 @@ def ended(text: object) -> str:
     """Words of somebody else as the end of a sentence: with a full stop, unless they have an end already."""
     said = str(text).rstrip()
     return said if said.endswith((".", "?", "!")) else f"{said}."
+
+
+def words(error: BaseException) -> str:
+    """What somebody else's exception says; "" where it says nothing, or even that fails."""
+    try:
+        return str(error)
+    except (Exception, SystemExit):
+        return ""
+
+
+def described(error: BaseException) -> str:
+    """Kind and words of somebody else's exception: `KeyError: 'answer'`."""
+    return ": ".join(filter(None, (type(error).__name__, words(error))))
+
+
+def import_of(argument: str, module: str, given: str) -> Any:
+    """The module of a user's own that `given` names.
+
+    Raises:
+        SettingError: it cannot be imported, whatever its first lines raise; names `argument`.
+    """
+    try:
+        return importlib.import_module(module)
+    except LLMGymError:
+        raise
+    except FAULTS as error:
+        said = str(error) if isinstance(error, ImportError) else " ".join(described(error).split())
+        raise ConfigError(f"{argument}: cannot import {module!r} of {given!r}: {ended(said)}") from error
 
 
 def place(function: Any, error: BaseException | None = None) -> str:

@@ -215,7 +215,7 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         """`_advance`, with the outcome put into the queue."""
         try:
             self._done.put((index, self._advance(index, action)))
-        except Exception as error:
+        except BaseException as error:  # in a thread of the pool nobody else would hear of it
             self._done.put((index, error))
 
     def _map(self, function: Callable[[int], Any], indices: Iterable[int]) -> list[Any]:

@@ -501,6 +501,29 @@ class TestBlockingEnvironments:
         assert where == {threading.get_ident()}
 
 
+class Mute(Exception):
+    """One whose words cannot be had."""
+
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("env", [Counting, Blocking])
+@pytest.mark.parametrize(
+    ("error", "words"), [(StopIteration, "StopIteration"), (SystemExit, "SystemExit"), (Mute, "Mute")]
+)
+def test_whatever_an_environment_raises_ends_its_episode_and_nothing_else(env, error, words):
+    def fault(what, seed, turn):
+        if (what, seed) == ("step", 3):
+            raise error
+
+    ended = {episode.seed: episode for episode in play(env, seeds=range(5), fault=fault)}
+    assert [seed for seed in ended if ended[seed].stop_reason.failed] == [3]
+    assert ended[3].stop_reason == StopReason.ENV_ERROR
+    assert words in ended[3].error
+
+
 class Chatter(llm_gym.TextEnv):
     """Lasts 1 to 5 turns, whatever is said, and answers at uneven length."""
 

@@ -189,6 +189,21 @@ def test_no_one_waits_for_the_slowest():
     assert not [t for t in threading.enumerate() if t.name.startswith("llm_gym-env") and t not in before]
 
 
+@pytest.mark.parametrize("error", [SystemExit, StopIteration, GeneratorExit])
+def test_whatever_a_blocking_environment_raises_ends_its_step(error, monkeypatch):
+    venv = TextVectorEnv(Waiting, 1)
+    venv.reset(seed=1)
+
+    def boom(self, action):
+        raise error
+
+    monkeypatch.setattr(Waiting, "step", boom)
+    venv.send([np.array([1], np.int32)], [0])
+    with pytest.raises(error):
+        venv.recv(timeout=30)
+    venv.close()
+
+
 def test_one_environments_error_does_not_touch_the_others():
     Waiting.gates = {"fast": threading.Event()}
     Waiting.gates["fast"].set()

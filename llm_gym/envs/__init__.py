@@ -5,14 +5,13 @@ Each row is `name -> (module:Class, one line about it)`; the id is `llm_gym/<nam
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 
 from llm_gym.envs.parameters import check
-from llm_gym.errors import SettingError, ended, unknown
+from llm_gym.errors import SettingError, import_of, unknown
 
 NAMESPACE = "llm_gym"
 
@@ -68,10 +67,7 @@ def resolve(env_id: str) -> str:
     """
     module, _, bare = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise SettingError(f"env: cannot import {module!r} of {env_id!r}: {ended(error)}") from error
+        import_of("env", module, env_id)
     for full in (bare, f"{NAMESPACE}/{bare}"):
         if full in gymnasium.registry:
             return full

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -14,7 +13,18 @@ from llm_gym.env import Reply, TextEnv, bad_reply
 from llm_gym.envs.grading import verify
 from llm_gym.envs.grading.verify import Kind, reference
 from llm_gym.envs.rows import Row, check_columns, load_rows
-from llm_gym.errors import BadReply, ConfigError, DataError, LLMGymError, RewardError, ended, place, unknown
+from llm_gym.errors import (
+    FAULTS,
+    BadReply,
+    ConfigError,
+    DataError,
+    LLMGymError,
+    RewardError,
+    described,
+    import_of,
+    place,
+    unknown,
+)
 
 FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
 """Replies that a reward is tried on."""
@@ -133,8 +143,8 @@ class Dataset(TextEnv):
             value = function(text, self._row)
         except LLMGymError:
             raise
-        except Exception as error:
-            what = f"raised {type(error).__name__}: {error} at {self._place()}"
+        except FAULTS as error:
+            what = f"raised {described(error)} at {self._place()}"
             raise RewardError(f"{self._name()}: reward function {called!r} {what}.") from error
         named = value if isinstance(value, Mapping) else {name: value}
         return {part: self._number(part, number, f" of function {called!r}") for part, number in named.items()}
@@ -219,10 +229,7 @@ def _function(reward: Any) -> RewardFunction:
     module_name, colon, name = str(reward).partition(":")
     if not colon:
         raise ConfigError(f"reward: got {reward!r}, want 'package.module:function'.")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"reward: cannot import {module_name!r} of {reward!r}: {ended(error)}") from error
+    module = import_of("reward", module_name, reward)
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(unknown("reward", name, [n for n in vars(module) if callable(getattr(module, n))]))

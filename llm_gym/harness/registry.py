@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llm_gym.errors import ConfigError, LLMGymError, place, unknown
+import numpy as np
+import numpy.typing as npt
+
+from llm_gym.errors import FAULTS, ConfigError, LLMGymError, described, import_of, place, unknown
+
+Floats = npt.NDArray[np.float64]
 
 
 def by_name(argument: str, name: str, table: Mapping[str, Any]) -> Any:
-    """`table[name]`, or the object at `package.module:function` if the name has a colon.
+    """`table[name]`, or the function at `package.module:function` if the name has a colon.
 
     Raises:
-        ConfigError: the name is in neither place; the text names `argument` and the nearest valid name.
+        ConfigError: the name is in neither place, or what is there cannot be called; the text names `argument` and the
+            nearest valid name.
     """
     if name in table:
         return table[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(unknown(argument, name, table))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{argument}: cannot import {name!r} ({error}).") from error
+    where = import_of(argument, module, name)
+    if not hasattr(where, attribute):
+        raise ConfigError(unknown(argument, attribute, [n for n in vars(where) if callable(getattr(where, n))]))
+    found = getattr(where, attribute)
+    if not callable(found):
+        raise ConfigError(f"{argument}: got {name!r}, which is {found!r:.80}, want a function.")
+    return found
 
 
 def import_path(thing: Any) -> str | None:
@@ -52,23 +60,36 @@ def attempt(argument: str, function: Callable[..., Any], *args: Any, form: str, 
         return function(*args)
     except LLMGymError:
         raise
-    except Exception as error:
+    except FAULTS as error:
         if isinstance(error, passing):
             return None
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = " ".join(described(error).split())
         raise ConfigError(f"{argument}: {place(function, error)} raised {said}; it is called as {form}.") from error
 
 
-def want_shape(argument: str, function: Any, value: Any, shape: Sequence[int], words: str) -> None:
-    """Looks at the shape of what a function gave.
+def want_shape(argument: str, function: Any, value: Any, shape: Sequence[int], words: str, kind: type = object) -> None:
+    """Looks at the shape of what a function gave, and at its `kind`.
 
     Raises:
         ConfigError: another one; names file and line.
     """
     got = getattr(value, "shape", None)
-    if got is None or tuple(got) != tuple(shape):
-        kind = f"something of shape {tuple(got)}" if got is not None else f"{value!r:.80}"
-        raise ConfigError(f"{argument}: {place(function)} gave {kind}, want {words}, here {tuple(shape)}.")
+    if got is None or tuple(got) != tuple(shape) or not isinstance(value, kind):
+        gave = f"{value!r:.80}" if got is None else f"a {type(value).__name__} of shape {tuple(got)}"
+        want = words if kind is object else f"{words} as a {kind.__name__}"
+        raise ConfigError(f"{argument}: {place(function)} gave {gave}, want {want}, here {tuple(shape)}.")
+
+
+def as_numbers(argument: str, function: Any, value: Any, words: str) -> Floats:
+    """What a function gave, as float64.
+
+    Raises:
+        ConfigError: it is no array of numbers; names file and line.
+    """
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, rows of several lengths, a tensor with a gradient
+        raise ConfigError(f"{argument}: {place(function)} gave {value!r:.80}, want {words}.") from error
 
 
 def require(package: str | None, what: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason
 from llm_gym.env import finite
-from llm_gym.errors import RewardError, SettingError, boundary
+from llm_gym.errors import FAULTS, RewardError, SettingError, boundary, described
 from llm_gym.policies import Abilities, Completer, TextPolicy
 from llm_gym.rollouts.env_pool import Env, EnvPool, EnvSlot
 from llm_gym.trajectories import TrajectoryBuilder
@@ -197,12 +197,12 @@ class Driver:
             async with clock:
                 tale.seat = await self._seats.take()
                 await self._turns(job, tale)
-        except Exception as error:
+        except FAULTS as error:
             if isinstance(error, TimeoutError) and clock.expired():
                 tale.stop_reason = StopReason.TIME_LIMIT
             else:
                 tale.stop_reason = boundary(error, policy=tale.asking)
-                tale.error = f"{type(error).__name__}: {error}"
+                tale.error = described(error)
         if tale.seat is not None:
             broken = tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE)
             self._seats.leave(tale.seat, broken=broken)

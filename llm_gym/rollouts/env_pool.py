@@ -13,7 +13,7 @@ import gymnasium
 
 from llm_gym import envs
 from llm_gym.concurrency import Worker
-from llm_gym.errors import SettingError
+from llm_gym.errors import FAULTS, SettingError, described
 
 Env = gymnasium.Env[Any, Any]
 PATIENCE = 10.0
@@ -118,10 +118,8 @@ class EnvPool:
             env = self._new()
         except SettingError:
             raise
-        except Exception as error:
-            raise SettingError(
-                f"env: cannot make {self.env_id!r} with {self._args}: {type(error).__name__}: {error}"
-            ) from error
+        except FAULTS as error:
+            raise SettingError(f"env: cannot make {self.env_id!r} with {self._args}: {described(error)}") from error
         if env.spec is not None:
             self.env_id = env.spec.id
         self.env_id = self._name or self.env_id
@@ -148,5 +146,5 @@ def _close(*every: Env) -> None:
     for env in every:
         try:
             env.close()
-        except Exception:
+        except FAULTS:
             log.warning("closing an environment failed", exc_info=True)

@@ -33,12 +33,29 @@ def one_ratio(ratio, low, high): return ratio.mean()
 def one_kl(logprobs, ref): return (logprobs - ref).mean()
 def many(group, limit): return group.rewards
 def nothing(*args): return None
+def exits(*args): raise SystemExit
+class Mute(Exception):
+    def __str__(self): raise RuntimeError
+def mute(*args): raise Mute
+number = 5
+def arrays(streams, config): return -streams.logprobs.detach().numpy(), {}
+def numbered(streams, config): return -streams.logprobs, {1: streams.logprobs.detach()}
+def ragged(rewards): return [[1.0], [2.0, 3.0]]
+def infinite(counts, length): return counts / 0.0
+def word(group, limit): return "no"
 def far(rows, seed, config): return Far()
+def few(rows, seed, config): return Few()
+def sets(rows, seed, config): return Sets()
 class Far:
     def draw(self, count, avoid=()): return [10 ** 6] * count
     def learn(self, row, passed, failed): pass
     def state_dict(self): return {}
     def load_state_dict(self, state): pass
+class Few(Far):
+    def draw(self, count, avoid=()): return [0]
+class Sets(Far):
+    def draw(self, count, avoid=()): return [0] * count
+    def state_dict(self): return {"seen": {1}}
 class Long(TextEnv):
     def open(self): return [{"role": "user", "content": "word " * 400}]
     def reply(self, text): return Reply(reward=1.0, done=True)
@@ -67,7 +84,7 @@ BAD = {
     ),
     "a context": ("train --env-arg max_context=10", ("max_context", "10", "Arithmetic-v0")),
     "a context for long prompts": ("train --env mine:me/Long-v0 --env-arg max_context=300", ("max_context", "300")),
-    "a first message": ("train --env mine:me/Broken-v0", ("me/Broken-v0", "AttributeError", "mine.py", "line 26")),
+    "a first message": ("train --env mine:me/Broken-v0", ("me/Broken-v0", "AttributeError", "mine.py", "line 43")),
     "a reward's module": (QA + " --env-arg reward=no_such_module:f", ("reward", "'no_such_module:f'")),
     "a module with words of its own": (QA + " --env-arg reward=words:f", ("reward", "words of its own!")),
     "a reward's function": (QA + " --env-arg reward=math:sqr", ("reward", "'sqr'", "'sqrt'")),
@@ -156,6 +173,31 @@ BAD = {
         QA.replace("question", "question --set curriculum.name=mine:far"),
         ("curriculum.name", "mine.py", "1000000", "row"),
     ),
+    "a curriculum that draws too few": (
+        QA.replace("question", "question --set curriculum.name=mine:few"),
+        ("curriculum.name", "mine.py", "line 35", "[0]", "2 rows"),
+    ),
+    "a curriculum's state": (
+        QA.replace("question", "question --set curriculum.name=mine:sets"),
+        ("curriculum.name", "mine.py", "TypeError", "set", "JSON"),
+    ),
+    "a loss that exits": ("train --set loss.name=mine:exits", ("loss.name", "mine.py", "SystemExit")),
+    "a loss whose error has no words": ("train --set loss.name=mine:mute", ("loss.name", "mine.py", "raised Mute;")),
+    "a loss that is no function": ("train --set loss.name=mine:number", ("loss.name", "'mine:number'", "5")),
+    "a loss that is nowhere": ("train --set loss.name=mine:scalars", ("loss.name", "'scalars'", "'scalar'")),
+    "a loss of numpy": ("train --set loss.name=mine:arrays", ("loss.name", "mine.py", "ndarray", "Tensor")),
+    "a metric without a name": ("train --set loss.name=mine:numbered", ("loss.name", "mine.py", "called 1")),
+    "an advantage of many lengths": (
+        "train --set advantage=mine:ragged",
+        ("advantage", "mine.py", "line 23", "[P, G]"),
+    ),
+    "a weight without end": ("train --set loss.normaliser=mine:infinite", ("loss.normaliser", "mine.py", "inf")),
+    "a filter that gives a word": ("train --set filters.mine:word=1", ("filters", "mine.py", "'no'", "true or false")),
+    "a reward that exits": (QA + " --env-arg reward=mine:exits", ("'exits'", "SystemExit", "mine.py", "row 0")),
+    "a reward whose error has no words": (QA + " --env-arg reward=mine:mute", ("'mute'", "raised Mute at", "mine.py")),
+    "a module that exits": (QA + " --env-arg reward=leaves:f", ("reward", "'leaves'", "SystemExit: 0")),
+    "an environment's module that is no Python": ("train --env wrong:me/X-v0", ("env", "'wrong'", "SyntaxError")),
+    "a loss's module that fails": ("train --set loss.name=leaves:f", ("loss.name", "'leaves'", "SystemExit: 0")),
     "a configuration file": ("train --config {tmp}/none.yaml", ("none.yaml", "No such file")),
     "broken YAML": ("train --config {tmp}/bad.yaml", ("bad.yaml", "not YAML")),
     "a used folder": ("train --out {tmp}/used", ("used", "--resume")),
@@ -228,6 +270,8 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with good and bad things in it, which is the current one."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "mine.py").write_text(MINE)
+    (tmp / "leaves.py").write_text("raise SystemExit(0)")
+    (tmp / "wrong.py").write_text("def f(:")
     (tmp / "words.py").write_text("raise ImportError('words of its own!')")
     (tmp / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}

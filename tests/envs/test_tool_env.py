@@ -224,7 +224,7 @@ def test_a_function_that_hangs_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(1), RuntimeError("bad \ud800"), TimeoutError("the network"), KeyError("x")]
+    "error", [SystemExit(1), RuntimeError("bad \ud800"), TimeoutError("the network"), KeyError("x"), StopIteration(1)]
 )
 def test_whatever_a_tool_raises_is_answered(error: BaseException) -> None:
     def fail() -> str:
@@ -236,6 +236,21 @@ def test_whatever_a_tool_raises_is_answered(error: BaseException) -> None:
     assert result(info).startswith(f"Error: {type(error).__name__}: ")
     assert not done
     json.dumps(info["messages"], ensure_ascii=False).encode()
+    env.close()
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def test_a_tool_whose_error_cannot_be_put_into_words_is_answered_with_its_kind() -> None:
+    def fail() -> str:
+        raise Mute
+
+    env = Sums([fail])
+    env.reset(seed=0)
+    assert result(say(env, called("fail"))[2]) == "Error: Mute"
     env.close()
 
 

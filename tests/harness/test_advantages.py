@@ -146,7 +146,7 @@ def test_by_name() -> None:
     np.testing.assert_array_equal(advantage("test_advantages:ranks")(rewards), ranks(rewards))
     with pytest.raises(ConfigError, match=r"advantage: unknown value 'grup_norm'; did you mean 'group_norm'\?"):
         advantage("grup_norm")
-    with pytest.raises(ConfigError, match="cannot import 'no_such_module:fn'"):
+    with pytest.raises(ConfigError, match="cannot import 'no_such_module' of 'no_such_module:fn'"):
         advantage("no_such_module:fn")
 
 

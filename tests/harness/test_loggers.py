@@ -70,7 +70,7 @@ def test_a_logger_that_fails_is_switched_off_and_the_run_goes_on(tmp_path: Path)
     ("settings", "said"),
     [
         (["log.to=[tensorbord]"], "did you mean 'tensorboard'"),
-        (["log.to=[no.such.module:fn]"], "cannot import 'no.such.module:fn'"),
+        (["log.to=[no.such.module:fn]"], "cannot import 'no.such.module' of 'no.such.module:fn'"),
         (["log.options={wandb: {project: x}}"], "log.options: unknown value 'wandb'"),
         (["log.to=[wandb]"], r"'wandb' needs a package of that name; pip install 'llm-gym\[wandb\]'"),
     ],

@@ -33,7 +33,7 @@ from llm_gym.envs.tools.deadline import Overdue, Runner
 from llm_gym.envs.tools.parsers import formats
 from llm_gym.envs.tools.parsers.calls import ToolCall, open_thinking, without_calls
 from llm_gym.envs.tools.schema import Tool, check_arguments, example_arguments
-from llm_gym.errors import ConfigError, ToolError, ToolFailure, suggestion
+from llm_gym.errors import FAULTS, ConfigError, ToolError, ToolFailure, described, suggestion
 from llm_gym.tokenizer import well_formed
 
 
@@ -224,8 +224,8 @@ class ToolEnv(TextEnv):
             return f"Error: {call.name} gave no result within {self.call_timeout:g} seconds."
         except ToolError as error:
             return shorten(f"Error: {as_text(str(error))}", self.max_output)
-        except (Exception, SystemExit) as error:
-            return shorten(f"Error: {type(error).__name__}: {as_text(str(error))}", self.max_output)
+        except FAULTS as error:
+            return shorten(f"Error: {as_text(described(error))}", self.max_output)
 
     def _run(self, tool: Tool, arguments: dict[str, Any]) -> Any:
         if tool.timed:

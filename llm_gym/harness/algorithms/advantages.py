@@ -15,7 +15,7 @@ import numpy as np
 
 from llm_gym.errors import ConfigError, place
 from llm_gym.harness.algorithms.rewards import Floats, Rewards
-from llm_gym.harness.registry import attempt, by_name, want_shape
+from llm_gym.harness.registry import as_numbers, attempt, by_name, want_shape
 
 AdvantageFn = Callable[..., Floats]
 """Rewards -> advantages [P, G], or [P, G, T] for credit by turn (read where the episode has that turn). What a row
@@ -142,16 +142,16 @@ def _shaped(fn: AdvantageFn) -> AdvantageFn:
         found = attempt("advantage", fn, rewards, form=form, passing=passing)
         if found is None and passing:
             return np.zeros(rewards.returns.shape)
-        found = np.asarray(found)
+        found = as_numbers("advantage", fn, found, "advantages [P, G] or [P, G, T]")
         by_turn = found.ndim == 3
         shape = rewards.turns.shape if by_turn else rewards.returns.shape
         want_shape("advantage", fn, found, shape, "advantages [P, G, T]" if by_turn else "advantages [P, G]")
         known = found[~np.isnan(rewards.turns if by_turn else rewards.returns)]
-        if not np.isfinite(known.astype(np.float64)).all():
+        if not np.isfinite(known).all():
             raise ConfigError(
                 f"advantage: {place(fn)} gave a number that is not finite for an episode that did not fail."
             )
-        return np.nan_to_num(found.astype(np.float64))
+        return np.nan_to_num(found)
 
     return checked
 

@@ -87,5 +87,5 @@ def importance_weights(
     ratio = torch.exp(log_ratio if config.level == "token" else sequence_sum(log_ratio, sequence))
     correct = by_name("loss.correction.name", config.name, CORRECTIONS)
     weight: Tensor = correct(ratio, config.low, config.high)
-    want_shape("loss.correction.name", correct, weight, ratio.shape, "a weight of each token [M]")
+    want_shape("loss.correction.name", correct, weight, ratio.shape, "a weight of each token [M]", Tensor)
     return weight, {"sampler/weight_mean": weight, "sampler/weight_cut_fraction": (weight != ratio).to(ratio.dtype)}

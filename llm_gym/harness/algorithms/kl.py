@@ -54,7 +54,7 @@ def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, kin
     same_shape(logprobs, old_logprobs, ref_logprobs)
     estimator = by_name("loss.kl", kind, KL)
     estimate: Tensor = estimator(logprobs, ref_logprobs)
-    want_shape("loss.kl", estimator, estimate, logprobs.shape, "a value of each token [M]")
+    want_shape("loss.kl", estimator, estimate, logprobs.shape, "a value of each token [M]", Tensor)
     ratio = torch.exp(logprobs - old_logprobs)
     if kind not in KL:
         return ratio * estimate

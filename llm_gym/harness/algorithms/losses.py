@@ -280,9 +280,11 @@ def _shaped(fn: LossFn) -> LossFn:
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
             raise ConfigError(f"loss.name: {place(fn)} gave {type(found).__name__}, want (loss [M], metrics by name).")
         shape = streams.logprobs.shape
-        want_shape("loss.name", fn, found[0], shape, "a loss of each token [M]")
+        want_shape("loss.name", fn, found[0], shape, "a loss of each token [M]", Tensor)
         for name, stream in found[1].items():
-            want_shape(f"loss.name: metric {name!r}", fn, stream, shape, "a value of each token [M]")
+            if not isinstance(name, str):
+                raise ConfigError(f"loss.name: {place(fn)} gave a metric called {name!r}, want a text.")
+            want_shape(f"loss.name: metric {name!r}", fn, stream, shape, "a value of each token [M]", Tensor)
         return found
 
     return checked

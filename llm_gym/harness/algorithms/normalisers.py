@@ -8,7 +8,8 @@ from functools import wraps
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.harness.registry import by_name, want_shape
+from llm_gym.errors import ConfigError, place
+from llm_gym.harness.registry import as_numbers, by_name, want_shape
 from llm_gym.harness.types import Floats
 
 Counts = npt.NDArray[np.int64]
@@ -44,8 +45,11 @@ def normaliser_of(name: str) -> Normaliser:
 
     @wraps(fn)
     def checked(counts: Counts, length: int) -> Floats:
-        weights = np.asarray(fn(counts, length))
-        want_shape("loss.normaliser", fn, weights, counts.shape, "a weight of each episode [E]")
+        words = "a weight of each episode [E]"
+        weights = as_numbers("loss.normaliser", fn, fn(counts, length), words)
+        want_shape("loss.normaliser", fn, weights, counts.shape, words)
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ConfigError(f"loss.normaliser: {place(fn)} gave {weights!r:.80}, want finite weights, none below 0.")
         return weights
 
     return checked

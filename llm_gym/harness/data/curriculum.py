@@ -7,14 +7,15 @@ checkpoint: who plays the groups, and how often the run was interrupted, changes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_gym.errors import ConfigError
+from llm_gym.errors import ConfigError, place
 from llm_gym.harness.bounds import Within
 from llm_gym.harness.registry import by_name
 from llm_gym.harness.settings import checked
@@ -162,6 +163,18 @@ def same_rows(rows: int, state: dict[str, Any]) -> None:
     if state.get("rows", max(least, rows)) != rows or least > rows:
         had = state.get("rows", f"at least {least}")
         raise ValueError(f"it is of {had} rows, the data has {rows}; go on with the data that the run began with")
+
+
+def check_drawn(curriculum: Curriculum, drawn: Sequence[Any], count: int, rows: int | None = None) -> None:
+    """Looks at what a curriculum drew: `count` row numbers, below `rows` where that is known.
+
+    Raises:
+        ConfigError: something else; names file and line.
+    """
+    most = math.inf if rows is None else rows
+    if len(drawn) != count or not all(isinstance(row, int | np.integer) and 0 <= row < most for row in drawn):
+        where, last = place(type(curriculum).draw), "" if rows is None else f", 0 to {rows - 1}"
+        raise ConfigError(f"curriculum.name: {where} drew {list(drawn)!r:.80}, want the numbers of {count} rows{last}.")
 
 
 CurriculumFn = Callable[[int, tuple[int, ...], CurriculumConfig], Curriculum]

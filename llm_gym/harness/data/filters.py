@@ -291,7 +291,7 @@ class Selection:
 
 def _call(function: Filter, limit: Any, group: Group, passing: tuple[type[Exception], ...] = ()) -> bool:
     passed = attempt("filters", function, group, limit, form="(group, limit) -> true or false", passing=passing)
-    if np.ndim(passed):
+    if np.ndim(passed) or isinstance(passed, str):  # "no" would be true
         raise ConfigError(f"filters: {place(function)} gave {passed!r:.80}, want true or false.")
     return bool(passed)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_gym.core import Group, Task
-from llm_gym.harness.data.curriculum import Curriculum
+from llm_gym.harness.data.curriculum import Curriculum, check_drawn
 
 ROUNDING = 1e-6
 """How far below its mark a return still passes: weighted components do not sum exactly."""
@@ -116,5 +116,6 @@ class Tasks:
         if curriculum is None or not count:
             return [None] * count
         rows = curriculum.draw(count, self._rows[env])
+        check_drawn(curriculum, rows, count)
         self._rows[env] |= set(rows)
         return rows

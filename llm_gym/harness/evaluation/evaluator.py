@@ -14,7 +14,7 @@ import gymnasium
 from llm_gym.core import Episode, Sampling, StopReason
 from llm_gym.envs import make, resolve
 from llm_gym.envs.parameters import environment_class
-from llm_gym.errors import ConfigError, LLMGymError, SettingError, place
+from llm_gym.errors import FAULTS, ConfigError, LLMGymError, SettingError, described, place
 from llm_gym.harness.bounds import Within
 from llm_gym.harness.evaluation.statistics import summary
 from llm_gym.harness.settings import checked
@@ -120,16 +120,17 @@ def try_env(env: gymnasium.Env[Any, Any], env_id: str) -> None:
         return
     if rehearse := getattr(env.unwrapped, "rehearse", None):
         rehearse()
-    first: Exception | None = None
+    first: BaseException | None = None
     for seed in range(TRIES):
         try:
             env.reset(seed=seed)
             return
         except SettingError:
             raise
-        except Exception as error:
+        except FAULTS as error:
             first = first or error
-    said = str(first) if isinstance(first, LLMGymError) else f"{type(first).__name__}: {first}"
+    assert first is not None
+    said = str(first) if isinstance(first, LLMGymError) else described(first)
     where = "" if isinstance(first, LLMGymError) else f" at {place(env.unwrapped.open, first)}"  # type: ignore[attr-defined]
     raise SettingError(f"{said.rstrip('.')}{where}; no episode of {env_id} can begin.")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import FAULTS, ConfigError, described, unknown
 from llm_gym.harness.registry import by_name
 from llm_gym.harness.settings import checked
 
@@ -146,26 +146,28 @@ class Loggers:
             try:
                 start: Callable[..., Logger] = by_name("log.to", name, LOGGERS)
                 self.open[name] = start(run, settings, step, **config.options.get(name, {}))
-            except Exception as error:
+            except FAULTS as error:
                 self.close()
-                raise ConfigError(f"log.to: {name!r} cannot start ({_said(error)}).") from error
+                raise ConfigError(f"log.to: {name!r} cannot start ({described(error)}).") from error
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Passes a row on to each."""
         for name, logger in list(self.open.items()):
             try:
                 logger.log(row)
-            except Exception as error:
+            except FAULTS as error:
                 del self.open[name]
                 _close(logger)
-                self.tell(f"log.to: {name!r} failed and is switched off ({_said(error)}); metrics.jsonl has every row.")
+                self.tell(
+                    f"log.to: {name!r} failed and is switched off ({described(error)}); metrics.jsonl has every row."
+                )
 
     def close(self) -> None:
         """Closes each."""
         while self.open:
             name, logger = self.open.popitem()
             if error := _close(logger):
-                self.tell(f"log.to: {name!r} could not be closed ({_said(error)}); metrics.jsonl has every row.")
+                self.tell(f"log.to: {name!r} could not be closed ({described(error)}); metrics.jsonl has every row.")
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,13 +179,9 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _close(logger: Logger) -> Exception | None:
+def _close(logger: Logger) -> BaseException | None:
     try:
         logger.close()
-    except Exception as error:
+    except FAULTS as error:
         return error
     return None
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
