@@ -53,6 +53,38 @@ def test_cases_written_from_the_page_alone(policy):
         assert misjudged(cases, kind) == []
 
 
+def test_cases_written_by_a_newcomer_from_the_page_alone():
+    """501 cases; at first 494 were right. Two labels were changed: the page did not say what a whole decimal is."""
+    for kind in ("math", "number"):
+        cases = [(c["gold"], c["text"], c["expected"]) for c in lines("grading_fresh.jsonl") if c["kind"] == kind]
+        assert misjudged(cases, kind) == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("7", BOX % "\\log_2\\,128", True),
+        ("128", BOX % "\\log_2 128", False),
+        ("1/4", BOX % "\\sin^2 30^\\circ", True),
+        ("1", "The answer is tan 45°", True),
+        ("30", BOX % "\\sin 30^\\circ", False),
+        ("\\sin 30^\\circ", BOX % "0.5", True),
+        ("10", BOX % "\\dbinom 5 2", True),
+        ("\\sqrt2", BOX % "\\sqrt2, \\sqrt{2}", True),
+        ("\\sqrt2", BOX % "\\sqrt2, \\sqrt3", False),
+        ("B", "\\boxed{B}, \\boxed{B}", True),
+        ("1, 2, 1", "\\boxed{1}, \\boxed{2}, \\boxed{1}", True),
+        ("1, 2, 1", "\\boxed{2}, \\boxed{1}", False),
+        ("2, 1", "$1$, $2$", False),
+        ("2, 1", "<answer>1</answer>, <answer>2</answer>", False),
+        ("2, 1", "\\boxed{1} and \\boxed{2}", True),
+        ("\\{2, 1\\}", "\\boxed{1}, \\boxed{2}", True),
+    ],
+)
+def test_scripts_angles_and_several_boxes_mean_what_they_show(gold, text, right):
+    assert misjudged([(gold, text, right)], "math") == []
+
+
 DECORATED = (
     "%s", "{%s}", "(%s)", "\\left(%s\\right)", "x = %s", "\\text{Total} = %s", "%s\\text{ dollars}", "\\$%s", "%s\\%%",
     "\\frac{%s}{1}", "|%s|", "\\lfloor %s \\rfloor", "\\sqrt{(%s)^2}", "1\\cdot(%s)", "%s+0", "\\{%s\\}", "%s^\\circ",
@@ -160,6 +192,19 @@ def test_what_python_prints_of_fractions_and_roots_is_their_value(scale):
         ("10", "f(2) = 10", True),
         ("10", "20 x .5 = 10", True),
         ("10", "The answer is log 10", False),
+        ("10", "The answer is log_2 10", False),
+        ("10", "The answer is log base 2 of 10", False),
+        ("10", "The answer is sin 10°", False),
+        ("10", "The answer is f(10)", False),
+        ("10", "The answer is factorial(10)", False),
+        ("10", "The answer is ten (10)", True),
+        ("10", "The answer is 10 if n is even, otherwise 6", False),
+        ("10", "The answer is 10 if n is even and 6 if it is odd", False),
+        ("10", "The answer is 10 unless n is odd, in which case it is 6", False),
+        ("10", "It is 6 when n is even, 10 when n is odd", False),
+        ("10", BOX % "10 \\text{ if } n \\text{ is even, otherwise } 6", False),
+        ("10", "She has 15 when she has paid, so she gives him 10", True),
+        ("10", "The answer is 10 if we count the 2 teachers", True),
     ],
 )
 def test_what_stands_beside_a_number_decides(gold, text, right):

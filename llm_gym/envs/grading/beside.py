@@ -53,9 +53,13 @@ _LAYOUT = frozenset(
 )
 _TERMS = _endings(
     "root of, half of, third of, quarter of, square of, cube of, log of, logarithm of, reciprocal of, factorial of,"
-    "percent of, twice, double, triple, log, ln, sqrt, times, plus, divided by, multiplied by, modulo, mod, over, under"
+    "percent of, twice, double, triple, log, ln, sin, cos, tan, sqrt, times, plus, divided by, multiplied by, modulo,"
+    "mod, over, under"
 )
-_TERM = re.compile(r"[a-z0-9)\]}!%°] ?[-+*/^]$|[0-9)] x$|[0-9] :$|[0-9] minus$|% ?of$")
+_TERM = re.compile(
+    r"[a-z0-9)\]}!%°] ?[-+*/^]$|[0-9)] x$|[0-9] :$|[0-9] minus$|% ?of$"
+    r"|\b(?:log|ln|sin|cos|tan)(?: base |[_^])?\{?\d+\}?(?: of)?$"  # log_2 8
+)
 _SUMMAND = re.compile(r"[0-9)\]}%°]$|\\[a-z]+$|(?<![a-z])[b-hj-z]$")
 _OPERATOR = r"(?:[-+*/^]|\\(?:times|cdot|div|ast|bullet|over)(?![a-zA-Z])|\bx\b)"
 _CHANGED = re.compile(
@@ -67,6 +71,8 @@ _CHANGED = re.compile(
     r"|\s*(?:<=|>=|!=|<\s|>\s*[\w\\]|\\(?:leq?|geq?|neq?|lt|gt|approx)(?![a-zA-Z]))|\s+:\s+\d",
     re.IGNORECASE,
 )
+_CALL = re.compile(r"[a-zA-Z]\(")
+"""Stands before the argument of a function, `f(5)`."""
 _BARS = re.compile(r"\|[-+\d.,]+\|")
 _TIMES = re.compile(r"(?<=[\d)%])\s*[xX]\s*(?=[\d($.])")
 _MEMBER = re.compile(r"[=,;:\n]|\\(?:Rightarrow|implies|text)|\b(?:so|and|or|then|thus|hence|is|means|therefore|get)\b")
@@ -130,7 +136,9 @@ def changed(text: str, match: re.Match[str], tail: str) -> bool:
     if _CHANGED.match(text, match.end()) or (match["sign"] and _added(text, match.start(), tail)):
         return True
     last = tail[-1]
-    if last in "+-*/^x:sf" and _TERM.search(tail):
+    if (last in "+-*/^x:sf}" or last.isdigit()) and _TERM.search(tail):
+        return True
+    if _CALL.match(text, max(0, match.start() - 2)):
         return True
     if tail.endswith(_TERMS) or (last == "|" and _BARS.match(text, match.start() - 1)):
         return True

@@ -68,9 +68,10 @@ class _Comparison:
             return self.relations(gold, got)
         if isinstance(gold, Many) and isinstance(got, Many):
             return self.many(gold, got)
-        if isinstance(gold, Many) or isinstance(got, Many):
-            one, other = _single(gold), _single(got)
-            return one is not None and other is not None and self.nodes(one, other)
+        if isinstance(got, Many):
+            return got.kind in ("list", "set") and all(self.nodes(gold, item) for item in got.items)
+        if isinstance(gold, Many):
+            return gold.kind == "set" and len(gold.items) == 1 and self.nodes(gold.items[0], got)
         if isinstance(gold, Matrix) or isinstance(got, Matrix):
             return self.matrices(gold, got)
         return self.values(gold, got)
@@ -202,13 +203,6 @@ Bound = tuple[str, str, str]
 def _half_open(many: Many) -> bool:
     """Whether the two brackets are of different kinds."""
     return many.brackets not in ("()", "[]")
-
-
-def _single(node: Node) -> Node | None:
-    """The only element of a set, or the node itself if it is no list; None for several."""
-    if isinstance(node, Many):
-        return node.items[0] if node.kind == "set" and len(node.items) == 1 else None
-    return node
 
 
 def _named_list(node: Node) -> Node:

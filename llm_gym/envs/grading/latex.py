@@ -15,10 +15,11 @@ _WORDS = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|l
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"([_^])\s*(\d)(?=(?:\s|\\[,;:! ])+\d)", r"\1{\2}"),  # a script ends with its digit: log_2 32
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|boxed|fbox)(?![a-zA-Z])", ""),
         (r"\\h?phantom\s*(?:\{[^{}]*\}|.)", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
         (r"(?<=\d)(?:\\[,;! ]|\s?\{,\s?\}|,\\!)\s?(?=\d{3}(?!\d))", ""),
         (r"\\(?:mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\*?\s*(?=\{)", r"\\text"),
         (r"\\text\s*\{\s*\}", ""),
@@ -44,7 +45,8 @@ _REWRITES = [
         (r"(?i)(?<![a-z\\])(?:infinity|inf|oo)(?![a-z])", r"\\infty "),
         (rf"(?<![a-zA-Z\\])({_WORDS})(?![a-zA-Z])", r"\\\1 "),
         (r"\+\s*(?=\\infty)", ""),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc) *(?:\^ *(?:\d|\{\d\}))?) *(\d+(?:\.\d+)? *°)", r"\1(\2)"),
+        (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
         (r"\\frac\s*(\\(?:pi|theta))\s*(\w)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),
         (r"\\frac\s*(\w)\s*(?=\{)", r"\\frac{\1}"),

@@ -51,7 +51,9 @@ _WORD = re.compile(r"\w")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s+[^\W\d])")
 _EITHER = re.compile(
     r"[^\w\n]*(?:[a-z]+[^\w\n]+){0,3}(?:or|either|maybe|perhaps|possibly|otherwise|else|alternatively)\b[^\w\n]*"
-    r"(?:[a-z]+[^\w\n]+){0,3}|\s*(?:[,;|&]|,?\s*and\b|to\b|\s)\s*(?:[a-z]\s*=\s*)?|\s*/\s*[a-z]\s*=\s*",
+    r"(?:[a-z]+[^\w\n]+){0,3}|\s*(?:[,;|&]|,?\s*and\b|to\b|\s)\s*(?:[a-z]\s*=\s*)?|\s*/\s*[a-z]\s*=\s*"
+    r"|[^\w\n]*(?:[a-z]+[^\w\n]+){0,2}(?:if|when|unless)\b[^.\n]*(?:[,;]|\b(?:and|or|but|else|otherwise)\b)[^\w\n]*"
+    r"(?:in\s+which\s+case[^\w\n]+)?(?:it\s+is[^\w\n]+)?(?:[a-z]\s*=\s*)?",
     re.IGNORECASE,
 )
 """What stands between two numbers of which either may be the answer, or of several answers."""

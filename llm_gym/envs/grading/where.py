@@ -23,7 +23,9 @@ MAX_SPAN = 300
 MAX_JOINED = 64
 """Most answers beside each other that are read as one list."""
 AND = r" \text{ and } "
-"""Joins several answers that stand beside each other into one list."""
+"""Joins answers that "and" or "or" stands between into one list, whose order means nothing."""
+LISTED = " ; "
+"""Joins the others, that stand side by side, into one list as written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +105,16 @@ _CONNECTOR = re.compile(
 
 def _joined(text: str, pieces: list[tuple[int, int, str]]) -> str:
     """The last of `pieces`, and the ones before it that only `and`, `or` or a comma separates from it."""
-    last = [pieces[-1][2].strip()]
+    last, joint = [pieces[-1][2].strip()], LISTED
     nearest = pieces[-MAX_JOINED:]
     for before, after in zip(nearest[-2::-1], nearest[:0:-1], strict=True):
         between = text[before[1] : after[0]]
-        if len(between) > 60 or not _CONNECTOR.fullmatch(" ".join(_LAYOUT.sub(r" \1", between).split())):
+        words = " ".join(_LAYOUT.sub(r" \1", between).split())
+        if len(between) > 60 or not _CONNECTOR.fullmatch(words):
             break
-        if before[2].strip() not in last:
-            last.append(before[2].strip())
-    return AND.join(reversed(last))
+        joint = AND if re.search(r"\b(?:and|or)\b", words) else joint
+        last.append(before[2].strip())
+    return last[0] if len(set(last)) == 1 else joint.join(reversed(last))
 
 
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
