@@ -142,8 +142,10 @@ def suggestion(value: object, valid: Iterable[str], folder: str = "") -> str:
 
 
 def nearest(value: object, valid: Iterable[str]) -> str | None:
-    """The valid name nearest to `value`, if one is near."""
-    return next(iter(difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.5)), None)
+    """The valid name nearest to `value`, if one is near: the first that begins with it, or else the most alike."""
+    said, names = str(value), list(valid)
+    begun = [name for name in names if name.startswith(said) and len(said) > 2]
+    return next(iter(begun or difflib.get_close_matches(said, names, n=1, cutoff=0.5)), None)
 
 
 def ended(text: object) -> str:

@@ -93,6 +93,8 @@ def read_template(chat_template: str | Path | None) -> str | None:
     try:
         text = Path(given).expanduser().read_text("utf-8")
     except FileNotFoundError:
+        if given.endswith((".jinja", ".j2", ".txt")) or "/" in given:
+            raise ConfigError(f"chat_template: no file {given!r}.") from None
         raise ConfigError(unknown("chat_template", given, [*NAMED, "the path of a .jinja file"])) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template: cannot read {given!r:.200}: {error!s:.200}.") from error

@@ -184,7 +184,7 @@ def test_a_saved_template_is_everybodys(name: str, tmp_path: Path) -> None:
     [
         ("bytes", None, "has no chat template; pass chat_template=plain (--chat-template plain)"),
         ("bytes", "plian", "chat_template: unknown value 'plian'; did you mean 'plain'?"),
-        ("bytes", "missing.jinja", "'missing.jinja'; valid: chatml, plain, the path of a .jinja file."),
+        ("bytes", "missing.jinja", "chat_template: no file 'missing.jinja'."),
         ("bytes", ".", "chat_template: cannot read '.'"),
         ("bytes", "chatml", "'chatml' needs <|im_start|> as a control token, which '' lacks; pass plain."),
         ("no eos", "plain", "'plain' ends a reply with the EOS token, but '' has none."),

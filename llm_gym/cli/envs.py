@@ -26,23 +26,26 @@ def command(env: str | None, env_args: tuple[str, ...], say: str) -> None:
     """
     from llm_gym.envs import NAMESPACE, TABLE
 
+    given = parse_args(env_args)
+    if env is None and given:
+        raise SettingError(f"--env-arg: got {env_args[0]!r} without an ID; name the environment it is for.")
     if env is None:
         width = max(map(len, TABLE))
         for name, (_, line) in TABLE.items():
             click.echo(f"{click.style(f'{name:<{width}}', bold=True)}  {line}")
         click.echo(f"\nShort ids mean {NAMESPACE}/...; `llmgym envs ID` describes one.")
         return
-    for paragraph in describe(env, parse_args(env_args), say):
-        click.echo(paragraph + "\n")
+    click.echo("".join(paragraph + "\n\n" for paragraph in describe(env, given, say)), nl=False)
 
 
 def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     """The paragraphs of an environment's description; `given` are its arguments, `say` the example's reply."""
     from llm_gym.envs import resolve
-    from llm_gym.envs.parameters import environment_class, notes, parameters
+    from llm_gym.envs.parameters import check_text, environment_class, notes, parameters
 
     full = resolve(env_id)
     cls = environment_class(full)
+    check_text(full)
     yield click.style(full, bold=True)
     yield from _prose(cls)
     known, said = parameters(cls), notes(cls)
@@ -52,7 +55,7 @@ def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:
     if unseen := getattr(cls, "eval_args", None):
         yield "Unseen problems: " + ", ".join(f"{k}={v}" for k, v in unseen.items())
     hub = "dataset" in known and isinstance(known["dataset"].default, str)  # such environments ship a sample
-    yield from _example(full, {"dataset": "sample", **given} if hub else given, say)
+    yield from _example(full, {"dataset": "sample", **given} if hub else given, say, wrong=bool(given))
 
 
 def _prose(cls: type) -> Iterator[str]:
@@ -70,14 +73,16 @@ def _hang(text: str, indent: int) -> str:
     return textwrap.fill(text, 100, subsequent_indent=" " * indent, drop_whitespace=True, replace_whitespace=False)
 
 
-def _example(env_id: str, args: Mapping[str, Any], say: str) -> Iterator[str]:
-    """The spaces and one exchange of the episode with seed 0, or what is missing to show them."""
+def _example(env_id: str, args: Mapping[str, Any], say: str, *, wrong: bool) -> Iterator[str]:
+    """The spaces and one exchange of the episode with seed 0, or what is missing to show them (an error if `wrong`)."""
     from llm_gym.envs import make
 
     try:
         with settings():
             env = make(env_id, **args)
     except SettingError as error:
+        if wrong:
+            raise
         yield f"No example: {error}"
         return
     try:

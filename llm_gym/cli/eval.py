@@ -74,7 +74,7 @@ class Plan:
 @click.option("--greedy/--sampled", "greedy", default=None, help="Likeliest token always (the default), or sampled.")
 @click.option("--temperature", type=float, help="Of --sampled; default 1.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Most tokens in a completion; default: the environment's.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides the sampling.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides the sampling.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the result here, as JSON.")
 def command(
     env: str | None,

@@ -97,6 +97,14 @@ def chosen(envs: Sequence[str]) -> dict[str, Any]:
     return {"envs": entries}
 
 
+_EXAMPLES = {
+    "--env-arg": "digits_max=3",
+    "--option": "servers=http://127.0.0.1:8000",
+    "--set": "max_model_len=4096",
+}
+"""One of each option's arguments."""
+
+
 def parse_args(env_args: Iterable[str], option: str = "--env-arg") -> dict[str, Any]:
     """Strings given to `option` as keyword arguments.
 
@@ -109,6 +117,6 @@ def parse_args(env_args: Iterable[str], option: str = "--env-arg") -> dict[str, 
 
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"{option}: got {text!r}, want key=value such as digits_max=3.")
+            raise ConfigError(f"{option}: got {text!r}, want key=value such as {_EXAMPLES[option]}.")
         found[key] = parse_scalar(value)
     return found

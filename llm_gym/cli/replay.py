@@ -40,13 +40,15 @@ def command(
     """
     from llm_gym.harness.config import TrainConfig
     from llm_gym.harness.distributed.world import here
-    from llm_gym.harness.loops.replay import processes_of, replay, starting_point
+    from llm_gym.harness.loops.replay import make_folder, processes_of, replay, starting_point
     from llm_gym.harness.runs.run_folder import RunFolder
     from llm_gym.harness.settings import load
 
     with settings():
-        load(TrainConfig, RunFolder(run).config_of(step), sets)
         start, checkpoint = starting_point(RunFolder(run), step, source)
+        load(TrainConfig, RunFolder(run).config_of(step), sets)
+        if out is not None:
+            make_folder(out)
     rank, size = here()
     if nproc > size:
         return launch(nproc, verdict=DIFFERS)

@@ -46,6 +46,7 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     from rich.console import Console
 
     from llm_gym.cli.group import settings
+    from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path
     from llm_gym.models.plain import plain_folder
     from llm_gym.policies.vllm_server.process import ServerProcess
@@ -57,6 +58,8 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
         if verbose or (up and _important(line)):
             click.echo(line, err=True)
 
+    with settings():
+        config_of(model_path(model))
     with settings(), _signals(), plain_folder(model_path(model)) as path:
         arguments = parse_args(sets, "--set")
         server = ServerProcess(path, port=port, settings=arguments, echo=echo)

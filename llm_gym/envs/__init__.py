@@ -73,7 +73,8 @@ def resolve(env_id: str) -> str:
             return full
     if "/" in bare and not module and not bare.startswith(f"{NAMESPACE}/"):
         raise SettingError(f"env: nothing has registered {bare!r}; name the module that does: module:{bare}.")
-    raise SettingError(unknown("env", bare, [*TABLE, *(i for i in gymnasium.registry if "/" in i)]))
+    others = (i for i, spec in gymnasium.registry.items() if "/" in i and "gymnasium." not in str(spec.entry_point))
+    raise SettingError(unknown("env", bare, [*TABLE, *others]))
 
 
 def make(env_id: str, /, **kwargs: Any) -> gymnasium.Env[Any, Any]:

@@ -55,6 +55,20 @@ def notes(cls: type) -> dict[str, str]:
     return found
 
 
+def check_text(env_id: str) -> None:
+    """Checks that an environment is one of texts.
+
+    Raises:
+        ConfigError: it has arguments, and a tokenizer is none of them.
+    """
+    known = parameters(environment_class(env_id))
+    if known and "tokenizer" not in known:
+        raise ConfigError(
+            f"env: {env_id} takes no tokenizer, so its actions are no token ids; want an environment of texts (a "
+            "TextEnv), such as those that `llmgym envs` lists."
+        )
+
+
 def check(env_id: str, given: Mapping[str, Any]) -> None:
     """Checks the names of an environment's arguments before it is made.
 
@@ -62,12 +76,9 @@ def check(env_id: str, given: Mapping[str, Any]) -> None:
         ConfigError: one does not exist (the nearest is named), or a required one is missing.
     """
     known = parameters(environment_class(env_id))
+    if "tokenizer" in given:
+        check_text(env_id)
     for name in given if known else ():
-        if name == "tokenizer" and name not in known:
-            raise ConfigError(
-                f"env: {env_id} takes no tokenizer, so its actions are no token ids; want an environment of texts (a "
-                "TextEnv), such as those that `llmgym envs` lists."
-            )
         if name not in known:
             raise ConfigError(unknown(f"argument of {env_id}", name, known))
     for name, value in given.items() if known else ():

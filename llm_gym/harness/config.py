@@ -33,8 +33,8 @@ from llm_gym.templates import read_template
 class CheckpointConfig:
     """When the run is saved."""
 
-    every: int = 20
-    """Steps between checkpoints; the last step is always saved."""
+    every: Annotated[int, Within("[0, inf)")] = 20
+    """Steps between checkpoints; the last step is always saved, and with 0 no other."""
     keep: Annotated[int, Within("[0, inf)")] = 2
     """Newest checkpoints kept; 0: all of them."""
     keep_best: bool = False

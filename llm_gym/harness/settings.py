@@ -215,9 +215,28 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield from _strings(item, f"{name}.{key}" if name else str(key))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping gives a key twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise yaml.MarkedYAMLError(problem=f"it gives {twice!r} twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML file of settings holds.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or gives a key twice.
+    """
+    return yaml.load(text, _Loader)
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        data = read_yaml(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"config file: cannot read {str(file)!r} ({error.strerror}).") from error
     except yaml.YAMLError as error:

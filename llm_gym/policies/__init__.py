@@ -140,14 +140,14 @@ def make_policy(model: str | Path | torch.nn.Module | None = None, *, engine: st
     Args:
         model: a folder (of an adapter too: it is folded in), a hub id, a transformers module (served in place), or
             None: the embedded model.
-        engine: a name of `ENGINES`; "auto" is vLLM for a named model where vLLM and a CUDA device are at
-            hand, else the built-in engine.
+        engine: a name of `ENGINES`; "auto" is "server" where `servers` are given, vLLM for a named model where vLLM
+            and a CUDA device are at hand, else the built-in engine.
         **options: the engine's own keyword arguments.
 
     Raises:
         SettingError: an unknown engine, an option it does not have, or a model it cannot serve.
     """
-    name = _automatic(model) if engine == "auto" else engine
+    name = engine if engine != "auto" else "server" if options.get("servers") else _automatic(model)
     if name not in ENGINES:
         raise SettingError(unknown("engine", engine, ["auto", *ENGINES]))
     module, _, attribute = ENGINES[name].partition(":")

@@ -70,7 +70,8 @@ def read(folder: str | Path) -> Run:
     path = Path(folder)
     config, metrics = path / "config.yaml", path / "metrics.jsonl"
     if not config.is_file() and not metrics.is_file():
-        state = "holds neither config.yaml nor metrics.jsonl" if path.is_dir() else "does not exist"
+        absent = "is a file" if path.is_file() else "does not exist"
+        state = "holds neither config.yaml nor metrics.jsonl" if path.is_dir() else absent
         raise CheckpointError(f"run folder: {str(path)!r} {state}.")
     text = config.read_text("utf-8") if config.is_file() else ""
     rows = list(_lines(metrics)) if metrics.is_file() else []

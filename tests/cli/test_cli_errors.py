@@ -236,7 +236,7 @@ BAD = {
         ("base_url", "127.0.0.1:1", "start_seconds"),
     ),
     "an endpoint's model": ("eval --engine openai", ("model",)),
-    "an argument of vLLM's": ("serve --set max_model_len", ("--set", "max_model_len", "key=value")),
+    "an argument of vLLM's": ("serve --set max_model_len", ("--set", "'max_model_len'", "max_model_len=4096")),
     "too many episodes": ("eval --env GSM8K-v0 --env-arg dataset=sample --episodes 99", ("--episodes", "99", "12")),
     "two ways to sample": ("eval --greedy --temperature 0.5", ("--temperature", "--greedy")),
     "a temperature": ("eval --temperature -1", ("temperature", "-1.0")),
@@ -250,7 +250,39 @@ BAD = {
         ("lora.target_modules", "'nope'"),
     ),
     "a run": ("view {tmp}/nowhere", ("nowhere", "does not exist")),
+    "a file as a run": ("view {tmp}/qa.jsonl", ("qa.jsonl", "is a file")),
+    "no run to replay": ("replay {tmp}/nowhere --step 1", ("run", "nowhere", "does not exist")),
+    "a file as a folder to replay into": (
+        "replay {tmp}/played --step 1 --out {tmp}/qa.jsonl",
+        ("out", "qa.jsonl", "File exists"),
+    ),
     "an environment to describe": ("envs Guess-v0", ("'Guess-v0'", "'GuessNumber-v0'")),
+    "an environment without text to describe": ("envs CartPole-v1", ("env", "CartPole-v1", "token ids")),
+    "an argument to describe": ("envs Arithmetic-v0 --env-arg digit_max=3", ("'digit_max'", "'digits_max'")),
+    "an argument of nothing": ("envs --env-arg digits_max=3", ("--env-arg", "'digits_max=3'", "ID")),
+    "a setting given twice": ("train --config {tmp}/twice.yaml", ("twice.yaml", "'steps'", "twice", "line 1")),
+    "a stage's setting given twice": ("run {tmp}/twice_staged.yaml", ("twice_staged.yaml", "'seed'", "twice")),
+    "a beginning of a name": ("train --set loss.name=ppo", ("loss.name", "'ppo'", "'ppo_clip'")),
+    "a template's file": ("train --chat-template none.jinja", ("chat_template", "no file", "'none.jinja'")),
+    "a folder by its slash": ("train --model nothing/", ("model", "'nothing/'", "no such folder")),
+    "a time to evaluate": ("train --eval-every -1", ("eval.every", "got -1", "at least 0")),
+    "a time to evaluate chats": ("sft --data {tmp}/chats.jsonl --set eval.every=-1", ("eval.every", "got -1")),
+    "a time to save": ("train --set checkpoint.every=-1", ("checkpoint.every", "got -1", "at least 0")),
+    "a best without measure": (
+        "train --set checkpoint.keep_best=true --set eval.episodes=0",
+        ("checkpoint.keep_best", "eval.episodes=0"),
+    ),
+    "a token that is none": (
+        "train --set sampling.stop_token_ids=[3,99999]",
+        ("sampling.stop_token_ids", "99999", "576"),
+    ),
+    "addresses for another engine": (
+        "train --policy vllm --set policy.servers=[http://127.0.0.1:1]",
+        ("policy.servers", "'vllm'", "only 'server'"),
+    ),
+    "a server by its address alone": ("eval --option servers=127.0.0.1:1", ("servers", "'http://127.0.0.1:8000'")),
+    "a teacher's folder": ("distill --teacher {tmp}/empty", ("distill.teacher", "empty", "config.json")),
+    "a model to serve": ("serve --model {tmp}/empty", ("model", "empty", "config.json")),
 }
 
 LATE = {
@@ -279,6 +311,12 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (tmp / "bad.yaml").write_text("a: [")
     for name, second in {"plan": "loss: {name: mine:scalar}", "layers": "lora: {target_modules: [nope]}"}.items():
         (tmp / f"{name}.yaml").write_text(f"stages:\n- sft: {{dataset: chats.jsonl}}\n- train: {{{second}}}\n")
+    (tmp / "twice.yaml").write_text("steps: 3\nsteps: 4\n")
+    (tmp / "twice_staged.yaml").write_text("stages:\n- train: {seed: 1, steps: 2, seed: 3}\n")
+    (tmp / "empty").mkdir()
+    (tmp / "played" / "episodes").mkdir(parents=True)
+    (tmp / "played" / "config.yaml").write_text("steps: 3\n")
+    (tmp / "played" / "episodes" / "step_000001.jsonl").write_text("")
     (tmp / "used").mkdir()
     (tmp / "used" / "config.yaml").write_text("steps: 3\n")
     (tmp / "used" / "metrics.jsonl").write_text("")

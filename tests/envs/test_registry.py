@@ -115,3 +115,9 @@ def test_the_vector_entry_point_is_a_name_and_nothing_else():
 
     with pytest.raises(AttributeError, match="has no attribute 'llm_gym/Nothing-v0'"):
         getattr(llm_gym.vector, "llm_gym/Nothing-v0")
+
+
+def test_an_unknown_environment_is_told_of_none_without_text():
+    with pytest.raises(SettingError, match="valid: Arithmetic-v0, .*") as error:
+        resolve("X=1")
+    assert "CartPole" not in str(error.value)

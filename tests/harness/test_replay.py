@@ -55,7 +55,10 @@ def noisy(streams, config):
 SMALL = ["eval.episodes=2", "prompts_per_step=2", "group_size=4", "sampling.max_tokens=8", "checkpoint.every=2"]
 VARIANTS = {
     "plain": ["checkpoint.keep=9"],
-    "several_updates": ["minibatches=2", "epochs=2", "loss.correction.name=tis", "loss.kl=k2", "loss.kl_weight=0.1"],
+    "several_updates": [
+        *("minibatches=2", "epochs=2", "loss.correction.name=tis", "loss.kl=k2", "loss.kl_weight=0.1"),
+        "checkpoint.keep_best=true",
+    ],
     "adapters_and_own_loss": ["lora.rank=4", "optimizer.lr=0.01", f"loss.name={__name__}:noisy", "checkpoint.keep=1"],
 }
 

@@ -58,7 +58,7 @@ class EvalEnv:
 class EvalConfig:
     """Evaluation on unseen problems, always before the first and after the last step."""
 
-    every: int = 0
+    every: Annotated[int, Within("[0, inf)")] = 0
     """Also after every so many steps; 0: only first and last."""
     episodes: Annotated[int, Within("[0, inf)")] = 512
     """Problems, each played once greedily and `k` times sampled: unseen seeds, or the first rows of an environment that

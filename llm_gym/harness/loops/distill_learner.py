@@ -163,8 +163,8 @@ def check_distill(config: TrainConfig) -> DistillConfig:
             )
         return settings
     settings = replace(settings, teacher=str(model_path(settings.teacher, "distill.teacher")))
+    vocabulary = config_of(settings.teacher, "distill.teacher").get_text_config().vocab_size
     check_tokenizers(model_path(config.model), settings.teacher)
-    vocabulary = config_of(settings.teacher).get_text_config().vocab_size
     if settings.kl == "top_k" and settings.top_k > vocabulary:
         raise ConfigError(f"distill.top_k: got {settings.top_k}, but the teacher knows {vocabulary} tokens.")
     return settings

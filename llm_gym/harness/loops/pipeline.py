@@ -33,7 +33,7 @@ from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.runs.lineage import STAGES, locate, model_path
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of, write_atomically
-from llm_gym.harness.settings import dump, load, to_dict
+from llm_gym.harness.settings import dump, load, read_yaml, to_dict
 from llm_gym.templates import read_template
 from llm_gym.tokenizer import load_tokenizer
 
@@ -287,7 +287,7 @@ def _stage(number: int, item: Any, sets: list[str]) -> Stage:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = read_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"stages: cannot read {str(file)!r} ({error.strerror}).") from error
     except yaml.YAMLError as error:

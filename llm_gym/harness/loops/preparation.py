@@ -18,7 +18,7 @@ from llm_gym.harness.evaluation.evaluator import EvalTask
 from llm_gym.harness.learner.optimizers import check_optimizer
 from llm_gym.harness.loops.environments import env_specs, eval_tasks_of, selection_of
 from llm_gym.harness.loops.trials import learns_nothing, try_functions
-from llm_gym.harness.model.loading import check_model
+from llm_gym.harness.model.loading import check_model, config_of
 from llm_gym.harness.runs import loggers
 from llm_gym.harness.settings import check_complete
 from llm_gym.harness.weight_sync.engines import check
@@ -54,11 +54,22 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
     check_optimizer(config.optimizer)
     loggers.check(config.log)
     check_model(config.model, lora=config.lora, memory=config.memory, device=world.device)
+    _check_stops(config)
+    if config.checkpoint.keep_best and not config.eval.episodes:
+        raise ConfigError("checkpoint.keep_best: got True with eval.episodes=0, so no step would be known as the best.")
     try_functions(config)
     if learns and config.distill is None and not config.loss.needs_every_sequence:
         _check_credit(config, compute_advantages)
     found = env_specs(config)
     return Prepared(found, eval_tasks_of(config, found), selection_of(config, found, world), compute_advantages)
+
+
+def _check_stops(config: TrainConfig) -> None:
+    """Looks whether the model can say the tokens that are to end a completion."""
+    vocabulary = config_of(config.model).get_text_config().vocab_size
+    for token in config.sampling.stop_token_ids or ():
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"sampling.stop_token_ids: got {token}, but the model knows {vocabulary} tokens.")
 
 
 def _check_credit(config: TrainConfig, compute_advantages: AdvantageFn) -> None:

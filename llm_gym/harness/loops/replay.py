@@ -29,6 +29,7 @@ from llm_gym.harness.learner.weights import PARTS, STATE, read_tensors
 from llm_gym.harness.loops.group_learner import GroupLearner
 from llm_gym.harness.loops.starting import load_group_learner
 from llm_gym.harness.model.devices import device_of
+from llm_gym.harness.runs.lineage import no_run
 from llm_gym.harness.runs.loggers import LogConfig
 from llm_gym.harness.runs.run_folder import RunFolder, put, step_of
 from llm_gym.harness.settings import load
@@ -70,6 +71,8 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
             or settings have changed.
     """
     played = sorted(int(f.stem.removeprefix("step_")) for f in (run.path / "episodes").glob("step_*.jsonl"))
+    if not played and not run.config_file.is_file():
+        raise no_run(run.path)
     if step not in played:
         which = f"steps {played[0]} to {played[-1]}" if played else "no step"
         raise CheckpointError(f"step: got {step}, but {str(run.path)!r} holds the episodes of {which}.")
@@ -84,6 +87,16 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
             f"checkpoint in between; replay up to there, or from a checkpoint of later steps."
         )
     return start, source
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder that the trained weights go to, before they are trained.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    with put("out", out):
+        out.mkdir(parents=True, exist_ok=True)
 
 
 def processes_of(run: RunFolder, step: int) -> int:
@@ -132,11 +145,11 @@ def replay(
     folder = RunFolder(run)
     start, checkpoint = starting_point(folder, step, None if source is None else Path(source))
     config = load(TrainConfig, folder.config_of(step), sets)
-    config = replace(config, eval=EvalConfig(episodes=0), log=LogConfig(), policy=PolicyConfig())
+    saving = replace(config.checkpoint, keep_best=False)  # nothing is measured
+    config = replace(config, eval=EvalConfig(episodes=0), checkpoint=saving, log=LogConfig(), policy=PolicyConfig())
     recorded = {row["step"]: row for row in folder.metrics()}
     if out is not None:
-        with put("out", Path(out)):
-            Path(out).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(out))
     world = connect(config.parallel, device_of(config.device))
     try:
         learning = load_group_learner(config, world, observer, checkpoint)

@@ -32,7 +32,7 @@ class SFTEvalConfig:
     """A hub id or a file; None: the run's own data set, of which `split` names another part."""
     split: str | None = None
     """Such as `test`, or `train[95%:]` beside a `split` of `train[:95%]`; None: `train`."""
-    every: int = 0
+    every: Annotated[int, Within("[0, inf)")] = 0
     """Also after every so many steps; 0: only before the first and after the last."""
 
 

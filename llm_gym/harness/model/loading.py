@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -143,27 +144,33 @@ def prepare(
     return model
 
 
-def config_of(path: str | Path | None) -> Any:
+def config_of(path: str | Path | None, where: str = "model") -> Any:
     """The model's config, a transformers one; None: of the embedded model.
+
+    Args:
+        path: folder or hub id.
+        where: the setting, for the error.
 
     Raises:
         ConfigError: there is no such model, or no way to it.
     """
     path = embedded.PATH if path is None else path
     folder = Path(path)
-    local = folder.exists() or folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
+    said = str(path)
+    local = folder.exists() or folder.is_absolute() or said.startswith((".", "~")) or said.count("/") > 1
+    local = local or said.endswith("/")
     if local and not (folder / "config.json").is_file():
         if is_adapter(folder):
-            return config_of(recorded_base(folder)[0] or embedded.PATH)
+            return config_of(recorded_base(folder)[0] or embedded.PATH, where)
         what = "no such folder" if not folder.exists() else "it has no config.json"
-        raise ConfigError(f"model: {str(path)!r} is not a model folder: {what}.")
+        raise ConfigError(f"{where}: {str(path)!r} is not a model folder: {what}.")
     try:
         with offline_if_unreachable(str(path)):
             return AutoConfig.from_pretrained(str(path))
     except Exception as error:  # each config checks its fields in its own way
-        reason = " ".join(str(error).strip().splitlines()[:2])
+        reason = re.split(r"(?<=\w)\.\s", " ".join(str(error).strip().splitlines()[:2]))[0].rstrip(".")
         raise ConfigError(
-            f"model: {str(path)!r} is neither a model folder nor a hub id that can be read ({reason})."
+            f"{where}: {str(path)!r} is neither a model folder nor a hub id that can be read ({reason})."
         ) from error
 
 

@@ -79,8 +79,13 @@ def locate(path: str | Path, step: int | None = None) -> Source:
         return Source(run.path, saved[chosen], chosen, _config(run))
     if (inside / "config.yaml").is_file() and folder.resolve().name.startswith("step_"):
         return Source(inside, folder, step_of(folder.resolve()), _config(RunFolder(inside)))
-    what = "is no run folder and no checkpoint of one" if folder.exists() else "does not exist"
-    raise CheckpointError(f"run: {str(path)!r} {what}.")
+    raise no_run(path)
+
+
+def no_run(path: str | Path) -> CheckpointError:
+    """Says that no run is there."""
+    what = "is no run folder and no checkpoint of one" if Path(path).exists() else "does not exist"
+    return CheckpointError(f"run: {str(path)!r} {what}.")
 
 
 def lineage(source: Source, most: int = 16) -> list[Source]:

@@ -133,7 +133,8 @@ def engine_of(config: TrainConfig) -> str:
     if name not in RECEIVERS:
         raise ConfigError(f"policy.engine: {name!r} cannot be given new weights, so it cannot sample a training run.")
     if (name == "server") != bool(policy.servers):
-        raise ConfigError(f"policy.servers: got {list(policy.servers)} with engine {name!r}; 'server' needs addresses.")
+        want = "which needs addresses" if name == "server" else "but only 'server' has addresses; leave one of the two"
+        raise ConfigError(f"policy.servers: got {list(policy.servers)} with engine {name!r}, {want}.")
     return name
 
 
