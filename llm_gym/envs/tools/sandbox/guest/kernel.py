@@ -35,7 +35,7 @@ from ipykernel.zmqshell import ZMQDisplayPublisher, ZMQInteractiveShell
 from IPython.core.profiledir import ProfileDir
 
 from . import worker
-from .shell import Plain, configuration, mend
+from .shell import Plain, can_run, configuration, mend
 from .tracebacks import safely
 from .wire import Channel
 
@@ -218,8 +218,6 @@ class Kernel(IPythonKernel):
     shell_class = Shell
     shell: Any
     stream: Stream
-    broken = 0
-    """Cells in a row of which none could be run, because of what an earlier one did to the shell."""
 
     async def do_execute(
         self,
@@ -242,12 +240,8 @@ class Kernel(IPythonKernel):
                     code, silent, store_history, user_expressions, allow_stdin, cell_meta=cell_meta, cell_id=cell_id
                 )
                 status = reply["status"]
-                self.broken = 0
             except (Exception, SystemExit) as error:
-                if self.execution_count > count:  # the cell has run; it is str() of its exception that fails
-                    self.broken = 0
-                else:
-                    self.broken += 1
+                if self.execution_count == count:  # else the cell has run; it is str() of its exception that fails
                     print(f"{type(error).__name__}: {safely(error)}")
             finally:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -256,10 +250,10 @@ class Kernel(IPythonKernel):
         finally:
             if os.getpid() != pid:  # a fork that came back from the cell
                 os._exit(0)
-            if self.broken > 1:  # no cell can be run any more: better a new session
-                os._exit(1)
             mend(self.shell)
             sys.stdout = sys.stderr = self.stream
+            if status == "error" and not can_run(self.shell):  # better a new session
+                os._exit(1)
             self.stream.finish()
         ended: dict[str, Any] = {"status": status, "execution_count": self.execution_count - 1, "payload": []}
         return {**ended, "user_expressions": {}, "ename": "", "evalue": "", "traceback": []}

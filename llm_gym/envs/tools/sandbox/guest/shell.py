@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import importlib.machinery
 import importlib.metadata
+import io
 import os
 import re
 import shlex
@@ -130,13 +131,34 @@ _methods: dict[tuple[type, str], Any] = {}
 
 def mend(shell: Plain) -> None:
     """After a cell: undoes what it has put over the methods that run cells, or done to them."""
-    for (kind, name), method in _methods.items():
-        if vars(kind).get(name) is not method:
-            setattr(kind, name, method)
+    for kind in type(shell).__mro__[:-1]:
+        for name in RUNNING:
+            method = _methods.get((kind, name))
+            if method is None and name in vars(kind):
+                delattr(kind, name)
+            elif method is not None and vars(kind).get(name) is not method:
+                setattr(kind, name, method)
     for name in RUNNING:
         vars(shell).pop(name, None)
     if sys.getrecursionlimit() < SHALLOWEST:
         sys.setrecursionlimit(SHALLOWEST)
+
+
+def can_run(shell: Plain) -> bool:
+    """Whether a cell can be run at all: asked when one has failed, for it may be an earlier one's doing.
+
+    What cells can spoil is without end (`sys.modules`, hooks, transformers); whether `pass` still runs is one question.
+    """
+    mend(shell)
+    shell.showtraceback = lambda *_, **__: None  # type: ignore[method-assign]
+    nowhere = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            return shell.run_cell("pass", store_history=False).success is True
+    except BaseException:
+        return False
+    finally:
+        mend(shell)
 
 
 def _plain(data: Any) -> str:

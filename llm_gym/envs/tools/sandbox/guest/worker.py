@@ -22,7 +22,7 @@ from typing import Any
 
 from IPython.core.displayhook import DisplayHook
 
-from .shell import Plain, configuration, mend
+from .shell import Plain, can_run, configuration, mend
 from .tracebacks import safely
 from .wire import Channel
 
@@ -130,7 +130,7 @@ def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -
     shell.enter()
     streams = CellStream(1), CellStream(2)
     _remember_cell()
-    _main, broken = threading.get_ident(), 0
+    _main = threading.get_ident()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pid = os.getpid()
     ready()
@@ -145,8 +145,7 @@ def main(request: dict[str, Any], fds: list[int], ready: Callable[[], object]) -
         os.close(files[0])
         if os.getpid() != pid:  # a fork that came back from the cell
             return
-        broken = broken + 1 if ok is None else 0
-        if broken > 1:  # no cell can be run any more: better a new session
+        if ok is None:  # no cell can be run any more: better a new session
             return
         channel.send({"id": message["id"], "ok": ok})
 
@@ -160,7 +159,7 @@ def _seed(seed: int) -> None:
 def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int) -> bool | None:
     """Runs the code in the first `size` bytes of `fd`, with `fd` as its standard output.
 
-    Whether it succeeded; None if the shell itself failed, which a cell can bring about.
+    Whether it succeeded; None if the shell can run no cell any more, which a cell can bring about.
     """
     code = os.pread(fd, size, 0).decode("utf-8", "surrogatepass")
     os.dup2(fd, 1)
@@ -174,7 +173,6 @@ def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int
             signal.signal(signal.SIGINT, signal.default_int_handler)
             ok = shell.run_cell(code, store_history=True).success is True  # type: ignore[no-untyped-call]
         except BaseException as error:
-            ok = False if isinstance(error, KeyboardInterrupt) else None
             print(f"{type(error).__name__}: {safely(error)}")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -182,4 +180,6 @@ def run(shell: Shell, streams: tuple[CellStream, CellStream], fd: int, size: int
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     mend(shell)
     _libc.fflush(None)
+    if not ok and not can_run(shell):
+        ok = None
     return ok
