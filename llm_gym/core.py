@@ -94,6 +94,8 @@ class Sampling:
             value = getattr(self, name)
             if not (isinstance(value, Real) and holds(value)):
                 raise ValueError(f"sampling.{name}: got {value!r}, want a value {want}.")
+        if min(self.stop_token_ids or (0,)) < 0:
+            raise ValueError(f"sampling.stop_token_ids: got {self.stop_token_ids!r}, want ids, which are >= 0.")
 
     @property
     def full_support(self) -> bool:

@@ -360,6 +360,8 @@ def _task_option(options: Mapping[str, Any] | None) -> int | None:
 
 def _checked_weights(weights: Mapping[str, Any] | None, names: Sequence[str] | None) -> dict[str, float]:
     """The reward weights as a dict of floats, names checked where they are known."""
+    if not isinstance(weights, Mapping | None):
+        raise ConfigError(f"reward_weights: got {weights!r:.80}, want a weight by name, such as {{'format': 0.1}}.")
     for name, weight in (weights or {}).items():
         if names is not None and name not in names:
             raise ConfigError(unknown("reward_weights", name, names))

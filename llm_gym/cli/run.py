@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,10 +58,17 @@ def command(file: str, model: str | None, sets: tuple[str, ...], nproc: int, out
     if nproc > size:
         return launch(nproc)
     try:
-        with as_rank(rank, lambda: f"Stopped. Go on: llmgym run {file} --resume --out {out}"):
+        with as_rank(rank, lambda: f"Stopped. Go on: {again(file, model, sets, nproc, out)}"):
             found = run_plan(plan, out, resume=resume, observer=observer, done=done)
     finally:
         for progress in shown:
             progress.stop()
     if rank == 0:
         click.echo(f"Model: {found}\nNext:  llmgym export {out} OUT   # for transformers and vLLM")
+
+
+def again(file: str, model: str | None, sets: Sequence[str], nproc: int, out: Path) -> str:
+    """The command that goes on with a run: what was given over the file is not in the file."""
+    given = {"--model": [model] if model else [], "--set": sets, "--nproc": [str(nproc)] if nproc > 1 else []}
+    options = [word for option, values in given.items() for value in values for word in (option, value)]
+    return shlex.join(["llmgym", "run", file, *options, "--resume", "--out", str(out)])

@@ -41,6 +41,8 @@ def load_rows(dataset: str, split: str, *, name: str | None = None, sample: str 
         if not path.is_file():
             raise DataError(_no_file(path))
         rows = _load_file(path, split)
+    elif path.is_file():
+        raise DataError(f"dataset: {str(path)!r} is a file of another kind than {', '.join(_READERS)}; convert it.")
     else:
         rows = _load_hub(dataset, name, split)
     if not len(rows):

@@ -161,7 +161,7 @@ class TrainConfig:
     """Most tokens in one micro-batch; the gradient does not depend on it. `auto`: measured when the run starts."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
-    threads: Annotated[int | None, Within("[1, inf)")] = None
+    threads: Annotated[int | None, Within("[1, 1024]")] = None
     """CPU threads of torch; None: torch's own choice, but one for a model as small as the embedded one."""
     time_limit: Annotated[float | None, Within("(0, inf)")] = None
     """Seconds an episode may take."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,12 @@ def test_a_later_stage_is_looked_at_as_what_several_processes_would_run(tmp_path
     split = {"policy": {"sync": "shared"}, "parallel": {"strategy": "fsdp"}}
     with pytest.raises(SettingError, match="2-train: policy.sync: 'shared' does not work with .* a split learner"):
         check_plan(plan(tmp_path, {"train": TRAIN}, {"train": split}))
+
+
+def test_what_a_stopped_run_says_goes_on_with_what_it_was_given() -> None:
+    from llm_gym.cli.run import again, command
+
+    given = {"model": "a model", "sets": ("1.steps=3", "2.env_args={a: 'b c'}"), "nproc": 2, "out": Path("o ut")}
+    words = shlex.split(again("plan.yaml", **given))
+    assert words[:2] == ["llmgym", "run"]
+    assert command.make_context("run", words[2:]).params == {"file": "plan.yaml", "resume": True, **given}
