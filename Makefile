@@ -1,5 +1,5 @@
 # Two commands: `make demo` (install and train) and `make test` (install and check everything); and `make soak`, hours
-# of what is too long for CI, whose dated results stand in docs/benchmarks.md.
+# of what is too long for CI, whose dated results stand in docs/benchmarks.md. `make mutations` is a part of it.
 # Each makes .venv if there is none; uv is used where it is installed, pip otherwise.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # Images often set it. The tests start hundreds of processes: without it torch is compiled once, not in each of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test mutations soak lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) llmgym train
@@ -19,11 +19,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules tests llm_gym
 
+# Every planted bug; CI plants those of changed files and a sample (tests/planted.py).
+mutations: $(VENV)/.test
+	$(RUN) LLM_GYM_MUTANTS=all python -m pytest tests/heavy/test_mutations.py
+
 SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py random_runs.py))
 
 soak: $(VENV)/.test
 	$(RUN) failed=; for script in $(SOAK); do \
 	  echo "== $$script" && OMP_NUM_THREADS=1 python $$script || failed="$$failed $$script"; done; \
+	echo "== mutations" && $(MAKE) mutations || failed="$$failed mutations"; \
 	echo "== long tests" && python -m pytest -m soak || failed="$$failed long-tests"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -65,7 +65,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Where CI is set a heavy test that was skipped is a failure: the real parts must have run."""
+    """Where CI is set a heavy test that was skipped is a failure: the real parts must have run.
+
+    Says too which sample was drawn, where a test records one.
+    """
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    for name, value in dict(pair for report in reports for pair in report.user_properties).items():
+        terminalreporter.line(f"{name}: {value}")
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if _must_run(report)]
     if skipped and os.environ.get("CI"):
         terminalreporter.section("heavy tests skipped in CI: a failure")

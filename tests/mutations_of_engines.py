@@ -5,12 +5,12 @@ Planted with those of `mutations`, in the same way.
 
 from __future__ import annotations
 
-from mutations import Mutant
+from planted import Mutant
 
 ENGINES = (
     Mutant(
         "an engine is compared with the arithmetic that the learner trains in",
-        "harness/learner/learner.py",
+        "harness/learner/learner.py::Learner._hidden.half",
         "half = held is None and self.dtype != torch.float32",
         "half = self.dtype != torch.float32",
         (
@@ -20,21 +20,21 @@ ENGINES = (
     ),
     Mutant(
         "an engine in bfloat16 is compared with weights that it cannot hold",
-        "harness/model/rounding.py",
+        "harness/model/rounding.py::held_as.before",
         "parameter.data = data.to(dtype).to(data.dtype)",
         "parameter.data = data.clone()",
         ("harness/test_rounding.py::test_weights_are_held_as_a_rounded_copy_holds_them_and_put_back[Qwen3]",),
     ),
     Mutant(
         "the proof leaves the learner's weights rounded",
-        "harness/model/rounding.py",
+        "harness/model/rounding.py::held_as.after",
         "        for parameter, data in kept.pop(module, []):\n            parameter.data = data\n",
         "        kept.pop(module, [])\n",
         ("harness/test_rounding.py::test_weights_are_held_as_a_rounded_copy_holds_them_and_put_back[Qwen3]",),
     ),
     Mutant(
         "an engine that does not move with the learner is believed as long as the gap is small",
-        "harness/weight_sync/verify.py",
+        "harness/weight_sync/verify.py::WeightSyncCheck._follow",
         "if not followed >= 0.5:",
         "if not followed >= -9:",
         (
@@ -43,14 +43,14 @@ ENGINES = (
     ),
     Mutant(
         "of tensors that are held as one, one alone must add up",
-        "models/checksums.py",
+        "models/checksums.py::differing",
         "groups.get(name, [name])",
         "[name]",
         ("policies/test_checksums.py::test_tensors_that_are_held_as_one_must_add_up",),
     ),
     Mutant(
         "what cannot be read differs",
-        "models/checksums.py",
+        "models/checksums.py::_agrees.believed",
         'believed = not held and not any(report["received"] for report in reports)',
         "believed = False",
         ("policies/test_checksums.py::test_what_was_never_updated_and_cannot_be_read_does_not_differ",),

@@ -5,7 +5,7 @@ Planted with those of `mutations`, in the same way.
 
 from __future__ import annotations
 
-from mutations import Mutant
+from planted import Mutant
 
 _FAULTS = "envs/test_mcp_faults.py::test_"
 _FORMATS = "envs/test_tool_formats.py::test_"
@@ -13,21 +13,21 @@ _FORMATS = "envs/test_tool_formats.py::test_"
 TOOLS = (
     Mutant(
         "an argument without a closing tag takes all up to the next one",
-        "envs/tools/parsers/tag_calls.py",
+        "envs/tools/parsers/tag_calls.py::TagCalls._goes_on",
         'if any(tag["key"].strip() in properties for tag in argument.finditer(value)):\n            return True',
         "return False",
         (f"{_FORMATS}an_argument_that_is_not_closed_takes_nothing_of_what_follows[qwen_xml]",),
     ),
     Mutant(
         "only the first of several calls in one tag is read",
-        "envs/tools/parsers/json_calls.py",
+        "envs/tools/parsers/json_calls.py::JsonCalls._at",
         "if bare or len(values) >= MOST_CALLS or not",
         "if True or not",
         (f"{_FORMATS}several_calls_in_one_tag",),
     ),
     Mutant(
         "a call in another format's form is the final answer",
-        "envs/tools/parsers/formats.py",
+        "envs/tools/parsers/formats.py::misplaced",
         "    if not starts:\n",
         "    if True:\n",
         (
@@ -37,56 +37,56 @@ TOOLS = (
     ),
     Mutant(
         "a session that its server forgot is a tool error",
-        "envs/tools/mcp/http.py",
+        "envs/tools/mcp/http.py::HttpClient.send",
         'if request.method != "POST" or response.status_code < 400:',
         "if True:",
         (f"{_FAULTS}a_server_that_restarts_costs_the_episode_that_it_served_and_no_other",),
     ),
     Mutant(
         "sessions that were started ahead are handed out unasked",
-        "envs/tools/mcp/session.py",
+        "envs/tools/mcp/session.py::Pool.take",
         "if not (waiting and self._remote) or",
         "if True or",
         (f"{_FAULTS}a_server_that_restarts_costs_the_episode_that_it_served_and_no_other",),
     ),
     Mutant(
         "a session that failed to start earlier is handed out",
-        "envs/tools/mcp/session.py",
+        "envs/tools/mcp/session.py::Pool.take",
         "                if waiting:  # what failed",
         "                if False:  # what failed",
         (f"{_FAULTS}sessions_that_could_not_start_meanwhile_cost_no_episode",),
     ),
     Mutant(
         "a line of any length comes to the trainer",
-        "envs/tools/mcp/supervisor.py",
+        "envs/tools/mcp/supervisor.py::Output._too_long",
         "return longest > self._longest",
         "return False",
         ("envs/test_leash.py::test_a_server_that_writes_too_long_a_line_is_ended",),
     ),
     Mutant(
         "a result of any length is taken from a server of this process",
-        "envs/tools/mcp/session.py",
+        "envs/tools/mcp/session.py::Session.call",
         "if message_size(result) > LONGEST:",
         "if False:",
         (f"{_FAULTS}what_a_server_of_this_process_sends_has_the_same_bound[act-arguments0]",),
     ),
     Mutant(
         "long results are compared with what the tool declares, in the loop of all sessions",
-        "envs/tools/mcp/transport.py",
+        "envs/tools/mcp/transport.py::_Session.validate_tool_result",
         "if message_size(result) <= COMPARED:",
         "if True:",
         (f"{_FAULTS}short_results_alone_are_compared_with_what_the_tool_declares",),
     ),
     Mutant(
         "a property without a type of its own is taken for one with it",
-        "envs/tools/parsers/tag_calls.py",
+        "envs/tools/parsers/tag_calls.py::allows_string",
         "if not isinstance(schema, Mapping):\n        return False",
         "if not schema:\n        return False",
         ("envs/test_tool_formats.py::test_a_property_may_be_anything",),
     ),
     Mutant(
         "a suggestion is followed by a second end",
-        "envs/tools/schema.py",
+        "envs/tools/schema.py::_unknown",
         'return f"there is no argument {_at(path, name)} ({hint})"',
         'return f"there is no argument {_at(path, name)}; {hint}"',
         ("envs/test_tool_schema.py::test_a_suggestion_has_one_end",),

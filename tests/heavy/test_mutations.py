@@ -1,6 +1,7 @@
 """Every known bug of GRPO trainers, and of the loops around them, put back: its test fails.
 
-And without it, every one of these tests passes. CI plants one bug in each source file; `make soak` plants all of them.
+And without it, every one of these tests passes. CI plants the bugs of what changed and a sample of the others
+(`planted.chosen`; LLM_GYM_MUTANTS names another base); `make mutations` plants all of them.
 """
 
 from __future__ import annotations
@@ -11,44 +12,18 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mutations import MUTANTS, Mutant
-from mutations_of_chats import CHATS
-from mutations_of_defaults import DEFAULTS
-from mutations_of_engines import ENGINES
-from mutations_of_folding import FOLDING
-from mutations_of_grading import GRADING
-from mutations_of_killing import KILLING
-from mutations_of_loops import LOOPS
-from mutations_of_models import MODELS
-from mutations_of_sandbox import SANDBOX
-from mutations_of_settings import SETTINGS
-from mutations_of_templates import TEMPLATES
-from mutations_of_tools import TOOLS
+from mutations_all import EVERY
+from planted import ROOT, Mutant, chosen, with_bug
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]  # the first test waits for all of them
 
-ROOT = Path(__file__).parents[2].resolve()
-EVERY = (
-    *MUTANTS,
-    *CHATS,
-    *DEFAULTS,
-    *ENGINES,
-    *FOLDING,
-    *GRADING,
-    *KILLING,
-    *LOOPS,
-    *MODELS,
-    *SANDBOX,
-    *SETTINGS,
-    *TEMPLATES,
-    *TOOLS,
-)
-IN_CI = {mutant.file: mutant for mutant in EVERY}
-"""One for each source file."""
-CONTROL = Mutant("none", "", "", "", tuple(sorted({t for m in IN_CI.values() for t in m.tests})))
+# The worker's names of its tests must be those of every other worker: nothing here but the commit decides.
+PLANTED, HOW = chosen(EVERY, os.environ.get("LLM_GYM_MUTANTS", ""))
+CONTROL = Mutant("none", "", "", "", tuple(sorted({test for mutant in PLANTED for test in mutant.tests})))
 """No bug at all: every test passes."""
 
 
@@ -65,7 +40,7 @@ def plant(mutant: Mutant, folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
     if mutant.file:
         source = folder / "llm_gym" / mutant.file
-        source.write_text(source.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        source.write_text(with_bug(source.read_text(encoding="utf-8"), mutant), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +76,9 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-LONG = [pytest.param(mutant, marks=pytest.mark.soak) for mutant in EVERY if IN_CI[mutant.file] is not mutant]
-
-
-@pytest.mark.parametrize("mutant", [CONTROL, *IN_CI.values(), *LONG], ids=label)
-def test_it_is_caught(mutant: Mutant, outcomes: dict[str, str]) -> None:
+@pytest.mark.parametrize("mutant", [CONTROL, *PLANTED], ids=label)
+def test_it_is_caught(mutant: Mutant, outcomes: dict[str, str], record_property: Callable[[str, object], None]) -> None:
+    record_property("planted bugs", HOW)
     outcome = outcomes[label(mutant)]
     if mutant is CONTROL:
         assert outcome.startswith("exit code 0\n"), outcome[-3000:]
