@@ -386,8 +386,11 @@ def test_a_next_turn_goes_where_its_beginning_is_cached(fake: Fake) -> None:
     other.stop()
 
 
-def test_closing_fails_what_is_under_way(policy: ServerPolicy, fake: Fake) -> None:
+def test_closing_fails_what_is_under_way(policy: ServerPolicy, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waits for a server that hangs no longer than for any other at the end."""
+    monkeypatch.setattr(state, "LEAVING", 0.05)
     fake.fail.append("hang")
+    began = time.monotonic()
 
     async def close() -> None:
         task = asyncio.create_task(policy.complete(CONTEXT, Sampling()))
@@ -400,6 +403,7 @@ def test_closing_fails_what_is_under_way(policy: ServerPolicy, fake: Fake) -> No
             await policy.complete(CONTEXT, Sampling())
 
     asyncio.run(close())
+    assert time.monotonic() - began < state.CONTROL
 
 
 def test_a_context_without_room_is_not_sent(policy: ServerPolicy, fake: Fake) -> None:

@@ -241,8 +241,9 @@ class Server:
         """Says that its weights are nobody's any more: another run may load its own, though this process lives on."""
         if self.ready and self._ours and self.role != "follower":
             run, _, rest = self._want().label.partition(":")
-            with contextlib.suppress(RemoteError):
-                await self.rpc("llm_gym_set_label", f"{run.partition('.')[0]}:{rest}", seconds=LEAVING)
+            with contextlib.suppress(RemoteError, TimeoutError):
+                async with asyncio.timeout(LEAVING):  # one that hangs must not hold up the end
+                    await self.rpc("llm_gym_set_label", f"{run.partition('.')[0]}:{rest}")
 
     async def rpc(self, method: str, *args: Any, seconds: float = CONTROL) -> list[Any]:
         """The workers' answers to a method of the extension."""
