@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(RUN) llmgym train
 
 test: $(VENV)/.test lint
-	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules tests llm_gym
+	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules --durations 40 tests llm_gym
 
 # Every planted bug; CI plants those of changed files and a sample (tests/planted.py).
 mutations: $(VENV)/.test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def _own_environment() -> Iterator[None]:
 
 
 LONGEST = """
-test_nproc test_vllm_server test_python_sandbox test_interrupt test_vllm_train test_nproc_engines test_loops_nproc
-test_ranks test_vllm_exit test_packaging test_doctor_vllm test_mutations test_examples test_export_chain
-test_sandbox_cells test_vllm_loops test_sandbox_cases test_resume test_distill_learns test_cli_doctor
-test_real_tokenizers
+test_vllm_server test_nproc test_vllm_train test_python_sandbox test_nproc_engines test_export_chain test_mutations
+test_interrupt test_loops_nproc test_sandbox test_ranks test_vllm_loops test_vllm_lora test_vllm_models
+test_grading_workers test_examples test_sandbox_moments test_vllm_policy test_doctor_vllm test_sandbox_cases
+test_distill_learns test_vllm_adapter test_resume test_packaging test_vllm_exit test_parallel test_tool_formats
+test_vllm_proof test_real_tokenizers test_sandbox_cells test_random_configurations test_cli_documented
 """.split()
-"""Files of half a minute and more."""
+"""Files of 20 seconds and more, as the summary of a run lists them."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,12 +74,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     for name, value in dict(pair for report in reports for pair in report.user_properties).items():
         terminalreporter.line(f"{name}: {value}")
+    if terminalreporter.config.getoption("dist", "no") != "no":
+        _minutes(terminalreporter)
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if _must_run(report)]
     if skipped and os.environ.get("CI"):
         terminalreporter.section("heavy tests skipped in CI: a failure")
         for report in skipped:
             terminalreporter.line(f"{report.nodeid}: {report.longrepr}")
         terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _minutes(terminalreporter: pytest.TerminalReporter) -> None:
+    """The files that took longest, where several workers share them: the longest one ends no sooner however many."""
+    seconds: Counter[str] = Counter()
+    for report in (each for kind in terminalreporter.stats.values() for each in kind if hasattr(each, "duration")):
+        seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"{sum(seconds.values()):.0f} s of tests in {len(seconds)} files; the longest:")
+    for file, took in seconds.most_common(30):
+        terminalreporter.line(f"{took:6.0f} s  {file}")
 
 
 def _must_run(report: pytest.TestReport | pytest.CollectReport) -> bool:

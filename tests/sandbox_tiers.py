@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import ordinary_user
 import psutil
 import pytest
 
@@ -23,7 +25,7 @@ BLOCKS: set[range] = set()
 """The user ids of the sandboxes seen so far."""
 
 
-def _tier(name: str, label: str | None = None) -> object:
+def _tier(name: str, label: str | None = None) -> Any:
     reason = sandbox.missing(name)
     return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"no {name} here: {reason}"), id=label)
 
@@ -36,6 +38,24 @@ ONE_OF_EACH = [
     _tier("landlock", "reduced"),
 ]
 """The best full tier here, and the reduced one: the two full tiers have the same sessions."""
+
+
+def _dealt() -> list[object]:
+    """(tier, backend): every second pair where the tests run as root, the others as the ordinary user that root starts.
+
+    So CI runs each pair once; `make soak` the rest. Where nobody is root every pair is run.
+    """
+    pairs = [(tier, backend) for tier in TIERS for backend in BACKENDS]
+    mine = {0: 0, ordinary_user.UID: 1}.get(os.geteuid())
+    found = []
+    for number, (tier, backend) in enumerate(pairs):
+        column = (number // 2 + number) % 2  # of each tier one backend, of each backend several tiers
+        marks = [*tier.marks, *([] if mine in (None, column) else [pytest.mark.soak])]
+        found.append(pytest.param(*tier.values, backend, marks=marks, id=f"{tier.values[0]}-{backend}"))
+    return found
+
+
+DEALT = _dealt()
 
 
 def family(tier: str) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sandbox_tiers import BACKENDS, TIERS, nothing_left
+from sandbox_tiers import DEALT, nothing_left
 
 from llm_gym.envs.tools.sandbox import CellResult, Limits, PythonSession
 
@@ -166,8 +166,7 @@ def play(case: dict[str, Any], tier: str, backend: str) -> Results:
     return results
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("tier", "backend"), DEALT)
 def test_every_case_meets_its_expectation(
     tier: str, backend: str, shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

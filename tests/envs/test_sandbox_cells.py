@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sandbox_tiers import BACKENDS
 
 from llm_gym.envs.tools.sandbox import PythonSession
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_recorded_cell_gives_its_recorded_output(backend: str, shared: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("backend", "every"), [("worker", 1), ("jupyter", 6), pytest.param("jupyter", 1, marks=pytest.mark.soak)]
+)
+def test_every_recorded_cell_gives_its_recorded_output(backend: str, every: int, shared: Callable[[str], Path]) -> None:
+    """A Jupyter kernel takes three times as long to begin as a worker: CI starts it for each sixth cell."""
     rows = [json.loads(line) for line in shared("data/pytool/llm_cells.jsonl").open()]
 
     def differs(row: dict[str, Any]) -> str:
@@ -26,6 +28,6 @@ def test_every_recorded_cell_gives_its_recorded_output(backend: str, shared: Cal
         return "" if same else f"{row['trace']}: {row['recorded_output']!r}, not {result}"
 
     with ThreadPoolExecutor(8) as threads:
-        wrong = list(filter(None, threads.map(differs, rows)))
+        wrong = list(filter(None, threads.map(differs, rows[::every])))
     assert len(rows) == 1318
     assert not wrong, wrong[:5]

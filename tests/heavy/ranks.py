@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,18 +49,19 @@ def start(command: Sequence[str], size: int, **popen: Any) -> list[subprocess.Po
         return [subprocess.Popen(command, **each, pass_fds=[port.fileno()], text=True, **popen) for each in mine]
 
 
-def run(command: Sequence[str], size: int, *, timeout: float = 500) -> None:
-    """Runs `command` as `size` ranks to their end; none is left behind."""
-    ranks = start(command, size, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        said = [rank.communicate(timeout=timeout)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [
-        f"rank {i}: {text[-3000:]}" for i, (rank, text) in enumerate(zip(ranks, said, strict=True)) if rank.returncode
-    ]
-    assert not failed, "\n".join(failed)
+def run(program: str, jobs: Sequence[tuple[int, Sequence[str]]], *, timeout: float = 500) -> None:
+    """Runs `program` once for each (number of ranks, arguments), to its end; none is left behind."""
+    command = [sys.executable, str(HERE / "forked.py"), program, json.dumps(jobs)]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as parent:
+        try:
+            said, _ = parent.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == 0, said[-10_000:]
 
 
 # The program

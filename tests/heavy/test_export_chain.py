@@ -26,11 +26,11 @@ from llm_gym.harness.evaluation.evaluator import EVAL_SEED
 
 pytestmark = pytest.mark.heavy
 EPISODES = 256
-PLAN = {
-    "stages": [
-        {"sft": {"dataset": "chats.jsonl", "steps": 20, "examples_per_step": 32, "optimizer": {"lr": 1e-4}}},
-        {"train": {"env": "Arithmetic-v0", "steps": 12, "eval": {"episodes": EPISODES}}},
-    ]
+TUNE = {"sft": {"dataset": "chats.jsonl", "steps": 20, "examples_per_step": 32, "optimizer": {"lr": 1e-4}}}
+TRAIN = {"env": "Arithmetic-v0", "steps": 12, "eval": {"episodes": EPISODES}}
+LORA = {
+    "lora": {"lora": {"rank": 8, "base": "float32"}, "optimizer": {"lr": 2e-3}},
+    "qlora": {"lora": {"rank": 8, "base": "nf4"}, "optimizer": {"lr": 2e-3}},
 }
 
 
@@ -40,22 +40,44 @@ def said(*words: str) -> str:
     return done.output
 
 
-@pytest.fixture(scope="module", params=["whole", "lora", "qlora"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The exported folder, and the last row of the run's metrics."""
-    folder = tmp_path_factory.mktemp(request.param)
-    chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0, call_rate=0.0))
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    plan = json.loads(json.dumps(PLAN).replace("chats.jsonl", str(folder / "chats.jsonl")))
-    if request.param == "qlora":
-        pytest.importorskip("bitsandbytes")
-    if request.param != "whole":
-        lora = {"rank": 8, "base": "nf4" if request.param == "qlora" else "float32"}
-        plan["stages"][1]["train"] |= {"lora": lora, "optimizer": {"lr": 2e-3}}
+def run(folder: Path, plan: dict[str, Any]) -> Path:
+    """Runs a plan there and exports it to `folder / "out"`; the folder."""
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
     said("run", str(folder / "plan.yaml"), "--out", str(folder / "run"))
     said("export", str(folder / "run"), str(folder / "out"))
-    rows = [json.loads(line) for line in (folder / "run/2-train/metrics.jsonl").read_text().splitlines()]
+    return folder
+
+
+def trained(folder: Path) -> Path:
+    """The run of GRPO, the last stage."""
+    (found,) = (folder / "run").glob("*-train")
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tuned and trained."""
+    folder: Path = tmp_path_factory.mktemp("whole")
+    chats = examples(7, 20 * 32, Mix(additions=1.0, tools=0.0, call_rate=0.0))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    tune = {"sft": TUNE["sft"] | {"dataset": str(folder / "chats.jsonl")}}
+    return run(folder, {"stages": [tune, {"train": TRAIN}]})
+
+
+@pytest.fixture(scope="module", params=["whole", *LORA])
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, whole: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The exported folder, and the last row of the run's metrics; adapters on the one fine-tuned model."""
+    folder = whole
+    if request.param == "qlora":
+        pytest.importorskip("bitsandbytes")
+    if request.param in LORA:
+        tuned = str(whole / "run/1-sft/model")
+        folder = run(
+            tmp_path_factory.mktemp(request.param), {"model": tuned, "stages": [{"train": TRAIN | LORA[request.param]}]}
+        )
+    rows = [json.loads(line) for line in (trained(folder) / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval/sampled_reward"] > rows[0]["eval/sampled_reward"], "it has learned something"
     return folder / "out", rows[-1]
 
@@ -117,7 +139,7 @@ def test_plain_transformers_reproduces_the_training_evaluation(exported: tuple[P
     folder, row = exported
     rewards, replies = played(folder, sample=False)
     assert np.mean(rewards) == row["eval/greedy_reward"]
-    file = folder.parent / "run/2-train/episodes" / f"eval_{row['step']:06d}.jsonl"
+    file = trained(folder.parent) / "episodes" / f"eval_{row['step']:06d}.jsonl"
     kept = [decode(json.loads(line)).turns[0].completion.tokens.tolist() for line in file.read_text().splitlines()]
     assert len(kept) == 64
     assert replies[:64] == kept, "token for token"

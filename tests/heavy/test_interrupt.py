@@ -62,7 +62,13 @@ def family(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return {member.pid: member for member in (own, *own.children(recursive=True), *session(process.pid))}
 
 
-@pytest.mark.parametrize("said", PHASES)
+SOAK = ("episodes of training", "training on them")
+"""Phases between two others that CI interrupts."""
+
+
+@pytest.mark.parametrize(
+    "said", [pytest.param(phase, marks=[pytest.mark.soak] if phase in SOAK else []) for phase in PHASES]
+)
 def test_ctrl_c(said: str, tmp_path: Path, start: list[subprocess.Popen[str]]) -> None:
     out = tmp_path / "run"
     sets = ["steps=3", "policy.vllm.max_model_len=256", *PHASES[said]]

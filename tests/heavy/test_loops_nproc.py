@@ -58,7 +58,7 @@ class Found:
         """What several ranks do, with either strategy."""
         folder, before = self.folders[size], server.asked
         (folder / "teacher_url").write_text(server.url)
-        ranks.run([sys.executable, loop_ranks.__file__, str(folder), *names], size)
+        ranks.run(loop_ranks.__file__, [(size, [str(folder), *names])])
         self.requests[size] = server.asked - before
         self.returned[size] = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ import pytest
 import ranks
 import torch
 import yaml
+from click.testing import CliRunner
 from leftovers import living
 from safetensors.torch import load_file
 from sandbox_tiers import within
 
+from llm_gym.cli.group import llmgym
 from llm_gym.harness.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.heavy
@@ -84,6 +88,12 @@ def gone(processes: dict[int, psutil.Process]) -> bool:
     return within(DEADLINE, lambda: not living(processes.values()))
 
 
+def alone_to_its_end(run: Path, *more: str, steps: int) -> None:
+    """One process that needs no other: this one, which has imported everything."""
+    done = CliRunner().invoke(llmgym, train(run, *more, steps=steps)[len(LLMGYM) :])
+    assert done.exit_code == 0, done.output
+
+
 def run_to_its_end(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -114,24 +124,27 @@ CONSTANT = ["--set", "optimizer.schedule=constant", "--set", "checkpoint.keep=9"
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps of one process that was never interrupted."""
-    run: Path = tmp_path_factory.mktemp("alone") / "run"
-    run_to_its_end(train(run, *CONSTANT, steps=4))
-    return run
+    """Of one process: four steps of a run that was never interrupted, and two steps of one."""
+    folder: Path = tmp_path_factory.mktemp("alone")
+    alone_to_its_end(folder / "whole", *CONSTANT, steps=4)
+    alone_to_its_end(folder / "half", *CONSTANT, steps=2)
+    return folder
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path, alone: Path) -> None:
     """2 -> 1 and 1 -> 2, against one process that was never interrupted: the same episodes, steps and weights."""
     several = ["--nproc", "2", "--set", f"parallel.strategy={strategy}"]
-    for name, first, then in (("fewer", several, []), ("more", [], several)):
-        run_to_its_end(train(tmp_path / name, *CONSTANT, *first, steps=2))
-        run_to_its_end(train(tmp_path / name, *then, "--resume", steps=4))
-        for ours, theirs in zip(rows_of(tmp_path / name)[1:], rows_of(alone)[1:], strict=True):
+    run_to_its_end(train(tmp_path / "fewer", *CONSTANT, *several, steps=2))
+    alone_to_its_end(tmp_path / "fewer", "--resume", steps=4)
+    shutil.copytree(alone / "half", tmp_path / "more")
+    run_to_its_end(train(tmp_path / "more", *several, "--resume", steps=4))
+    for name in ("fewer", "more"):
+        for ours, theirs in zip(rows_of(tmp_path / name)[1:], rows_of(alone / "whole")[1:], strict=True):
             for metric in ("reward/mean", "tokens/generated", "tokens/trained"):
                 assert ours.get(metric) == theirs.get(metric)
             assert ours.get("policy/grad_norm") == pytest.approx(theirs.get("policy/grad_norm"), rel=1e-3)
-        want = weights_of(alone, 4)
+        want = weights_of(alone / "whole", 4)
         for tensor, value in weights_of(tmp_path / name, 4).items():
             torch.testing.assert_close(value, want[tensor], rtol=0, atol=1e-5)
         assert (tmp_path / name / "report.html").exists()
@@ -139,6 +152,7 @@ def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, 
         assert len(starts) == 2, "rank 0 alone says what the run was made with"
 
 
+@pytest.mark.soak  # CI compares their steps with those of one process
 def test_two_processes_learn(tmp_path: Path) -> None:
     """A third of the default run."""
     command = [*LLMGYM, "train", "--nproc", "2", "--steps", "40", "--out", str(tmp_path / "run")]
@@ -181,32 +195,41 @@ def test_processes_do_not_outlive_what_started_them(begun) -> None:
     assert gone(processes)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_without_a_launcher_the_others_find_out_themselves(lost: int, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def pairs(runs: dict[str, list[str]]) -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
+    """Both processes of each run, by its folder, when it has made a step; runs side by side, for they wait long."""
+    started = {
+        folder: ranks.start(train(Path(folder), *words), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for folder, words in runs.items()
+    }
+    try:
+        for folder in runs:
+            until(lambda f=folder: len(rows_of(Path(f))) > 1, "a first step")
+        yield started
+    finally:
+        for process in itertools.chain(*started.values()):
+            process.kill()
+
+
+def test_without_a_launcher_the_others_find_out_themselves(tmp_path: Path) -> None:
     """Rank 0 holds the store here; each process must see that the other is dead, and say so."""
-    both = ranks.start(train(tmp_path / "run"), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        until(lambda: len(rows_of(tmp_path / "run")) > 1, "a first step")
-        both[lost].kill()
-        said, _ = both[1 - lost].communicate(timeout=DEADLINE)
-        assert both[1 - lost].returncode not in (0, None)
-        assert f"rank {lost}" in said.splitlines()[-1], said
-        assert "frame #" not in said, "torch's own account of a lost connection"
-    finally:
-        for process in both:
-            process.kill()
+    with pairs({str(tmp_path / f"without-{lost}"): [] for lost in (0, 1)}) as started:
+        for lost, both in enumerate(started.values()):
+            both[lost].kill()
+        for lost, both in enumerate(started.values()):
+            said, _ = both[1 - lost].communicate(timeout=DEADLINE)
+            assert both[1 - lost].returncode not in (0, None)
+            assert f"rank {lost}" in said.splitlines()[-1], said
+            assert "frame #" not in said, "torch's own account of a lost connection"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_that_stands_still_is_named_when_time_is_up(strategy: str, tmp_path: Path) -> None:
-    settings = ["--set", "parallel.timeout=20", "--set", f"parallel.strategy={strategy}"]
-    both = ranks.start(train(tmp_path / "run", *settings), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        until(lambda: len(rows_of(tmp_path / "run")) > 1, "a first step")
-        both[1].send_signal(signal.SIGSTOP)
-        said, _ = both[0].communicate(timeout=DEADLINE)
-        assert both[0].returncode == 2
-        assert said.splitlines()[-1].startswith("Error: rank 1 "), said
-    finally:
-        for process in both:
-            process.kill()
+def test_a_rank_that_stands_still_is_named_when_time_is_up(tmp_path: Path) -> None:
+    settings = ["--set", "parallel.timeout=20", "--set"]
+    runs = {str(tmp_path / name): [*settings, f"parallel.strategy={name}"] for name in ("ddp", "fsdp")}
+    with pairs(runs) as started:
+        for both in started.values():
+            both[1].send_signal(signal.SIGSTOP)
+        for both in started.values():
+            said, _ = both[0].communicate(timeout=DEADLINE)
+            assert both[0].returncode == 2
+            assert said.splitlines()[-1].startswith("Error: rank 1 "), said

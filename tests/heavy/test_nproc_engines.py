@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
     """What two processes make: one run after another, so that groups and engines must end properly too."""
     folder = tmp_path_factory.mktemp("two")
-    ranks.run([sys.executable, engines.__file__, str(folder), server], 2)
+    ranks.run(engines.__file__, [(2, [str(folder), server])])
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder) -> dict[int, dict[Any, Any]]:
     """World size -> (strategy, how the work is shared, case) -> what came out."""
-    made = {}
-    for size in (1, 2, 3):
-        file = folder / f"{size}.pt"
-        ranks.run([sys.executable, ranks.__file__, str(file)], size)
-        made[size] = torch.load(file, weights_only=False)
-    return made
+    files = {size: folder / f"{size}.pt" for size in (1, 2, 3)}
+    ranks.run(ranks.__file__, [(size, [str(file)]) for size, file in files.items()])
+    return {size: torch.load(file, weights_only=False) for size, file in files.items()}
 
 
 SETUPS = [(size, strategy, share) for size in (2, 3) for strategy in ("ddp", "fsdp") for share in ("dealt", "by hand")]

@@ -56,6 +56,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert gained(rows) > RISE
 
 
+@pytest.mark.soak
 def test_with_stale_weights_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The margin above says something: it is not reached when the engine keeps its first weights."""
     run = Trainer(config(*SHORT, "steps=16"), out=tmp_path)
