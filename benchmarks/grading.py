@@ -62,7 +62,7 @@ def agreement(folder: Path) -> None:
         print(f"| {path.stem} | {_row(counts)} |")
     print(f"| all | {_row(totals)} |\n\n| file | reference | reply | label | status |\n|---|---|---|---|---|")
     for name, case, grade in disagreements(folder):
-        gold, pred = (_short(case[key]) for key in ("gold", "pred"))
+        gold, pred = (short(case[key]) for key in ("gold", "pred"))
         print(f"| {name} | `{gold}` | `{pred}` | {'equal' if case['equal'] else 'different'} | {grade.status} |")
 
 
@@ -71,7 +71,7 @@ def _row(counts: dict[str, list[int]]) -> str:
     return " | ".join([*(f"{a}/{b}" for a, b in counts.values()), f"{right / of:.2%}"])
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= 70 else f"... {text[-66:]}"
 

@@ -6,7 +6,7 @@
 A random Qwen3 of hidden size 384 and 8 layers (float32, tied head); `--prompts` of 96 tokens, `--group` completions of
 each, of 32 to 128 tokens (`--even`: all of 128). TRL: `_compute_loss` (which includes its log-probabilities and
 entropies, made in tiles) and `backward`, with its default loss, nothing else of its step. llm_gym:
-`Learner._backward` of the same rows, packed, prompts shared, its default loss. Blocks alternate in one process, the
+`Learner.backward` of the same rows, packed, prompts shared, its default loss. Blocks alternate in one process, the
 first warms up. Below that, the two heads alone on the same hidden states. Medians of CPU-seconds; memory is the
 growth of the resident set at its peak.
 """
@@ -134,7 +134,7 @@ def our_update(vocabulary: int, rows: list[TrainSequence], advantages: np.ndarra
 
     def update() -> None:
         for micro in batch.micro:
-            learner._backward(micro, 1.0)
+            learner.backward(micro, 1.0)
 
     return update, learner.model.zero_grad
 

@@ -115,7 +115,7 @@ def check(output: str) -> None:
 
 def memory(sessions: list[PythonSession]) -> float:
     """Megabytes of the zygote and all sessions, divided by the sessions."""
-    family = [p for box in pool._sandboxes.values() for p in psutil.Process(box.process.pid).children(recursive=True)]
+    family = [p for box in pool.SANDBOXES.values() for p in psutil.Process(box.process.pid).children(recursive=True)]
     waiting = sum(len(handles) for handles in pool._ready.values())
     total = sum(proportional(p.pid) for p in family)
     return total / (len(sessions) + waiting) / 1e6

@@ -179,7 +179,7 @@ def raw(scripts: list[Script], pace: float, engine: Any) -> int:
 
 def on_engine(policy: Exact, function: Callable[[Any], Any]) -> Any:
     """`function(engine)` on the engine's thread."""
-    return policy._thread.call(function).result()
+    return policy.thread.call(function).result()
 
 
 def ways(policy: Exact, seeds: range, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:

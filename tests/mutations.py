@@ -10,7 +10,7 @@ from planted import Mutant
 MUTANTS = (
     Mutant(
         "the loss depends on how the batch is split: each micro-batch is averaged on its own",
-        "harness/learner/learner.py::Learner._backward.per_token",
+        "harness/learner/learner.py::Learner.backward.per_token",
         'return part["weight"] * losses',
         "return losses / batch.trained",
         (
@@ -311,7 +311,7 @@ MUTANTS = (
     Mutant(
         "the prefix cache survives a weight update",
         "policies/builtin/policy.py::TransformersPolicy.refresh",
-        '        self._refuse_in_flight("refresh")\n        self._engine.clear()\n',
+        '        self._refuse_in_flight("refresh")\n        self.engine.clear()\n',
         '        self._refuse_in_flight("refresh")\n',
         ("policies/test_transformers.py::TestWeights::test_weights_changed_in_place_are_served_after_refresh",),
     ),
@@ -324,7 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "the ratio is clipped and importance-weighted twice",
-        "harness/learner/learner.py::Learner._anchor",
+        "harness/learner/learner.py::Learner.anchor",
         "return proximal, *importance_weights(",
         "return sampler, *importance_weights(",
         ("harness/test_corrections.py::test_a_mismatch_inside_every_bound_is_counted_once",),
@@ -388,13 +388,13 @@ MUTANTS = (
     Mutant(
         "the schedule is stepped per micro-batch",
         "harness/learner/learner.py::Learner.forward_backward",
-        "sums = self._backward(micro.to(self.device), temperature)",
-        "sums, self.step_count = self._backward(micro.to(self.device), temperature), self.step_count + 1",
+        "sums = self.backward(micro.to(self.device), temperature)",
+        "sums, self.step_count = self.backward(micro.to(self.device), temperature), self.step_count + 1",
         ("harness/test_learner.py::test_the_schedule_counts_optimizer_steps_not_micro_batches",),
     ),
     Mutant(
         "metrics are means of micro-batch means",
-        "harness/learner/learner.py::Learner._backward.per_token",
+        "harness/learner/learner.py::Learner.backward.per_token",
         "sums.get(name, 0.0) + stream.sum()",
         "sums.get(name, 0.0) + stream.mean()",
         ("harness/test_learner.py::test_metrics_do_not_depend_on_the_split",),

@@ -243,7 +243,7 @@ LOOPS = (
         "a replay takes the new policy's log-probabilities for the sampler's",
         "harness/loops/replay.py::replay",
         '            with world.blame_lost_rank("replay"):\n',
-        "            learning.learner._anchor = lambda _, new, old: (new.detach(), torch.ones_like(new), {})\n"
+        "            learning.learner.anchor = lambda _, new, old: (new.detach(), torch.ones_like(new), {})\n"
         '            with world.blame_lost_rank("replay"):\n',
         (
             "harness/test_replay.py::test_every_step_comes_out_the_same_from_the_start_and_from_a_checkpoint[several_updates]",

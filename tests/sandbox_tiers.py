@@ -60,7 +60,7 @@ DEALT = _dealt()
 
 def family(tier: str) -> list[psutil.Process]:
     """The sandbox's own processes: in a full tier bubblewrap (or its stand-in), the zygote and the template."""
-    outermost = psutil.Process(pool._sandboxes[tier].process.pid)
+    outermost = psutil.Process(pool.SANDBOXES[tier].process.pid)
     if sandbox.tier(tier).isolation != "full":
         return [outermost]
     (zygote,) = outermost.children()
@@ -69,7 +69,7 @@ def family(tier: str) -> list[psutil.Process]:
 
 def processes() -> set[int]:
     """This process's descendants, and all processes of the users that only sessions have."""
-    BLOCKS.update(box.uids for box in pool._sandboxes.values())
+    BLOCKS.update(box.uids for box in pool.SANDBOXES.values())
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
     for process in psutil.process_iter(["uids"]):
         uids = process.info["uids"]

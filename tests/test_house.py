@@ -37,6 +37,68 @@ def test_no_function_is_too_long() -> None:
     assert long == []
 
 
+OTHERS = {
+    "_exit",  # os
+    "_current_frames",  # sys
+    "_started",  # threading.Thread
+    "_session",  # pytest's reporter
+    "_attn_implementation",  # transformers' configurations
+    "_model_mapping",  # transformers' auto classes
+    "_adapter_manager",  # vLLM's worker
+}
+"""Private names of others that tests use, because these have no public ones."""
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name not in OTHERS
+
+
+def private_names(source: str) -> list[str]:
+    """`line: name` of every private name that is imported, is an attribute of another object, or is patched there."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_gym"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for a in node.names if a.name.startswith("llm_gym") for part in a.name.split(".")]
+        elif isinstance(node, ast.Attribute):
+            of = node.value.func if isinstance(node.value, ast.Call) else node.value
+            names = [] if isinstance(of, ast.Name) and of.id in ("self", "cls", "super") else [node.attr]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in PATCHES:
+            texts = [a.value for a in node.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            names = [part for text in texts for part in text.split(".") if part.isidentifier()]
+        found += [f"{node.lineno}: {name}" for name in names if private(name)]
+    return found
+
+
+PATCHES = ("setattr", "delattr", "getattr", "hasattr", "patch", "attrgetter")
+
+
+def test_tests_use_public_names_alone() -> None:
+    """What a test cannot reach by a public name is no promise to anybody; it may change without breaking a test."""
+    tests = Path(__file__).parent
+    found = {str(f.relative_to(tests)): private_names(f.read_text("utf-8")) for f in sorted(tests.rglob("*.py"))}
+    assert len(found) > 100
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_a_private_name_is_found_however_it_is_reached() -> None:
+    for line in (
+        "from llm_gym.cli.train import _line",
+        "from llm_gym._hidden import x",
+        "import llm_gym._hidden",
+        "policy._engine.slots",
+        "make()._rows",
+        "monkeypatch.setattr(module, '_step', None)",
+        "monkeypatch.setattr('llm_gym.hub._offline', None)",
+        "getattr(env, '_rows')",
+    ):
+        assert len(private_names(line)) == 1, line
+    for line in ("self._x", "os._exit(1)", "x.__class__", "from numpy import _core", "_own = 1", "super()._x()"):
+        assert private_names(line) == [], line
+
+
 def test_every_folder_says_what_it_is() -> None:
     """In the first line of its `__init__.py`, which a reader opens first."""
     for name, source in sources().items():

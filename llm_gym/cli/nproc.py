@@ -72,10 +72,10 @@ def launch(nproc: int, *, verdict: int | None = None) -> None:
                 click.echo(file.read_text("utf-8"), err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except ChildFailedError as failed:
-            raise _account(failed.failures, verdict) from None
+            raise account(failed.failures, verdict) from None
 
 
-def _account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
+def account(failures: Mapping[int, Any], verdict: int | None) -> Exception:
     """What to end with when ranks have failed: what the first of them left word of, or how it ended."""
     # Signals, which are negative, are the first cause; but SIGTERM, and SIGKILL when their time is over, is how the
     # agent stops the others.

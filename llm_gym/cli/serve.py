@@ -55,7 +55,7 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     up = False
 
     def echo(line: str) -> None:
-        if verbose or (up and _important(line)):
+        if verbose or (up and important(line)):
             click.echo(line, err=True)
 
     with settings():
@@ -100,7 +100,7 @@ def _tell(url: str, model: str | None) -> None:
     sys.stdout.flush()
 
 
-def _important(line: str) -> bool:
+def important(line: str) -> bool:
     """Errors and warnings, without those of every update."""
     return (" ERROR " in line or " WARNING " in line) and not any(words in line for words in EVERY_UPDATE)
 

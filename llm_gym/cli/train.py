@@ -186,17 +186,17 @@ def _example(run: Path) -> list[str]:
         return []
     pairs = comparison.pairs
     pair = next((p for p in pairs if p.after.good > p.before.good), pairs[0])
-    question = _line(m.text for m in pair.before.opening if m.role != "system")
+    question = one_line(m.text for m in pair.before.opening if m.role != "system")
     sides = ((word, _said(t), t.reward) for word, t in (("before", pair.before), ("after", pair.after)))
     return ["\n".join([f"For example: {question}", *(f"  {w:<7} {text}  (reward {r})" for w, text, r in sides)])]
 
 
 def _said(told: Transcript) -> str:
     """What followed the question: texts, and calls of tools."""
-    return _line(part for m in told.rest for part in (m.text, *m.calls) if part)
+    return one_line(part for m in told.rest for part in (m.text, *m.calls) if part)
 
 
-def _line(texts: Iterable[str]) -> str:
+def one_line(texts: Iterable[str]) -> str:
     """Texts on one short line; what models wrote must not steer the terminal."""
     line = "".join(c if c.isprintable() else " " for c in " | ".join(texts))
     return line if len(line) <= LINE else f"{line[:LINE]}..."

@@ -53,13 +53,13 @@ class GSM8K(TextEnv):
     ) -> None:
         super().__init__(max_tokens=max_tokens, **kwargs)
         self.instruction, self.where = instruction, where
-        self._problems = load_problems(dataset, split, question, answer)
-        self.num_tasks = len(self._problems)
+        self.problems = load_problems(dataset, split, question, answer)
+        self.num_tasks = len(self.problems)
         verify("0", "", where=where, kind="number")  # an unknown policy is found now
 
     def open(self) -> Messages:
         """The question, and how to answer it."""
-        question, self._gold = self._problems[self.draw_task(len(self._problems))]
+        question, self._gold = self.problems[self.draw_task(len(self.problems))]
         return [{"role": "user", "content": f"{question}\n{self.instruction}" if self.instruction else question}]
 
     def reply(self, text: str) -> Reply:

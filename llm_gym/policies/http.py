@@ -135,8 +135,8 @@ class Loop:
         self.stopped = self._halted = False
         self._door = threading.Lock()
         self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
-        self._thread = Thread(self._run, name=name)
-        self._thread.start()
+        self.thread = Thread(self._run, name=name)
+        self.thread.start()
 
     async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.
@@ -145,7 +145,7 @@ class Loop:
             PolicyError: the loop was stopped, before or meanwhile.
         """
         try:
-            return await asyncio.wrap_future(self._submit(coroutine))
+            return await asyncio.wrap_future(self.submit(coroutine))
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if self.stopped and caller is not None and not caller.cancelling():
@@ -158,7 +158,7 @@ class Loop:
         Raises:
             PolicyError: the loop was stopped, before or meanwhile.
         """
-        future = self._submit(coroutine)
+        future = self.submit(coroutine)
         try:
             return future.result()
         except CancelledError:
@@ -167,7 +167,8 @@ class Loop:
             future.cancel()
             raise
 
-    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begins `coroutine` there and does not wait; PolicyError if the loop was stopped."""
         with self._door:  # what comes in is in the loop before its end is
             if not self.stopped:
                 return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -183,7 +184,7 @@ class Loop:
             self.stopped, self._last = True, self._last or last
         with contextlib.suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._halt)
-        self._thread.join()
+        self.thread.join()
 
     def _halt(self) -> None:
         if not self._halted:

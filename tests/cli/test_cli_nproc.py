@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from llm_gym.cli.group import EXIT_INTERRUPTED, EXIT_SETTING
-from llm_gym.cli.nproc import OURS, _account, as_rank
+from llm_gym.cli.nproc import OURS, account, as_rank
 from llm_gym.errors import ConfigError
 
 
@@ -45,13 +45,13 @@ def test_one_sentence_for_all(ends: dict[int, tuple[int, str | None]], said: str
     failures: dict[int, Any] = {rank: failed(tmp_path, rank, *end) for rank, end in ends.items()}
     for order in (failures, dict(reversed(failures.items()))):
         with pytest.raises(click.ClickException, match=said) as ended:
-            raise _account(order, verdict=None)
+            raise account(order, verdict=None)
         assert ended.value.exit_code == EXIT_SETTING
 
 
 @pytest.mark.parametrize(("code", "verdict"), [(EXIT_SETTING, None), (EXIT_INTERRUPTED, None), (3, 3)])
 def test_nothing_more_where_a_rank_has_spoken(code: int, verdict: int | None, tmp_path: Path) -> None:
-    ended = _account({0: failed(tmp_path, 0, code)}, verdict)
+    ended = account({0: failed(tmp_path, 0, code)}, verdict)
     assert isinstance(ended, click.exceptions.Exit)
     assert ended.exit_code == code
 

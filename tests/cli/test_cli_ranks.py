@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm_gym import TextEnv
-from llm_gym.cli.nproc import PATIENCE, _account, as_rank
+from llm_gym.cli.nproc import PATIENCE, account, as_rank
 from llm_gym.core import Sampling
 from llm_gym.policies import make_policy
 from llm_gym.rollouts.driver import rollout
@@ -53,7 +53,7 @@ def test_who_did_not_hear_sigterm_and_was_killed_is_not_the_cause() -> None:
 
     def ended(*ranks: tuple[int, int]) -> Exception:
         rows = [SimpleNamespace(exitcode=c, timestamp=1000 + at, error_file="", message="") for c, at in ranks]
-        return _account(dict(enumerate(rows)), None)
+        return account(dict(enumerate(rows)), None)
 
     assert ended((2, 0), (-9, PATIENCE)).exit_code == 2  # type: ignore[attr-defined]
     for early in ended((2, 0), (-9, 0)), ended((-9, PATIENCE), (-9, 0)):

@@ -276,7 +276,7 @@ def test_a_run_that_has_saved_nothing_is_no_model(command: str, tmp_path: Path) 
 
 
 def test_transcripts_do_not_steer_the_terminal() -> None:
-    from llm_gym.cli.train import LINE, _line
+    from llm_gym.cli.train import LINE, one_line
 
-    assert _line(["a\x1b[2J\nb", "\x9bc\u202e"]) == "a [2J b |  c "
-    assert len(_line(["x" * 1000])) == LINE + 3
+    assert one_line(["a\x1b[2J\nb", "\x9bc\u202e"]) == "a [2J b |  c "
+    assert len(one_line(["x" * 1000])) == LINE + 3

@@ -7,7 +7,7 @@ import socket
 from click.testing import CliRunner
 
 from llm_gym.cli.group import llmgym
-from llm_gym.cli.serve import _important
+from llm_gym.cli.serve import important
 
 
 def run(*args: str) -> tuple[int, str]:
@@ -34,9 +34,9 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 
 def test_the_terminal_shows_what_is_important() -> None:
     """A server in bfloat16 warns of each tensor of each update: thousands of lines; any of tied heads."""
-    assert _important("(EngineCore pid=7) ERROR 11-30 02:00:00 [core.py:7] it died")
-    assert _important("(Worker pid=7) WARNING 11-30 02:00:00 [x.py:7] little memory")
+    assert important("(EngineCore pid=7) ERROR 11-30 02:00:00 [core.py:7] it died")
+    assert important("(Worker pid=7) WARNING 11-30 02:00:00 [x.py:7] little memory")
     warned = "WARNING 11-30 02:00:00 [utils.py:334] Attempted to load weight model.norm.weight with dtype torch.float32"
-    assert not _important(warned)
-    assert not _important("WARNING 11-30 02:00:00 [layerwise.py:266] ParallelLMHead: Failed to load weights")
-    assert not _important("INFO 11-30 02:00:00 [x.py:7] ready")
+    assert not important(warned)
+    assert not important("WARNING 11-30 02:00:00 [layerwise.py:266] ParallelLMHead: Failed to load weights")
+    assert not important("INFO 11-30 02:00:00 [x.py:7] ready")

@@ -50,8 +50,11 @@ def test_the_default_task_is_two_digit_addition():
 )
 def test_only_the_exact_answer_counts(reply, right):
     env = Arithmetic(split="all")
-    env.reset(seed=0)
-    env._gold = "85"
+    for task in range(1000):
+        env.reset(seed=0, options={"task": task})
+        if env.problem.answer == 85:
+            break
+    assert env.problem.answer == 85
     assert answer(env, reply)[1] == float(right)
 
 

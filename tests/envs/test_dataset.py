@@ -155,8 +155,9 @@ def test_rows_without_an_answer_are_reported(tmp_path):
 
 
 def test_the_answers_of_math_are_right_and_their_neighbours_wrong(shared):
-    env = Dataset(dataset=str(shared("data/math/math500/math.json")), prompt="problem", max_tokens=1000)
-    rows = [row["answer"] for row in env._rows]
+    file = shared("data/math/math500/math.json")
+    env = Dataset(dataset=str(file), prompt="problem", max_tokens=1000)
+    rows = [row["answer"] for row in json.loads(file.read_text("utf-8"))]
     for task in range(0, len(rows), 25):
         assert answer(env, f"Thus $\\boxed{{{rows[task]}}}$.", task)[1] == 1.0
         assert answer(env, f"Thus $\\boxed{{{rows[task]} + 1}}$.", task)[1] == 0.0

@@ -24,7 +24,7 @@ def test_every_disagreement_is_listed_with_its_reason_and_none_is_a_false_positi
     assert [case for _, case, _ in found if not case["equal"]] == []
     listed = (ROOT / "docs" / "grading.md").read_text(encoding="utf-8")
     for name, case, grade in found:
-        row = f"| {name} | `{benchmark._short(case['gold'])}` | `{benchmark._short(case['pred'])}` | equal |"
+        row = f"| {name} | `{benchmark.short(case['gold'])}` | `{benchmark.short(case['pred'])}` | equal |"
         assert f"{row} {grade.status} | " in listed
     cases = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
     assert cases == 5683

@@ -81,7 +81,7 @@ def test_the_prompt_asks_for_the_form_that_is_graded():
 
 
 def test_hundreds_of_environments_share_one_list():
-    assert GSM8K(dataset="sample")._problems is GSM8K(dataset="sample")._problems
+    assert GSM8K(dataset="sample").problems is GSM8K(dataset="sample").problems
 
 
 @pytest.mark.parametrize(

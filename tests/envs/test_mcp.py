@@ -251,11 +251,11 @@ def test_a_server_that_is_gone_ends_the_episode_as_data() -> None:
     with closing(MCPTool(servers=build, call_timeout=5)) as env:
         env.reset(seed=0)
         assert call(env, "calculator", expression="1+1") == "2"
-        session, pool = env._session, env._pool
+        session, pool = env.held, env.pool
         assert session is not None
         assert pool is not None
-        pool._loop.submit(session.close()).result(10)
-        env._session = session
+        pool.loop.submit(session.close()).result(10)
+        env.held = session
         _, info = say(env, env.call_text("calculator", expression="1+1"))
         assert info["stop_reason"] is StopReason.TOOL_FAILURE
         env.reset(seed=1)

@@ -256,7 +256,7 @@ def test_everything_the_episode_started_is_gone_after_close(tier: str, backend: 
 
 def test_a_forgotten_session_ends_with_its_object(tier: str) -> None:
     session = PythonSession("worker", tier)
-    handle = session._held.handle
+    handle = session.held.handle
     assert handle is not None
     del session
     gc.collect()
@@ -282,14 +282,14 @@ def test_many_sessions_leave_nothing(tier: str, backend: str) -> None:
 
 def _settled(backend: str, tier: str) -> int:
     """The zygote (in a full tier with what it runs in, and its template) and the ready sessions' two each."""
-    ready = sum(len(handles) for handles in pool._ready.values())
+    ready = sum(len(handles) for handles in pool.READY.values())
     return (1 if tier == "landlock" else 3) + 2 * ready
 
 
 def test_a_dead_zygote_is_replaced(tier: str) -> None:
     with PythonSession("worker", tier) as session:
-        pool._sandboxes[tier].process.kill()
-        pool._sandboxes[tier].process.wait()
+        pool.SANDBOXES[tier].process.kill()
+        pool.SANDBOXES[tier].process.wait()
         with PythonSession("worker", tier) as other:
             assert other.run("2 + 2").output == "4\n"
         session.run("1")  # died, or not: but it answers
@@ -301,7 +301,7 @@ def test_a_dead_template_ends_the_sandbox_and_it_is_replaced(tier: str) -> None:
         session.run("x = 1")
         outermost, zygote, template = family(tier)
         template.kill()
-        assert within(60, lambda: not zygote.is_running() and not pool._sandboxes[tier].alive())
+        assert within(60, lambda: not zygote.is_running() and not pool.SANDBOXES[tier].alive())
         assert session.run("x").status == "died"
         assert session.run("2 + 2").output == "4\n"
         assert family(tier)[0] != outermost
@@ -313,12 +313,12 @@ def test_a_session_may_be_ended_before_it_has_begun(tier: str) -> None:
     with nothing_left():
         others = processes()  # of earlier tests
         PythonSession("worker", tier).close()
-        box, (*_, template) = pool._sandboxes[tier], family(tier)
+        box, (*_, template) = pool.SANDBOXES[tier], family(tier)
         template.suspend()
         handles = [box.spawn(Limits(), Handle) for _ in range(3)]
         for handle in handles:
             assert poll([handle.lease], 60)
-            handle._take()  # its pidfd
+            handle.take()  # its pidfd
             handle.end()
         template.resume()
         with PythonSession("worker", tier) as session:
@@ -429,7 +429,7 @@ def test_settings_are_checked_at_once() -> None:
 
 
 def test_required_refuses_a_machine_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_reasons", dict.fromkeys(pool.ORDER[:-1], "not here") | {"none": ""})
+    monkeypatch.setattr(pool, "REASONS", dict.fromkeys(pool.ORDER[:-1], "not here") | {"none": ""})
     assert sandbox.tier("auto").name == "none"
     with pytest.raises(SettingError, match="required.*landlock: not here"):
         sandbox.tier("required")
@@ -445,7 +445,7 @@ def test_the_plain_tier_warns_loudly(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_interpreter_of_a_waiting_session_is_not_seen_by_ctrl_c() -> None:
     with PythonSession() as session:
-        group = os.getpgid(pool._sandboxes[session.tier.name].process.pid)
+        group = os.getpgid(pool.SANDBOXES[session.tier.name].process.pid)
         assert group != os.getpgid(0)
-        assert session._held.handle.interrupt()  # type: ignore[union-attr]
+        assert session.held.handle.interrupt()  # type: ignore[union-attr]
         assert session.run("1").output == "1\n"

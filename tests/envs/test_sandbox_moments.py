@@ -54,7 +54,7 @@ def resume(process: psutil.Process) -> None:
 def test_an_interrupt_is_over_before_the_next_cell(tier: str) -> None:
     """However late the reaper relays it, and though the late cell has ended by itself."""
     with PythonSession("worker", tier) as session:
-        reaper = reaper_of(session._held.handle)
+        reaper = reaper_of(session.held.handle)
         reaper.suspend()
         resuming = threading.Timer(5.0, resume, [reaper])
         resuming.start()
@@ -68,7 +68,7 @@ def test_an_interrupt_that_is_not_relayed_costs_the_session_its_state(
 ) -> None:
     monkeypatch.setattr(trainers_side, "RELAY_SECONDS", 0.1)
     with PythonSession("worker", tier) as session:
-        reaper = reaper_of(session._held.handle)
+        reaper = reaper_of(session.held.handle)
         reaper.suspend()
         resuming = threading.Timer(1.0, resume, [reaper])
         resuming.start()
@@ -93,8 +93,8 @@ signal.signal = ending
 def test_an_interrupt_in_the_last_moment_of_a_cell_costs_nothing(tier: str, backend: str) -> None:
     with PythonSession(backend, tier) as session:
         assert session.run(LAST_MOMENT).status in ("ok", "error")
-        assert session._held.handle is not None
-        assert session._held.handle.interrupt()  # and what waits is deaf to it again
+        assert session.held.handle is not None
+        assert session.held.handle.interrupt()  # and what waits is deaf to it again
         assert session.run("kept").output == "1\n"
 
 
@@ -103,7 +103,7 @@ def test_who_waits_too_short_for_an_end_does_not_prevent_it(tier: str, monkeypat
     with nothing_left():
         session = PythonSession("worker", tier)
         session.run(sleeper())
-        reaper = reaper_of(session._held.handle)
+        reaper = reaper_of(session.held.handle)
         reaper.suspend()
         with monkeypatch.context() as patched:
             patched.setattr(trainers_side, "END_SECONDS", 0.1)
@@ -116,7 +116,7 @@ def test_a_session_ends_though_nobody_hears_that_it_has_begun(tier: str) -> None
     """As when the trainer is killed in that moment: to tell it then raises in the reaper."""
     with nothing_left():
         PythonSession("worker", tier).close()
-        handles = [pool._sandboxes[tier].spawn(Limits(), Handle) for _ in range(5)]
+        handles = [pool.SANDBOXES[tier].spawn(Limits(), Handle) for _ in range(5)]
         for handle in handles:
             handle.lease.sock.shutdown(socket.SHUT_RD)
             (cell := WorkerCell()).start(handle, sleeper(), None)
@@ -159,9 +159,9 @@ def test_the_thread_that_connects_may_collect_a_forgotten_kernel(monkeypatch: py
             super().__setitem__(key, value)
             gc.collect()  # as any allocation may
 
-    monkeypatch.setattr(kernels, "_contexts", Collecting())
+    monkeypatch.setattr(kernels, "CONTEXTS", Collecting())
     forgotten: Any = PythonSession("jupyter")
-    handle, forgotten.itself = forgotten._held.handle, forgotten
+    handle, forgotten.itself = forgotten.held.handle, forgotten
     del forgotten
     outputs: list[str] = []
 

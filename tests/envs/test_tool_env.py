@@ -35,7 +35,19 @@ def calculator(expression: str) -> str:
     return str(evaluate(expression))
 
 
-class Sums(ToolEnv):
+class Remembers(ToolEnv):
+    """Knows the context that it has shown last: `shown`."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.shown, info = super().reset(seed=seed, options=options)
+        return self.shown, info
+
+    def step(self, action: Any) -> Any:
+        self.shown, *rest = super().step(action)
+        return self.shown, *rest
+
+
+class Sums(Remembers):
     """The smallest environment with a tool."""
 
     reward_names = ("correct",)
@@ -51,11 +63,10 @@ class Sums(ToolEnv):
         return Reply(reward={"correct": float(str(self.a * self.b) in text)}, done=True)
 
 
-def say(env: ToolEnv, text: str) -> tuple[float, bool, dict[str, Any]]:
+def say(env: Remembers, text: str) -> tuple[float, bool, dict[str, Any]]:
     """Steps with a reply; its reward, whether the episode ended, its info."""
-    before = env._context
+    before = env.shown
     obs, reward, terminated, truncated, info = env.step(env.chat.encode_reply(text))
-    assert before is not None
     assert np.array_equal(obs[: len(before)], before)
     return reward, terminated or truncated, info
 
@@ -342,7 +353,7 @@ def test_a_cut_reply_runs_nothing() -> None:
 
 
 def test_bound_methods_and_ready_schemas_are_tools() -> None:
-    class Diary(ToolEnv):
+    class Diary(Remembers):
         def __init__(self, **kwargs: Any) -> None:
             schema = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
             super().__init__([self.write, Tool(schema, self.show)], **kwargs)
@@ -387,7 +398,7 @@ def test_fenced_code_needs_no_template_for_tools() -> None:
     assert (answered["role"], answered["content"]) == ("tool", "PRINT(1)")
     assert said["content"] == "I try:"
     assert said["tool_calls"][0]["function"]["arguments"] == {"code": "print(1)"}
-    shown = env.chat.tokenizer.decode(env._context)
+    shown = env.chat.tokenizer.decode(env.shown)
     assert "<start_of_turn>user\n```output\nPRINT(1)\n```<end_of_turn>" in shown
     assert say(env, "4")[1]
     env.close()
@@ -425,7 +436,7 @@ def test_it_conforms() -> None:
     assert Sums.metadata["blocking"] is True
 
 
-class Ledger(QuestionEnv):
+class Ledger(Remembers, QuestionEnv):
     """Its tools use a connection that only the thread that made it may use; so do `final` and `release`."""
 
     connection: Any = None

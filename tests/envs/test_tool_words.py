@@ -229,8 +229,8 @@ def test_fine_tuning_shows_what_the_environment_shows(name: str, tools: Any, tmp
     """The messages of an episode as a training row are the ids of the episode."""
     args = made(name, tmp_path)
     env = Talk(tools, **args)
-    obs, _ = env.reset(seed=5)
-    for schema in env._schemas:
+    obs, info = env.reset(seed=5)
+    for schema in (tool["function"]["name"] for tool in info["tools"]):
         argument = next(iter(env.tools[schema].parameters["properties"]))
         reply = env.call_text(schema, **{argument: "x + 1"})
         obs, *_, info = env.step(env.chat.encode_reply(reply))

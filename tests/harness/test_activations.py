@@ -46,7 +46,7 @@ def model_of(kind: str, memory: MemoryConfig | None = None) -> Any:
 def gradient(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     learner = Learner(model)
     for micro in batch.micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     return gradients(model)
 
 
@@ -60,7 +60,7 @@ def runs(model: Any, batch: Batch) -> int:
 
     learner = Learner(model)
     handles = [layer.input_layernorm.register_forward_hook(hook) for layer in decoder_layers(model)]
-    learner._backward(batch.micro[0], 1.0)
+    learner.backward(batch.micro[0], 1.0)
     for handle in handles:
         handle.remove()
     return count
@@ -183,7 +183,7 @@ def test_llama_and_autocast() -> None:
         apply_memory_config(model, MemoryConfig(checkpointing=every))
         learner = Learner(model, OptimizerConfig(dtype="bfloat16"))
         for micro in batch.micro:
-            learner._backward(micro, 1.0)
+            learner.backward(micro, 1.0)
         found.append(gradients(model))
     assert all(torch.equal(g, found[1][n]) for n, g in found[0].items())
 

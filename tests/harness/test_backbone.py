@@ -129,7 +129,7 @@ def test_short_rows_beside_long_ones_are_as_alone_and_so_are_their_gradients(nam
     learner = Learner(prepare(model), loss=LossConfig(name="reinforce"))
     got, _ = learner.logprobs(batch.micro[0])
     torch.testing.assert_close(got, torch.cat(want), rtol=tolerance, atol=tolerance)
-    learner._backward(batch.micro[0], 1.0)
+    learner.backward(batch.micro[0], 1.0)
     for key, grad in gradients(model).items():
         torch.testing.assert_close(grad, exact[key], rtol=0, atol=10 * tolerance * float(exact[key].abs().max() + 1e-9))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from small_models import gradients, qwen3, row, sample, samples
@@ -42,7 +43,7 @@ def gradient(batch: Batch) -> dict[str, torch.Tensor]:
     model = qwen3(dtype=torch.float64)
     learner = Learner(model)
     for micro in batch.micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     return gradients(model)
 
 
@@ -157,7 +158,7 @@ def test_growth_is_what_is_allocated() -> None:
 
 
 def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total = memory_probe._field(Path("/proc/meminfo"), "MemTotal") * 1024
+    total = psutil.virtual_memory().total
     assert 0 < memory_probe.free(CPU) < total
     for file, text in (
         ("memory.max", "1000000\n"),
@@ -182,8 +183,8 @@ def test_the_linear_fit_foretells_a_larger_micro_batch() -> None:
     learner = wide()
     before = copy.deepcopy(learner.model.state_dict())
     _, fixed, each = measure(learner)
-    larger = token_budget._probe(learner, 8192)
-    real = memory_probe.peak(CPU, lambda: token_budget._run(learner, larger))
+    larger = token_budget.probe(learner, 8192)
+    real = memory_probe.peak(CPU, lambda: token_budget.run(learner, larger))
     state = 8 * sum(p.numel() for p in learner.model.parameters())
     assert fixed >= state
     assert fixed - state + each * 8192 == pytest.approx(real, rel=0.35)

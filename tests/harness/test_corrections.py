@@ -67,7 +67,7 @@ def test_settings_are_checked() -> None:
 
 def gradient(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
     for micro in batch.micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     found = gradients(learner.model)
     learner.model.zero_grad(set_to_none=True)
     return found
@@ -128,7 +128,7 @@ def test_with_several_updates_the_clip_is_about_the_learner_and_the_weight_about
     assert "proximal" in micro.streams
     new = learner.logprobs(micro)[0]
     assert (new - micro.streams["proximal"]).abs().max() > 1e-3
-    old, weight, _ = learner._anchor(micro.streams, new, micro.streams["old_logprobs"].double())
+    old, weight, _ = learner.anchor(micro.streams, new, micro.streams["old_logprobs"].double())
     assert torch.equal(old, micro.streams["proximal"])
     raw = torch.exp(micro.streams["proximal"] - micro.streams["old_logprobs"].double())
     torch.testing.assert_close(weight, raw.clamp(max=config.high))

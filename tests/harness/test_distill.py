@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_whole_distributions_row_by_row(kl: str, budget:
     unbounded = LossConfig(clip_low=1.0, clip_high=1e9) if kl == "sampled" else None
     made = learner(kl, model, teacher, unbounded)
     batch = pack(every, max_tokens=budget, share=share)
-    loss = sum(made._backward(micro, 1.0)["policy/loss"] for micro in batch.micro)
+    loss = sum(made.backward(micro, 1.0)["policy/loss"] for micro in batch.micro)
     assert loss == pytest.approx(float(want.detach()), rel=1e-5)
     for name, ours in gradients(model).items():
         torch.testing.assert_close(ours, wanted[name], rtol=1e-4, atol=1e-6 * float(wanted[name].abs().max()))
@@ -85,10 +85,10 @@ def test_the_gradient_is_that_of_whole_distributions_row_by_row(kl: str, budget:
 def test_full_is_top_k_with_every_token() -> None:
     model, teacher, every = qwen3(1, dtype=DOUBLE), judge(), samples([24, 6, 17, 9])
     (micro,) = pack(every, max_tokens=1000).micro
-    learner("full", model, teacher)._backward(micro, 1.0)
+    learner("full", model, teacher).backward(micro, 1.0)
     full = gradients(model)
     model.zero_grad()
-    learner("top_k", model, teacher, top_k=61)._backward(micro, 1.0)
+    learner("top_k", model, teacher, top_k=61).backward(micro, 1.0)
     for name, ours in gradients(model).items():
         torch.testing.assert_close(ours, full[name], rtol=1e-9, atol=1e-12)
 

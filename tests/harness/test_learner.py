@@ -30,7 +30,7 @@ def gradient(model: Any, batch: Batch, loss: LossConfig, **how: Any) -> dict[str
     """The accumulated gradient of a whole batch, before clipping."""
     learner = Learner(model, loss=loss)
     for micro in batch.micro:
-        learner._backward(micro, how.get("temperature", 1.0))
+        learner.backward(micro, how.get("temperature", 1.0))
     found = gradients(model)
     model.zero_grad(set_to_none=True)
     return found
@@ -74,7 +74,7 @@ def test_padded_rows_give_the_packed_gradient() -> None:
     learner.backbone.packed = False
     model.set_attn_implementation("sdpa")
     for micro in batch.micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     assert_same(gradients(model), packed, 1e-9)
 
 
@@ -269,7 +269,7 @@ def test_the_norm_after_clipping_keeps_the_bound(bound: float) -> None:
     model = qwen3()
     learner = Learner(model)
     for micro in pack(samples(LENGTHS), max_tokens=60).micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None))
     assert clip_gradients(model.parameters(), bound) == pytest.approx(norm, rel=1e-5)
     after = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None))

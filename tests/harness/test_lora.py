@@ -129,7 +129,7 @@ def test_the_gradient_of_a_qlora_is_that_of_its_numbers(checkpointing: int) -> N
             apply_memory_config(model, MemoryConfig(checkpointing=1))
         learner = Learner(model)
         for micro in pack(samples([12, 9, 14]), max_tokens=100).micro:
-            learner._backward(micro, 1.0)
+            learner.backward(micro, 1.0)
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in found]

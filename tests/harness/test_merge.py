@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_gym.harness.model import flash, prefix_attention
-from llm_gym.harness.model.attention import Layout, _concatenated
+from llm_gym.harness.model.attention import Layout, concatenated
 from llm_gym.harness.model.prefix_attention import Part, calls, merged_attention, parts, works
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_either_form_is_attention_with_a_dense_mask(
     inputs = streams(sum(lengths), *shape)
     want = with_gradients(dense(*inputs, lengths, parents, scale), inputs)
     layout = Layout.of(lengths, CPU, parents)
-    forms = merged_attention(*inputs, layout.plan, scale), _concatenated(*inputs, layout, scale)
+    forms = merged_attention(*inputs, layout.plan, scale), concatenated(*inputs, layout, scale)
     for out in forms:
         for got, exact in zip(with_gradients(out, inputs), want, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
@@ -147,7 +147,7 @@ def test_it_works_on_this_machine() -> None:
 
 
 def test_a_value_head_of_another_size_is_concatenated_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    prefix_attention._works.cache_clear()
+    prefix_attention.tried.cache_clear()
     q, k, _ = streams(9, 4, 2, 16)
     v = streams(9, 4, 2, 24)[2]
     lengths, parents = [4, 3, 2], [-1, 0, 0]
@@ -156,17 +156,17 @@ def test_a_value_head_of_another_size_is_concatenated_and_said_once(caplog: pyte
         assert not works(q, k, v)
     assert len(caplog.records) == 1
     assert "keys are concatenated" in caplog.text
-    out = _concatenated(q, k, v, Layout.of(lengths, CPU, parents), None)
+    out = concatenated(q, k, v, Layout.of(lengths, CPU, parents), None)
     torch.testing.assert_close(out, dense(q, k, v, lengths, parents, None))
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    prefix_attention._works.cache_clear()
+    prefix_attention.tried.cache_clear()
     right = prefix_attention.CPUFlash.backward
     monkeypatch.setattr(prefix_attention.CPUFlash, "backward", lambda *args: tuple(1.01 * x for x in right(*args)))
     assert not works(*streams(1, 4, 2, 8))
     assert "off by 1.0e-02" in caplog.text
-    prefix_attention._works.cache_clear()
+    prefix_attention.tried.cache_clear()
 
 
 def test_a_device_without_a_kernel_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +234,7 @@ def test_what_surrounds_a_variable_length_kernel_is_right(
     want = with_gradients(dense(*inputs, lengths, parents, None), inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "aten", Varlen)
-        patch.setitem(prefix_attention.PLANS, "cpu", prefix_attention._cuda_calls)
+        patch.setitem(prefix_attention.PLANS, "cpu", prefix_attention.cuda_calls)
         out = merged_attention(*inputs, calls(lengths, parents, CPU), None)
         found = with_gradients(out, inputs)
     for got, exact in zip(found, want, strict=True):
@@ -243,7 +243,7 @@ def test_what_surrounds_a_variable_length_kernel_is_right(
 
 def test_the_real_variable_length_kernels_take_our_arguments() -> None:
     """On the meta device, which knows shapes alone."""
-    (call,) = prefix_attention._cuda_calls(parts([3, 2, 4], [-1, 0, 0])[1], False, CPU)
+    (call,) = prefix_attention.cuda_calls(parts([3, 2, 4], [-1, 0, 0])[1], False, CPU)
     q, k, v = (torch.empty(1, h, n, 12, dtype=torch.bfloat16, device="meta") for h, n in ((4, 6), (2, 3), (2, 3)))
     out, lse = call.kernel.forward(q, k, v, 0.3)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 6, 1), torch.float32)

@@ -9,7 +9,7 @@ import torch
 from small_models import VOCABULARY, gradients, qwen3
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from llm_gym.harness.model.cpu_rmsnorm import _RMSNorm, fuse_norms
+from llm_gym.harness.model.cpu_rmsnorm import RMSNorm, fuse_norms
 
 
 def test_a_model_stays_equal() -> None:
@@ -39,7 +39,7 @@ def test_with_and_without_a_gradient_is_one_function() -> None:
 def test_gradcheck(frozen: bool) -> None:
     x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=not frozen)
-    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-6), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: RMSNorm.apply(x, w, 1e-6), (x, weight))
 
 
 def test_norms_of_another_form_are_left_alone() -> None:

@@ -51,7 +51,7 @@ def other() -> Backbone:
 
 
 def gradient(learner: Learner, micro: MicroBatch, temperature: float) -> tuple[dict[str, Tensor], dict[str, float]]:
-    metrics = learner._backward(micro, temperature)
+    metrics = learner.backward(micro, temperature)
     found = gradients(learner.model)
     learner.model.zero_grad(set_to_none=True)
     return found, metrics
@@ -63,8 +63,8 @@ def naive(learner: Learner, micro: MicroBatch, temperature: float) -> dict[str, 
     logits = learner.backbone.hidden(micro)[micro.streams["source"]] @ weight.t() / temperature
     every = logits.log_softmax(-1)
     new, entropy = every.gather(1, micro.streams["target"][:, None])[:, 0], -(every.exp() * every).sum(-1)
-    reference = learner._reference_logprobs(micro, temperature)
-    losses, _ = learner._losses(micro.streams, new, entropy, reference)
+    reference = learner.reference_logprobs(micro, temperature)
+    losses, _ = learner.losses(micro.streams, new, entropy, reference)
     (micro.streams["weight"] * losses).sum().backward()
     found = gradients(learner.model)
     learner.model.zero_grad(set_to_none=True)

@@ -135,7 +135,7 @@ def test_idle_passes_weigh_nothing() -> None:
     assert dummy_batches(World(), 1) == dummy_batches(Told(0, 2, lambda value: [value, 3]), 1) == []
     learner = Learner(qwen3())
     for micro in idle:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     assert all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
 
 
@@ -254,8 +254,8 @@ def test_processes_have_ten_minutes_to_come_however_short_steps_are(timeout: flo
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(world, "rendezvous", nobody)
-    monkeypatch.setattr(world._Stores, "base", None)
-    monkeypatch.setattr(world._Stores, "count", 0)
+    monkeypatch.setattr(world.Stores, "base", None)
+    monkeypatch.setattr(world.Stores, "count", 0)
     with pytest.raises(RankError, match=f"rank 1: the other processes did not come within {seconds} s"):
         world.connect(ParallelConfig(timeout=timeout))
 
@@ -326,7 +326,7 @@ def test_who_gives_no_sign_of_life_is_named_long_before_time_is_up(watches, monk
     first, second = watches(2, 600)
     monkeypatch.setattr(heartbeat, "LOST", 3.0)
     second.over.set()  # as if its process had stopped
-    second._thread.join()
+    second.thread.join()
     with pytest.raises(RankError, match="rank 1 is gone: no sign of life for 3 s, during 'packing'"):
         first.wait("packing")
 

@@ -144,7 +144,7 @@ def gradient(
         model.set_attn_implementation("sdpa")
     learner.reference = reference or learner.reference
     for micro in batch.micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     found = gradients(model)
     model.zero_grad(set_to_none=True)
     return found

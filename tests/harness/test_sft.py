@@ -170,7 +170,7 @@ def test_loss_and_gradient_are_those_of_one_chat_at_a_time(budget: int) -> None:
     learner = Learner(model, OptimizerConfig(lr=1e-3), LossConfig(name="sft"))
     batch = pack([sample(row, 1.0, i) for i, row in enumerate(rows)], max_tokens=budget)
     assert len(batch.micro) == {1: 7, 150: 3, 10_000: 1}[budget]
-    losses = [learner._backward(micro, 1.0)["policy/loss"] for micro in batch.micro]
+    losses = [learner.backward(micro, 1.0)["policy/loss"] for micro in batch.micro]
     assert sum(losses) == pytest.approx(float(want), rel=1e-6)
     for ours, theirs in zip((p.grad for p in model.parameters()), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
@@ -207,7 +207,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, lora: LoraConf
         init={} if lora else INIT, lora=lora, steps=5, examples_per_step=4, checkpoint=CheckpointConfig(every=2, keep=1)
     )
     whole = sft(replace(settings, out=str(tmp_path / "whole")), chats(10), progress=False)
-    step = module._train_step
+    step = module.train_step
 
     def dies(learner, data, number):
         if number == 3:
@@ -215,10 +215,10 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, lora: LoraConf
         return step(learner, data, number)
 
     cut = replace(settings, out=str(tmp_path / "cut"))
-    monkeypatch.setattr(module, "_train_step", dies)
+    monkeypatch.setattr(module, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         sft(cut, chats(10), progress=False)
-    monkeypatch.setattr(module, "_train_step", step)
+    monkeypatch.setattr(module, "train_step", step)
     with pytest.raises(CheckpointError, match="--resume"):
         sft(cut, chats(10), progress=False)
     again = sft(cut, chats(10), progress=False, resume=True)

@@ -122,7 +122,7 @@ def gradient(
     assert learner.backbone.packed
     learner.backbone.form = form
     for micro in pack(rows, max_tokens=budget, share=share, normaliser=loss.normaliser).micro:
-        learner._backward(micro, 1.0)
+        learner.backward(micro, 1.0)
     found = gradients(model)
     model.zero_grad(set_to_none=True)
     return found

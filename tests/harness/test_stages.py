@@ -91,17 +91,17 @@ def test_a_stopped_run_goes_on_at_its_stage(tmp_path: Path, tune: dict[str, Any]
     made = plan(tmp_path, {"sft": {**tune, "checkpoint": {"every": 1}}}, {"train": TRAIN})
     whole = run_plan(made, tmp_path / "whole")
     played = []
-    play = pipeline._play
+    play = pipeline.play
 
     def watched(stage: Any, *rest: Any) -> None:
         played.append(stage.name)
         play(stage, *rest)
 
-    monkeypatch.setattr(pipeline, "_play", watched)
+    monkeypatch.setattr(pipeline, "play", watched)
     if dies == "1-sft":
         from llm_gym.harness.loops import sft as module
 
-        step = module._train_step
+        step = module.train_step
 
         def dies_later(learner: Any, data: Any, number: int) -> Any:
             if number == 1:
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_at_its_stage(tmp_path: Path, tune: dict[str, Any]
             return step(learner, data, number)
 
         with monkeypatch.context() as broken:
-            broken.setattr(module, "_train_step", dies_later)
+            broken.setattr(module, "train_step", dies_later)
             with pytest.raises(KeyboardInterrupt):
                 run_plan(made, tmp_path / "cut")
     else:

@@ -12,7 +12,7 @@ import torch
 
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.harness.model.loading import load_model
-from llm_gym.policies.builtin.sampling import Knobs, _filter
+from llm_gym.policies.builtin.sampling import Knobs, keep_likely
 
 TOLERANCE = 1e-4
 FILTERS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def learner_logprobs(
         if not how.full_support:
             top_p = min(how.top_p + p, 1.0) if how.top_p < 1 else 1.0
             knobs = Knobs(np.ones(n), np.full(n, how.top_k), np.full(n, top_p), np.full(n, how.min_p))
-            weights = _filter(every, knobs, np.ones(n, np.bool_))
+            weights = keep_likely(every, knobs, np.ones(n, np.bool_))
         found.append((weights.gather(-1, chosen)[:, 0].log() - weights.sum(-1).log()).numpy())
     return found
 
@@ -101,7 +101,7 @@ async def until_tokens(policy: Any, tokens: int) -> None:
 
     It then stands still until the next call, so what that meets does not depend on how soon it comes.
     """
-    thread = policy._thread
+    thread = policy.thread
 
     def most() -> int:
         under_way = [r for r in thread.requests.values() if r.state is not None]
@@ -114,7 +114,7 @@ async def until_tokens(policy: Any, tokens: int) -> None:
         return reached >= tokens
 
     def stand_still(engine: Any) -> None:
-        while thread._calls.empty():
+        while thread.calls.empty():
             time.sleep(0.001)
 
     while not thread.requests:  # handed in when the event loop has gone round

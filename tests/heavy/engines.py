@@ -30,7 +30,7 @@ def train(name: str, out: Path, server: str) -> None:
     run.train()
     said = {"version": run.policy.version}
     if "vllm" in name:
-        said["cache"] = run.policy._thread.engine.vllm_config.cache_config.kv_cache_memory_bytes
+        said["cache"] = run.policy.thread.engine.vllm_config.cache_config.kv_cache_memory_bytes
     (out / name / f"rank-{run.world.rank}").write_text(json.dumps(said))
 
 

@@ -67,7 +67,7 @@ def tuned(folder: Path, strategy: str) -> dict[str, Any]:
 def watched(config: SFTConfig, model: Any) -> dict[str, Any]:
     gradients: list[dict[str, Any]] = []
     passes: list[int] = []
-    pack = module._pack
+    pack = module.pack_rows
 
     def counted(budget: Any, rows: Any) -> Any:
         batch = pack(budget, rows)
@@ -78,13 +78,13 @@ def watched(config: SFTConfig, model: Any) -> dict[str, Any]:
         some = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         gradients.append({name: whole(grad).clone() for name, grad in some.items()})
 
-    module._pack = counted
+    module.pack_rows = counted
     hook = register_optimizer_step_pre_hook(keep)
     try:
         sft(config, model=model, progress=False)
     finally:
         hook.remove()
-        module._pack = pack
+        module.pack_rows = pack
     return {"gradients": gradients, "passes": passes}
 
 

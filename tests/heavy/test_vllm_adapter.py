@@ -127,7 +127,7 @@ def test_the_proof_sees_another_scaling_and_an_adapter_overwritten_in_place(poli
         module = worker.model_runner.lora_manager._adapter_manager.modules["model.layers.1.mlp.gate_up_proj"]
         module.lora_b_stacked[1][0, 0, 0, 0] *= 2
 
-    policy._thread.call(lambda engine: engine.collective_rpc(overwrite)).result()
+    policy.thread.call(lambda engine: engine.collective_rpc(overwrite)).result()
     assert policy.differing(expected) == ["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
 
 

@@ -120,7 +120,7 @@ def test_where_sending_corrupts_the_engine_a_run_restarts_it(tmp_path: Path, mon
     """As vLLM does by itself: experts that are sent again stay unpacked. It is found out when the run starts."""
     from llm_gym.policies.vllm import worker
 
-    monkeypatch.setattr(worker, "_pack_experts_again", lambda model: None)
+    monkeypatch.setattr(worker, "pack_experts_again", lambda model: None)
     listens = Listens()
     run = trainer("Qwen3Moe", tmp_path, observer=listens, moe_intermediate_size=32)
     run.sync.close()
@@ -143,7 +143,7 @@ def test_a_model_without_a_class_of_vllms_own_trains_in_this_process(tmp_path: P
     kind = getattr(transformers, f"{family}Model")
     before = kind.__bases__, kind.__init__, kind.__call__
     run = trainer(family, tmp_path)
-    worker = run.policy._thread.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = run.policy.thread.engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert type(worker.get_model()).__name__.startswith("Transformers")
     assert (kind.__bases__, kind.__init__, kind.__call__) == before
     alone = load_model(str(run.config.model))

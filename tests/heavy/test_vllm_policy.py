@@ -149,8 +149,8 @@ def test_the_proof_reads_what_the_engine_computes_with(policy: Any, model: Any, 
     def reload_as_vllm_does(worker: Any) -> None:
         worker.reload_weights(weights_iterator=iter(other.named_parameters()))  # one name for the tied weight
 
-    policy._thread.call(lambda engine: engine.collective_rpc(reload_as_vllm_does)).result()
-    policy._thread.call(lambda engine: engine.reset_prefix_cache()).result()
+    policy.thread.call(lambda engine: engine.collective_rpc(reload_as_vllm_does)).result()
+    policy.thread.call(lambda engine: engine.reset_prefix_cache()).result()
     prompts, how = contexts(8), sampling(1.0, "off", 16)
     stale = worst(other, prompts, policy.generate(prompts, how, seeds=range(8)), how) > TOLERANCE  # vLLM 0.32, CPU
     assert policy.differing(expected) == (["model.embed_tokens.weight"] if stale else [])
@@ -160,7 +160,7 @@ def test_the_proof_reads_what_the_engine_computes_with(policy: Any, model: Any, 
     def overwrite(worker: Any) -> None:
         worker.model_runner.get_model().model.norm.weight.data[0] += 1
 
-    policy._thread.call(lambda engine: engine.collective_rpc(overwrite)).result()
+    policy.thread.call(lambda engine: engine.collective_rpc(overwrite)).result()
     assert policy.differing(expected) == ["model.norm.weight"]
 
 
@@ -196,21 +196,21 @@ def test_cancelled_requests_leave_the_engine(policy: Any) -> None:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         assert all(task.cancelled() for task in running)
-        assert not await asyncio.wrap_future(policy._thread.call(lambda e: e.has_unfinished_requests()))
-        assert not policy._thread.requests
+        assert not await asyncio.wrap_future(policy.thread.call(lambda e: e.has_unfinished_requests()))
+        assert not policy.thread.requests
 
     asyncio.run(main())
 
 
 def test_a_next_turn_finds_its_prefix_cached(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cached: list[int] = []
-    finish = policy._thread._finish
+    finish = policy.thread.finish
 
     def watch(output: Any, request: Any) -> Completion:
         cached.append(output.num_cached_tokens)
         return finish(output, request)
 
-    monkeypatch.setattr(policy._thread, "_finish", watch)
+    monkeypatch.setattr(policy.thread, "finish", watch)
     prompt, how = np.arange(10, 110, dtype=np.int32), sampling(1.0, "off", max_tokens=60)
     first = policy.generate([prompt], how, seeds=[0])[0]
     policy.generate([np.concatenate([prompt, first.tokens, np.arange(40, 60, dtype=np.int32)])], how, seeds=[1])

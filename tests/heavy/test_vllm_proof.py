@@ -113,9 +113,9 @@ def test_a_tied_head_that_stays_behind(sync: Sync, monkeypatch: pytest.MonkeyPat
         def keep_the_old_one(model: Any) -> None:  # as vLLM's packed copy of a larger head does by itself
             model.lm_head.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, stale, bias)
 
-        monkeypatch.setattr(vllm_worker, "_refresh_tied_head", keep_the_old_one)
+        monkeypatch.setattr(vllm_worker, "refresh_tied_head", keep_the_old_one)
 
-    sync.policy._thread.call(lambda engine: engine.collective_rpc(stay)).result()
+    sync.policy.thread.call(lambda engine: engine.collective_rpc(stay)).result()
     named, felt = refused(sync, monkeypatch)
     assert "did not arrive" in named
     assert "embed_tokens" in named or "lm_head" in named
@@ -124,7 +124,7 @@ def test_a_tied_head_that_stays_behind(sync: Sync, monkeypatch: pytest.MonkeyPat
 
 def test_a_prefix_cache_that_is_kept(sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor differs: only the canaries can see it."""
-    core = sync.policy._thread.engine
+    core = sync.policy.thread.engine
     monkeypatch.setattr(core, "reset_prefix_cache", lambda **options: True)
     with pytest.raises(SyncError, match=r"disagree by .* stale"):
         sync(sync.policy.version + 1)

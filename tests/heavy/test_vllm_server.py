@@ -36,7 +36,7 @@ from llm_gym.harness.model.loading import load_model
 from llm_gym.models.checksums import checksums
 from llm_gym.policies.openai import OpenAIPolicy
 from llm_gym.policies.vllm_server.policy import ServerPolicy
-from llm_gym.policies.vllm_server.process import EXTENSION, ServerProcess, _known, checked, command
+from llm_gym.policies.vllm_server.process import EXTENSION, ServerProcess, checked, command, known_arguments
 from llm_gym.rollouts.driver import rollout
 from llm_gym.trajectories import trajectories
 
@@ -155,7 +155,7 @@ def running(url: str) -> float:
 def test_arguments_are_looked_at_before_anything_starts() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    assert {field.name for field in dataclasses.fields(AsyncEngineArgs)} <= _known()
+    assert {field.name for field in dataclasses.fields(AsyncEngineArgs)} <= known_arguments()
     with pytest.raises(ConfigError, match="did you mean 'gpu_memory_utilization'"):
         checked({"gpu_memory_utilisation": 0.5})
     with pytest.raises(ConfigError, match="--port"):
@@ -201,7 +201,7 @@ def test_new_weights_are_served_from_the_next_token_on(policy, model) -> None:
     prompts, other, updated = contexts(32), moved(1), threading.Event()
 
     async def with_update() -> Asked:
-        url = policy._servers[0].remote.url
+        url = policy.servers[0].remote.url
         before = metric(url, GENERATED)
         asked = asyncio.create_task(ask_on(policy, prompts, updated))
         while await asyncio.to_thread(metric, url, GENERATED) < before + len(prompts):
@@ -402,9 +402,9 @@ def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: S
 
     async def with_kill() -> Asked:
         asked = asyncio.create_task(ask_on(policy, prompts, killed))
-        while sum(server.load for server in policy._servers) < len(prompts):
+        while sum(server.load for server in policy.servers) < len(prompts):
             await asyncio.sleep(0.01)
-        busy.extend(server.load for server in policy._servers)
+        busy.extend(server.load for server in policy.servers)
         while metric(second.url, GENERATED) < before + 16:  # a sum: it cannot have been and gone
             await asyncio.sleep(0.01)
         second.kill()
@@ -417,11 +417,11 @@ def test_an_adapter_survives_a_restart_and_two_servers_share_the_work(servers: S
         assert worst(merged, played(of_each, completions)) <= 1e-4
         assert {c.version for c in completions} == {3}
         servers.start(second.port).wait()
-        while not all(server.ready for server in policy._servers):
+        while not all(server.ready for server in policy.servers):
             time.sleep(0.05)
     assert f"lost {second.url}" in caplog.text
     assert "weights of version 3 sent again" in caplog.text
-    policy._servers[0].load += 1000  # only the one that came back is asked
+    policy.servers[0].load += 1000  # only the one that came back is asked
     completions = policy.generate(prompts[:8], Sampling(max_tokens=128, stop_token_ids=()), seeds=range(8))
     assert worst(merged, played(prompts[:8], completions)) <= 1e-4
     policy.close()

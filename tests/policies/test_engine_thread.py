@@ -58,7 +58,7 @@ def test_a_call_that_nobody_waits_for_any_more_is_left_out(thread: EngineThread)
 def test_ctrl_c_after_it_was_built_leaves_the_engine_its_time_to_end() -> None:
     engine = Idle(seconds=2.5)
     thread = EngineThread(lambda: engine, finish)
-    thread._stop(KeyboardInterrupt())
+    thread.stop(KeyboardInterrupt())
     assert engine.ended
 
 

@@ -125,7 +125,7 @@ def test_what_it_does_not_know_is_left_to_the_model(family, changes):
 
 
 def test_a_step_that_is_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr("llm_gym.policies.builtin.numpy_forward._rotate", lambda x, cosine, sine: x.copy())
+    monkeypatch.setattr("llm_gym.policies.builtin.numpy_forward.rotate", lambda x, cosine, sine: x.copy())
     assert probe(tiny(), None)[0].lean is None
 
 

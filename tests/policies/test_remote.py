@@ -248,7 +248,7 @@ class TestLoop:
 
         def slowly(coroutine: Any, into: asyncio.AbstractEventLoop) -> Any:
             inside.set()
-            loop._thread.join(0.5)
+            loop.thread.join(0.5)
             return submit(coroutine, into)
 
         monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slowly)
@@ -272,7 +272,7 @@ class TestLoop:
         async def last() -> None:
             events.append("last")
 
-        loop._submit(forever())
+        loop.submit(forever())
         loop.stop(last)
         loop.stop(last)
         assert events[-2:] == ["ended", "last"] or events == ["last"], "it may have ended before it began"

@@ -75,12 +75,12 @@ class Fake:
 
     async def _start(self) -> None:
         app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
+        app.router.add_route("*", "/{path:.*}", self.handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         if self.hanging:
             await asyncio.Event().wait()
         path = request.path
@@ -90,12 +90,12 @@ class Fake:
         if self.broken:
             return web.json_response({"error": {"message": "the engine is dead"}}, status=500)
         if path == "/inference/v1/generate":
-            return await self._generate(request, body)
+            return await self.generate(request, body)
         if path == "/collective_rpc":
             self.loading = body["method"] == "llm_gym_load_file"
             while self.loading and self.holding == "load":
                 await asyncio.sleep(0.01)
-            return web.json_response({"results": [self._method(body["method"], body["args"])]})
+            return web.json_response({"results": [self.method(body["method"], body["args"])]})
         if path == "/update_weight_version":
             self.version = body["new_version"]
         if path in ("/pause", "/resume"):
@@ -106,7 +106,7 @@ class Fake:
             return web.json_response({"data": [{"id": MODEL, "root": MODEL, "parent": None, "max_model_len": 64}]})
         return web.json_response({"success": True})
 
-    def _method(self, name: str, args: list[Any]) -> Any:
+    def method(self, name: str, args: list[Any]) -> Any:
         if name == "llm_gym_load_file":
             assert Path(args[0]).exists()
         if name == "llm_gym_set_label":
@@ -115,7 +115,7 @@ class Fake:
         known = {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32", "llm_gym_checksums": checksums}
         return known.get(name)
 
-    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    async def generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if body["token_ids"] == [0]:  # the probe at the start
             return web.json_response(said([1], "x"))
         assert not self.paused
@@ -239,7 +239,7 @@ def test_an_update_while_a_server_is_given_the_old_weights_is_not_lost(
         while not fake.loading:
             await asyncio.sleep(0.01)
         update = asyncio.create_task(asyncio.to_thread(policy.load, WEIGHTS.items(), version=2))
-        while policy._want.version != 2:
+        while policy.want.version != 2:
             await asyncio.sleep(0.01)
         fake.holding = ""
         await update
@@ -262,7 +262,7 @@ def test_an_update_at_the_very_end_of_a_return_is_not_lost(policy: ServerPolicy,
         while not fake.resuming:
             await asyncio.sleep(0.01)
         update = asyncio.create_task(asyncio.to_thread(policy.load, WEIGHTS.items(), version=2))
-        while policy._want.version != 2:
+        while policy.want.version != 2:
             await asyncio.sleep(0.01)
         fake.holding = ""
         await update
@@ -282,7 +282,7 @@ def test_an_engine_that_dies_while_it_is_asked_is_waited_for(policy: ServerPolic
             done = pool.submit(policy.load, WEIGHTS.items(), version=2)
         else:
             done = pool.submit(policy.differing, {"w": 0})
-        while not done.done() and (not fake.broken or policy._servers[0].ready):
+        while not done.done() and (not fake.broken or policy.servers[0].ready):
             time.sleep(0.01)
         fake.breaks = ""
         fake.kill()
@@ -297,8 +297,8 @@ def test_weights_that_a_server_refuses_end_the_update(policy: ServerPolicy, fake
             raise web.HTTPBadRequest(text="no such tensor")
         return real(name, args)
 
-    real = fake._method
-    monkeypatch.setattr(fake, "_method", refuse)
+    real = fake.method
+    monkeypatch.setattr(fake, "method", refuse)
     with pytest.raises(PolicyError, match=r"could not take the new weights: .*no such tensor"):
         policy.load(WEIGHTS.items(), version=2)
 
@@ -313,14 +313,14 @@ def test_only_the_latest_weights_stay_in_shared_memory(fake: Fake, tmp_path: Pat
 
 
 def test_a_server_that_stays_away_is_named(policy: ServerPolicy, fake: Fake, caplog) -> None:
-    policy._retry = 0.5
+    policy.retry_seconds = 0.5
     fake.kill()
     with pytest.raises(PolicyError, match=rf"No server for 0.5 s: .*{re.escape(fake.url)}"):
         ask(policy)
     while f"lost {fake.url}" not in caplog.text:  # said when the next question has no answer either
         time.sleep(0.01)
     fake.start()
-    policy._retry = 60
+    policy.retry_seconds = 60
     assert ask(policy).tokens.tolist() == [7, 8, 9]
     assert f"{fake.url} is back" in caplog.text
 
@@ -333,7 +333,7 @@ def test_a_server_that_hangs_is_left(policy: ServerPolicy, fake: Fake, monkeypat
         task = asyncio.create_task(policy.complete(CONTEXT, Sampling(), seed=1))
         while not fake.hanging:
             await asyncio.sleep(0.01)
-        while policy._servers[0].ready:
+        while policy.servers[0].ready:
             await asyncio.sleep(0.01)
         fake.hanging = False
         assert (await task).tokens.tolist() == [7, 8, 9]
@@ -350,7 +350,7 @@ def test_another_server_takes_over_and_the_lost_one_catches_up(fake: Fake, monke
     assert [c.version for c in policy.generate([CONTEXT] * 20, Sampling())] == [2] * 20
     assert len(other.bodies) == 20
     fake.start()
-    while not all(server.ready for server in policy._servers):
+    while not all(server.ready for server in policy.servers):
         time.sleep(0.01)
     assert fake.version == other.version
     policy.generate([CONTEXT] * 20, Sampling())
@@ -374,12 +374,12 @@ def test_a_next_turn_goes_where_its_beginning_is_cached(fake: Fake) -> None:
     other = Fake()
     policy = ServerPolicy(MODEL, servers=[other.url, fake.url])
     first = np.arange(32, dtype=np.int32)
-    policy._servers[0].load = 1  # the first turn goes to the second server
+    policy.servers[0].load = 1  # the first turn goes to the second server
     policy.generate([first], Sampling())
-    policy._servers[0].load, policy._servers[1].load = 0, 1
+    policy.servers[0].load, policy.servers[1].load = 0, 1
     policy.generate([np.concatenate([first, [7, 8, 9, 5]])], Sampling())
     assert (len(other.bodies), len(fake.bodies)) == (0, 2)
-    policy._servers[1].load = 9  # clearly busier
+    policy.servers[1].load = 9  # clearly busier
     policy.generate([np.concatenate([first, [7, 8, 9, 5]])], Sampling())
     assert (len(other.bodies), len(fake.bodies)) == (1, 2)
     policy.close()
@@ -441,7 +441,7 @@ class TestSettings:
             ServerPolicy("b/model", servers=fake.url)
 
     def test_a_server_without_our_methods(self, fake: Fake, monkeypatch) -> None:
-        monkeypatch.setattr(fake, "_method", lambda name, args: 1 / 0)
+        monkeypatch.setattr(fake, "method", lambda name, args: 1 / 0)
         with pytest.raises(ConfigError, match=r"cannot take new weights .*llmgym serve"):
             ServerPolicy(MODEL, servers=fake.url)
 
@@ -449,7 +449,7 @@ class TestSettings:
         async def handle(request: web.Request) -> web.Response:
             return web.json_response({})
 
-        monkeypatch.setattr(fake, "_handle", handle)
+        monkeypatch.setattr(fake, "handle", handle)
         fake.kill()
         fake.start()
         with pytest.raises(ConfigError, match="does not answer as a vLLM server does"):
@@ -458,7 +458,7 @@ class TestSettings:
     def test_raw_log_probabilities(self, fake: Fake, monkeypatch) -> None:
         answer = said([1], "x")
         answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -0.7
-        monkeypatch.setattr(fake, "_generate", lambda *args: asyncio.sleep(0, web.json_response(answer)))
+        monkeypatch.setattr(fake, "generate", lambda *args: asyncio.sleep(0, web.json_response(answer)))
         with pytest.raises(ConfigError, match="raw log-probabilities"):
             ServerPolicy(MODEL, servers=fake.url)
 

@@ -111,7 +111,7 @@ def test_the_first_brings_a_server_back_for_the_others(fakes: list[Fake], seen: 
     together([lambda p=p: p.load(WEIGHTS.items(), version=2) for p in both])
     if seen == "by its absence":
         fake.kill()
-        while both[0]._servers[0].ready:
+        while both[0].servers[0].ready:
             pass
         fake.calls.clear()  # before it is there again: the first may bring it back at once
         fake.start()

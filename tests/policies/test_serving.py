@@ -89,8 +89,8 @@ def test_what_ends_while_starting_is_heard_to_the_end_and_leaves_nobody(running)
     )
     with pytest.raises(SettingError, match="ended while starting: ValueError: no room"):
         server.wait()
-    assert not process._running(server.pid)
-    assert not server._reader.is_alive()
+    assert not process.running(server.pid)
+    assert not server.reader.is_alive()
     server.stop()
 
 
@@ -131,7 +131,7 @@ def test_a_server_that_nobody_listens_to_is_not_held_up(running) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells nobody elsewhere")
 def test_a_server_whose_parent_died_before_it_asked_to_be_told_does_not_start() -> None:
     for parent, status in ((os.getpid(), 0), (1 << 30, 1)):
-        start = functools.partial(process._die_with, parent)
+        start = functools.partial(process.die_with, parent)
         assert subprocess.run([sys.executable, "-c", ""], preexec_fn=start).returncode == status
 
 

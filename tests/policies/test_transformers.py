@@ -427,7 +427,7 @@ class TestWeights:
     @pytest.mark.parametrize(("family", "changes"), [("Qwen3", {}), ("Bloom", UNCACHED["Bloom"])])
     def test_a_learner_with_dropout_is_served_where_no_small_copy_can_be_built(self, monkeypatch, family, changes):
         monkeypatch.setattr(self_test, "small_copy", lambda model: None)
-        monkeypatch.setattr(probing, "_BOUNDS", {})
+        monkeypatch.setattr(probing, "BOUNDS", {})
         served = tiny(family, attention_dropout=0.5, hidden_dropout=0.5, **changes).train()
         policy = TransformersPolicy(served)
         assert served.training
@@ -522,7 +522,7 @@ class TestLife:
         for end in (policy.refresh, policy.forget, policy.close):
             policy.generate([np.concatenate(contexts(3)), *contexts(4)], SAMPLING)
             end()
-            assert (policy._engine.slots.cache.keys.numel() > 0) == bool(kept)
+            assert (policy.engine.slots.cache.keys.numel() > 0) == bool(kept)
             again = policy.generate(contexts(2), SAMPLING, seeds=[1, 2])
             for one, two in zip(fresh, again, strict=True):
                 assert one.tokens.tolist() == two.tokens.tolist()
@@ -541,5 +541,5 @@ class TestLife:
         with torch.no_grad():
             weight.copy_(before)
         policy.refresh()
-        assert policy._engine.slots.cache.keys.numel() == 0
+        assert policy.engine.slots.cache.keys.numel() == 0
         assert len(policy.generate(contexts(2), SAMPLING)) == 2

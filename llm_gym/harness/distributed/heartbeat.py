@@ -56,8 +56,8 @@ class Watch:
         self._write(None)
         store.set(f"beat/{rank}", "0")
         store.wait([f"{key}/{r}" for r in range(size) for key in ("at", "beat")], datetime.timedelta(seconds=timeout))
-        self._thread = Thread(self._beat, name="llm_gym-beat")
-        self._thread.start()
+        self.thread = Thread(self._beat, name="llm_gym-beat")
+        self.thread.start()
         atexit.register(self.stop)
 
     def wait(self, what: str) -> None:
@@ -99,7 +99,7 @@ class Watch:
             error = sys.exception() or getattr(sys, "last_value", None)  # the latter once Python has printed it
             with suppress(RuntimeError):  # whoever holds the store may have left already
                 self._write(f"{type(error).__name__}: {error}" if error is not None else "it ended.")
-        self._thread.join()
+        self.thread.join()
         atexit.unregister(self.stop)  # not before: where the wait was interrupted, it begins again at the exit
 
     def _write(self, left: str | None) -> None:

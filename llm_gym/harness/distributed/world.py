@@ -266,19 +266,19 @@ def connect(config: ParallelConfig, device: torch.device | str = "cpu") -> World
     if device.type == "cuda":
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    _Stores.count += 1
-    if _Stores.base is None:
+    Stores.count += 1
+    if Stores.base is None:
         try:
-            _Stores.base, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=coming)))
+            Stores.base, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=coming)))
         except dist.DistError as error:
             raise RankError(f"rank {rank}: the other processes did not come within {coming:g} s.") from error
-    store = PrefixStore(f"llm_gym/{_Stores.count}", _Stores.base)
+    store = PrefixStore(f"llm_gym/{Stores.count}", Stores.base)
     dist.init_process_group(backend, store=PrefixStore("c10d", store), rank=rank, world_size=size, timeout=timeout)
     group = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, config, device=device, store=store, group=group)
 
 
-class _Stores:
+class Stores:
     """The store that torchrun's variables lead to; one for all the runs of a process, numbered."""
 
     base: Any = None

@@ -129,11 +129,11 @@ class Learner:
         peak_gap, idle = 0.0, dummy_batches(self.world, len(batch.micro))
         with all_or_nothing(self.model):
             for micro in batch.micro:
-                sums = self._backward(micro.to(self.device), temperature)
+                sums = self.backward(micro.to(self.device), temperature)
                 peak_gap = max(peak_gap, sums.pop("sampler/logprob_gap_max"))
                 totals = {name: totals.get(name, 0.0) + number for name, number in sums.items()}
             for micro in idle:
-                self._backward(micro.to(self.device), temperature)
+                self.backward(micro.to(self.device), temperature)
         mine = totals | {SEEN: sum(micro.trained for micro in batch.micro)}
         totals = self.world.add(mine, "adding metrics")
         totals = totals if totals[SEEN] else totals | dict.fromkeys(MEANS, 0.0)
@@ -168,7 +168,7 @@ class Learner:
 
     def dry_run(self, batch: MicroBatch) -> None:
         """Forward and backward of a micro-batch that stands for others; its gradient is added to what is there."""
-        self._backward(batch, 1.0)
+        self.backward(batch, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states and the step count; the weights are the model's own."""
@@ -206,14 +206,14 @@ class Learner:
         scaled = {"bias": bias, "temperature": temperature / body.scale, "softcap": cap}
         return {"hidden": hidden, "weight": weight, "targets": batch.streams["target"], **scaled}
 
-    def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
-        """Adds one micro-batch's gradient; returns its share of the loss, and sums over its tokens."""
-        reference = self._reference_logprobs(batch, temperature)
+    def backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
+        """Adds one micro-batch's gradient; returns its share of the step's loss, and sums over its tokens, by name."""
+        reference = self.reference_logprobs(batch, temperature)
         sums = {"sampler/logprob_gap_max": torch.zeros(1, device=self.device)}
 
         def per_token(rows: slice, new: Tensor, entropy: Tensor) -> Tensor:
             part = batch.streams.at(rows)
-            losses, streams = self._losses(part, new, entropy, None if reference is None else reference[rows])
+            losses, streams = self.losses(part, new, entropy, None if reference is None else reference[rows])
             gaps = [sums["sampler/logprob_gap_max"], streams["sampler/logprob_gap_mean"]]
             sums["sampler/logprob_gap_max"] = torch.cat(gaps).amax(0, keepdim=True)
             sums.update({name: sums.get(name, 0.0) + stream.sum() for name, stream in streams.items()})
@@ -227,13 +227,13 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         return {"policy/loss": float(loss.detach()), **{name: float(total) for name, total in sums.items()}}
 
-    def _losses(
+    def losses(
         self, known: TokenStreams, new: Tensor, entropy: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each token, [M], and streams [M] to average; M may be some of a micro-batch's tokens."""
         config = self.loss
         sampler, credit = known["old_logprobs"].to(new.dtype), self._credit(known).to(new.dtype)
-        old, correction, streams = self._anchor(known, new, sampler)
+        old, correction, streams = self.anchor(known, new, sampler)
         streams |= {"policy/entropy": entropy.detach(), "sampler/logprob_gap_mean": (new.detach() - sampler).abs()}
         pull = torch.zeros_like(new)
         if reference is not None:
@@ -253,7 +253,7 @@ class Learner:
         """What each token is credited with, [M]."""
         return known["advantages"]
 
-    def _anchor(self, known: TokenStreams, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def anchor(self, known: TokenStreams, new: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the ratio is taken against, each token's importance weight, and their metrics."""
         if self.loss.correction.name == "none":
             return sampler, torch.ones_like(new), {}
@@ -282,7 +282,8 @@ class Learner:
                 shard(body.causal, self.world.device, self.world.size)
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor | None:
+    def reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor | None:
+        """Log-probabilities of the trained tokens, [M], under the model that it is held to; None without one."""
         if self.reference is None:
             return None
         with self.reference.without_adapters():

@@ -107,14 +107,14 @@ def measure(learner: Learner) -> tuple[int, float, float]:
         Unknown: this system does not say how much memory is free, or in use.
         ShortOfMemory: the probe does not fit.
     """
-    small, large = (_probe(learner, tokens) for tokens in PROBE)
+    small, large = (probe(learner, tokens) for tokens in PROBE)
     trained = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
     stateless = not any(optimizer.state for optimizer in learner.optimizers)
     state = OPTIMIZERS[learner.settings.name].state * trained * stateless
     try:
-        _run(learner, small)
+        run(learner, small)
         free = memory_probe.free(learner.device)
-        peaks = [memory_probe.peak(learner.device, partial(_run, learner, batch)) for batch in (small, large)]
+        peaks = [memory_probe.peak(learner.device, partial(run, learner, batch)) for batch in (small, large)]
     finally:
         learner.model.zero_grad(set_to_none=True)
     tokens = [sum(len(micro.tokens) for micro in batch.micro) for batch in (small, large)]
@@ -122,14 +122,14 @@ def measure(learner: Learner) -> tuple[int, float, float]:
     return free, state + max(0.0, peaks[0] - each * tokens[0]), each
 
 
-def _run(learner: Learner, batch: Batch) -> None:
+def run(learner: Learner, batch: Batch) -> None:
     """Forward and backward, as in a step."""
     with memory_probe.all_or_nothing(learner.model):
         for micro in batch.micro:
             learner.dry_run(micro.to(learner.device))
 
 
-def _probe(learner: Learner, tokens: int) -> Batch:
+def probe(learner: Learner, tokens: int) -> Batch:
     """One micro-batch of random tokens, all of them trained."""
     config: Any = learner.backbone.config
     length = min(ROW, getattr(config, "max_position_embeddings", None) or ROW)

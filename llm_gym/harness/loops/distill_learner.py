@@ -95,10 +95,11 @@ class DistillLearner(Learner):
         finally:
             self.teacher = teacher
 
-    def _backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
+    def backward(self, batch: MicroBatch, temperature: float) -> dict[str, float]:
+        """As the learner's, towards the teacher."""
         if self.distill.kl == "sampled":
             judged = batch.having(teacher=self.teacher.logprobs(batch))
-            return {**super()._backward(judged, temperature), "distill/kl": -float(self._credit(judged.streams).sum())}
+            return {**super().backward(judged, temperature), "distill/kl": -float(self._credit(judged.streams).sum())}
 
         def divergence(**hidden: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
             student = Head(*(hidden[name] for name in Head._fields))

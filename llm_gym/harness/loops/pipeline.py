@@ -153,7 +153,7 @@ def run_plan(
     for stage in plan.stages[len(models) - 1 :]:
         folder = out / stage.name
         _alone(partial(shutil.rmtree, folder / MERGED, ignore_errors=True), f"before {stage.name}")
-        _play(stage, models[-1], folder, observer)
+        play(stage, models[-1], folder, observer)
         if here()[0] == 0:
             done(stage, folder)
         models.append(_alone(partial(handed_on, folder), f"after {stage.name}"))
@@ -253,7 +253,7 @@ def _write(plan: Plan, out: Path) -> None:
         write_atomically(out / STAGES, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], object | None]) -> None:
+def play(stage: Stage, model: str | None, folder: Path, observer: Callable[[Stage], object | None]) -> None:
     """Runs a stage, or the rest of it."""
     config, watching = _settings(stage, model, folder), observer(stage)
     if stage.kind == "sft":

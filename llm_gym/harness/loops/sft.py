@@ -129,7 +129,7 @@ def _fine_tune(
 ) -> None:
     """The remaining steps."""
     learner = budget.learner
-    pack = partial(_pack, budget)
+    pack = partial(pack_rows, budget)
     held_out = pack(data.held_out) if data.held_out else None
     if run is not None:
         run.write_config(dump(replace(config, token_budget=budget.tokens)))  # resumed, it packs its rows alike
@@ -137,7 +137,7 @@ def _fine_tune(
             run.log({"step": 0, **held_out_loss(learner, held_out)})
     write = partial(weights.save, learner, load_tokenizer(config.tokenizer or config.model, config.chat_template))
     for step in range(learner.step_count, data.steps):
-        row = _train_step(budget, data, step)
+        row = train_step(budget, data, step)
         if held_out is not None and _due(config.eval.every, step + 1, data):
             row |= held_out_loss(learner, held_out)
         advance(row)
@@ -240,8 +240,9 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32", world
 # Inside
 
 
-def _train_step(budget: Budget, data: Data, step: int) -> dict[str, Any]:
-    batch, started = _pack(budget, data.draw(step)), time.perf_counter()
+def train_step(budget: Budget, data: Data, step: int) -> dict[str, Any]:
+    """One optimizer step on the rows of that step; returns its row of metrics."""
+    batch, started = pack_rows(budget, data.draw(step)), time.perf_counter()
     metrics = budget.step(batch, temperature=1.0)
     seconds = {"time/step": time.perf_counter() - started}
     names = {"policy/loss": "loss", "policy/grad_norm": "grad_norm", "policy/lr": "lr", "policy/entropy": "entropy"}
@@ -272,7 +273,7 @@ def _held_out(config: SFTConfig, tokenizer: Any) -> list[TrainSequence]:
     return rows
 
 
-def _pack(budget: Budget, rows: Sequence[TrainSequence]) -> Batch:
+def pack_rows(budget: Budget, rows: Sequence[TrainSequence]) -> Batch:
     """This process's share of the rows, packed."""
     world = budget.learner.world
     mine = deal(world, [replace(row, episode=i) for i, row in enumerate(rows)])

@@ -263,7 +263,7 @@ def attention(
     query, key, value = (_cast(x) for x in (query, key, value))
     if layout.merges and works(query, key, value):
         return merged_attention(query, key, value, layout.plan, scaling), None
-    return _concatenated(query, key, value, layout, scaling), None
+    return concatenated(query, key, value, layout, scaling), None
 
 
 def _cast(x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def _cast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if on else x
 
 
-def _concatenated(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
+def concatenated(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
     """The form `cat`; shapes as in `attention`."""
     sizes = [block.tokens for block in layout.blocks]
     streams = [x[0].transpose(0, 1) for x in (query, key, value)]

@@ -51,7 +51,7 @@ def _fused(cls: type) -> type:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight, eps = self.weight.to(hidden_states.dtype), self.variance_epsilon
         if torch.is_grad_enabled() and hidden_states.device.type == "cpu" and hidden_states.requires_grad:
-            result: Tensor = _RMSNorm.apply(hidden_states, weight, eps)  # type: ignore[no-untyped-call]
+            result: Tensor = RMSNorm.apply(hidden_states, weight, eps)  # type: ignore[no-untyped-call]
             return result
         return rms_norm(hidden_states, weight.shape, weight, eps)
 
@@ -60,12 +60,13 @@ def _fused(cls: type) -> type:
     return _FUSED[cls]
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
     """y = x * r * w with r = 1 / sqrt(mean(x^2) + eps); on CPU torch has no fused kernel, and half of the
     operations of autograd's own backward are saved by writing it out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The norm of `x` [..., H], times `weight` [H]."""
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)
         y: Tensor = (x * scale).mul_(weight)
@@ -74,6 +75,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Gradients of `x` and, where it is wanted, of `weight`."""
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
         d_weight = (grad * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None

@@ -202,7 +202,8 @@ def _alike(first: Part, part: Part, causal: bool) -> bool:
     return queries >= SPREAD * most and (causal or keys == most_keys)
 
 
-def _cuda_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
+def cuda_calls(level: Sequence[Part], causal: bool, device: torch.device) -> Iterator[Call]:
+    """One call of the variable-length kernel for all parts of a level."""
     queries, keys = (Spans.flat(spans, device) for spans in zip(*level, strict=True))
     sizes = [(_length(part.queries), _length(part.keys)) for part in level]
     yield Call(queries, keys, causal, CUDAFlash.of(sizes, causal, device))
@@ -210,7 +211,7 @@ def _cuda_calls(level: Sequence[Part], causal: bool, device: torch.device) -> It
 
 PLANS: dict[str, Callable[[Sequence[Part], bool, torch.device], Iterator[Call]]] = {
     "cpu": _cpu_calls,
-    "cuda": _cuda_calls,
+    "cuda": cuda_calls,
 }
 """Device type -> the calls of one list of `parts`."""
 
@@ -276,11 +277,12 @@ def merged_attention(query: Tensor, key: Tensor, value: Tensor, plan: Sequence[C
 
 def works(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether kernels for tensors of this kind are there and right; tried out once for each kind."""
-    return _works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
+    return tried(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
 
 
 @lru_cache
-def _works(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int, value_size: int) -> bool:
+def tried(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int, value_size: int) -> bool:
+    """What `works` has found out, once for tensors of a kind."""
     try:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
             gap = _gap(device, dtype, (heads, groups, groups), (size, size, value_size))

@@ -159,9 +159,9 @@ class Lean:
                 query, key = layer.query(h).reshape(heads), layer.key(h).reshape(heads)
                 if layer.query_norm is not None and layer.key_norm is not None:
                     query, key = layer.query_norm(query), layer.key_norm(key)
-                keys[place] = _rotate(key, cosine, sine)
+                keys[place] = rotate(key, cosine, sine)
                 values[place] = layer.value(h).reshape(heads)
-                query = _rotate(query, cosine, sine)
+                query = rotate(query, cosine, sine)
                 query *= query.shape[-1] ** -0.5
                 mixed = [
                     _attend(query[p.tokens], keys[p.rows, :, : p.span], values[p.rows, :, : p.span], mask)
@@ -176,7 +176,7 @@ class Lean:
         return self.head(self.norm(x if len(x) == len(rows) else x[counts.cumsum() - 1]))
 
     def _angles(self, positions: npt.NDArray[np.int64], length: int) -> tuple[Array, Array]:
-        """Cosines and sines [n, 1, dim] of the positions; the sines of the first half are negated (see `_rotate`)."""
+        """Cosines and sines [n, 1, dim] of the positions; the sines of the first half are negated (see `rotate`)."""
         if len(self._cosine) < length:
             like = self.decoder.embed_tokens.weight
             cosine, sine = self.decoder.rotary_emb(like, torch.arange(length)[None])
@@ -190,7 +190,7 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _rotate(x: Array, cosine: Array, sine: Array) -> Array:
+def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     """Rotary embedding (https://arxiv.org/abs/2104.09864) of x [n, heads, dim], halves paired as in transformers."""
     y: Array = x * cosine
     halves = x.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :]

@@ -80,7 +80,7 @@ class TransformersPolicy:
         served, self.max_context = settle(self.model, autocast_dtype, max_context)
         self.cached = served.uncached is None
         """Whether keys and values are cached; else every token computes its whole row again."""
-        self._engine = Engine(
+        self.engine = Engine(
             served,
             max_context=self.max_context,
             max_rows=max_rows,
@@ -107,7 +107,7 @@ class TransformersPolicy:
         request = self._request(context, sampling, seed)
         self._wake(loop)
         future = self._futures[request] = loop.create_future()
-        self._engine.waiting.append(request)
+        self.engine.waiting.append(request)
         done: Completion = await future  # a cancelled caller cancels the future, and the next step drops the request
         return done
 
@@ -147,20 +147,20 @@ class TransformersPolicy:
             PolicyError: requests are in flight.
         """
         self._refuse_in_flight("refresh")
-        self._engine.clear()
+        self.engine.clear()
         self.version = self.version if version is None else version
 
     def forget(self) -> None:
         """Drops the rows kept for a next turn: what follows depends on nothing that came before."""
         self._drop_cancelled()
-        self._engine.forget()
+        self.engine.forget()
 
     def close(self) -> None:
         """Cancels what is in flight and frees the cache; the module is the caller's."""
         for future in self._futures.values():
             future.cancel()
         self._futures.clear()
-        self._engine.clear()
+        self.engine.clear()
 
     def _request(self, context: Ids, sampling: Sampling, seed: int) -> Request:
         """A request that the engine can serve."""
@@ -188,7 +188,7 @@ class TransformersPolicy:
     def _drop_cancelled(self) -> None:
         unwanted = {request for request, future in self._futures.items() if future.done()}
         if unwanted:
-            self._engine.drop(unwanted.__contains__)
+            self.engine.drop(unwanted.__contains__)
             for request in unwanted:
                 del self._futures[request]
 
@@ -220,13 +220,13 @@ class TransformersPolicy:
         """One engine step; whether a request was settled."""
         self._drop_cancelled()
         try:
-            done = self._engine.step(self.version)
+            done = self.engine.step(self.version)
         except Exception as error:  # the cache may be half written: everything in flight is lost
             failed = error if isinstance(error, SettingError) else PolicyError(f"engine step: {error!r}")
             for future in self._futures.values():
                 future.set_exception(failed)
             self._futures.clear()
-            self._engine.clear()
+            self.engine.clear()
             return True
         for request, outcome in done:
             future = self._futures.pop(request)

@@ -176,20 +176,20 @@ def _examined(
     return output.logits, _layout(model, past, autocast_dtype, device)
 
 
-_BOUNDS: dict[tuple[type, str, str], float] = {}
+BOUNDS: dict[tuple[type, str, str], float] = {}
 
 
 def _bound(model: Any, name: str, way: Callable[[Any, Sequence[Tensor]], list[Tensor]]) -> float:
     """The longest context that is served right in a way, on a small copy; once for each class, config and name."""
     key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), name
-    if key not in _BOUNDS:
+    if key not in BOUNDS:
         try:
             with evaluating(model):  # it may stand in for its copy
-                _BOUNDS[key] = SelfTest(model).bound(way)
+                BOUNDS[key] = SelfTest(model).bound(way)
         except Exception as error:
             log.debug("self-test of the engine: %r", error)
-            _BOUNDS[key] = 0
-    return _BOUNDS[key]
+            BOUNDS[key] = 0
+    return BOUNDS[key]
 
 
 def _cached(model: Any, rows: Sequence[Tensor], way: str) -> list[Tensor]:

@@ -70,7 +70,7 @@ def draw(logits: torch.Tensor, knobs: Knobs, uniform: Floats) -> tuple[torch.Ten
     filtered = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0))
     if filtered.any():
         rows = torch.from_numpy(np.flatnonzero(filtered)).to(logits.device)
-        weights[rows] = _filter(weights[rows], knobs, filtered)
+        weights[rows] = keep_likely(weights[rows], knobs, filtered)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, total * _column(uniform, total), right=True)
@@ -81,7 +81,7 @@ def draw(logits: torch.Tensor, knobs: Knobs, uniform: Floats) -> tuple[torch.Ten
     return tokens[:, 0], logprobs[:, 0].to(logits.dtype)
 
 
-def _filter(weights: torch.Tensor, knobs: Knobs, rows: npt.NDArray[np.bool_]) -> torch.Tensor:
+def keep_likely(weights: torch.Tensor, knobs: Knobs, rows: npt.NDArray[np.bool_]) -> torch.Tensor:
     """`weights` [m, vocabulary] with those of the tokens outside the support set to 0; the likeliest always stays."""
     ordered, order = weights.sort(stable=True, dim=-1, descending=True)
     vocabulary = weights.shape[-1]

@@ -66,8 +66,8 @@ class EngineThread:
         self.requests: dict[str, Request] = {}
         self.asleep = False
         """Set while the engine's memory is given away: nothing is decoded."""
-        self._finish = finish
-        self._calls: queue.SimpleQueue[Request | tuple[Callable[[Any], Any] | None, Future[Any]]] = queue.SimpleQueue()
+        self.finish = finish
+        self.calls: queue.SimpleQueue[Request | tuple[Callable[[Any], Any] | None, Future[Any]]] = queue.SimpleQueue()
         self._gathered: dict[asyncio.AbstractEventLoop, list[Request]] = defaultdict(list)
         self._ended = False
         self._building, self._door = True, threading.Lock()
@@ -78,7 +78,7 @@ class EngineThread:
             self._thread.start()
             self.engine = ready.result()
         except BaseException as error:
-            self._stop(error)
+            self.stop(error)
             raise
 
     def submit(self, request: Request) -> None:
@@ -95,7 +95,7 @@ class EngineThread:
     def _hand_in(self, loop: asyncio.AbstractEventLoop) -> None:
         for request in self._gathered.pop(loop):
             if not request.future.done():  # cancelled meanwhile
-                self._calls.put(request)
+                self.calls.put(request)
         self._refuse_if_ended()
 
     def abort(self, request: Request) -> None:
@@ -110,17 +110,17 @@ class EngineThread:
     def call(self, function: Callable[[Any], Any]) -> Future[Any]:
         """Runs `function(engine)` on the engine's thread, between two steps."""
         future: Future[Any] = Future()
-        self._calls.put((function, future))
+        self.calls.put((function, future))
         self._refuse_if_ended()
         return future
 
     def close(self) -> None:
         """Ends the thread; requests still running fail with `PolicyError`."""
-        self._calls.put((None, Future()))
+        self.calls.put((None, Future()))
         self._thread.join()
         _running.discard(self)
 
-    def _stop(self, error: BaseException) -> None:
+    def stop(self, error: BaseException) -> None:
         """Ends a thread that may still be building its engine."""
         while self._thread.is_alive():
             with self._door:
@@ -128,7 +128,7 @@ class EngineThread:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
                     )
-            self._calls.put((None, Future()))
+            self.calls.put((None, Future()))
             self._thread.join(timeout=1)
         _running.discard(self)
 
@@ -140,7 +140,7 @@ class EngineThread:
         """Fails every call and request that nobody will serve any more."""
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._calls.get_nowait()
+                item = self.calls.get_nowait()
                 if isinstance(item, Request):
                     self.requests[item.name] = item
                 elif not item[1].done():
@@ -178,14 +178,14 @@ class EngineThread:
         done: list[tuple[Request, Outcome]] = []
         for output in engine.step():
             if output.finished and (request := self.requests.get(output.request_id)) is not None:
-                done.append((request, self._finish(output, request)))
+                done.append((request, self.finish(output, request)))
         self._settle(done)
 
     def _take(self, engine: Any) -> bool:
         """Runs the calls that wait; blocks while there is nothing to decode. False: the end."""
         while True:
             try:
-                item = self._calls.get(block=self.asleep or not engine.has_unfinished_requests())
+                item = self.calls.get(block=self.asleep or not engine.has_unfinished_requests())
             except queue.Empty:
                 return True
             if isinstance(item, Request):

@@ -87,11 +87,11 @@ class VLLMPolicy:
         name, loop = next(self._names), asyncio.get_running_loop()
         params = _params(sampling, min(room, sampling.max_tokens), seed)
         request = Request(name, lambda engine: self._add(engine, name, context, params), loop.create_future(), loop)
-        self._thread.submit(request)
+        self.thread.submit(request)
         try:
             return await request.future
         except asyncio.CancelledError:
-            self._thread.abort(request)
+            self.thread.abort(request)
             raise
 
     def generate(
@@ -152,13 +152,13 @@ class VLLMPolicy:
             raise SettingError("sleep: the engine was started without enable_sleep_mode=True (CUDA only).")
 
         def sleep(engine: Any) -> None:
-            _drain(self._thread, engine)
+            _drain(self.thread, engine)
             engine.reset_prefix_cache(reset_running_requests=True)
             engine.sleep(level, mode="keep")
-            self._thread.asleep = True
+            self.thread.asleep = True
             self._asleep |= {"weights", "kv_cache"}
 
-        self._thread.call(sleep).result()
+        self.thread.call(sleep).result()
 
     def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Takes memory again; after level 2, weights must be loaded before anything is sampled.
@@ -170,13 +170,13 @@ class VLLMPolicy:
         def wake(engine: Any) -> None:
             engine.wake_up(list(tags))
             self._asleep -= set(tags)
-            self._thread.asleep = bool(self._asleep)
+            self.thread.asleep = bool(self._asleep)
 
-        self._thread.call(wake).result()
+        self.thread.call(wake).result()
 
     def reports(self, names: Sequence[str]) -> list[Report]:
         """What each worker received and holds of the named tensors: `checksums.Report`."""
-        found: list[Report] = self._thread.call(lambda e: e.collective_rpc("llm_gym_checksums", args=(names,))).result()
+        found: list[Report] = self.thread.call(lambda e: e.collective_rpc("llm_gym_checksums", args=(names,))).result()
         return found
 
     def differing(self, expected: Mapping[str, int]) -> list[str]:
@@ -189,14 +189,14 @@ class VLLMPolicy:
 
     def close(self) -> None:
         """Ends the engine thread; requests still running fail with `PolicyError`."""
-        self._thread.close()
+        self.thread.close()
 
     def _start(self, model: str) -> None:
         self._model = model
-        self._thread = EngineThread(lambda: make_engine(self._settings | {"model": model}), self._finish)
+        self.thread = EngineThread(lambda: make_engine(self._settings | {"model": model}), self._finish)
         self._asleep.clear()
-        config = self._thread.engine.model_config
-        self._workers: int = self._thread.engine.vllm_config.parallel_config.world_size
+        config = self.thread.engine.model_config
+        self._workers: int = self.thread.engine.vllm_config.parallel_config.world_size
         self.max_context: int = config.max_model_len
         self.dtype: torch.dtype = config.dtype
         if self._settings.get("enable_lora"):
@@ -211,7 +211,7 @@ class VLLMPolicy:
         def change(engine: Any) -> None:
             if "weights" in self._asleep:
                 raise PolicyError("The engine's weights are asleep: wake(['weights']) before they are written.")
-            _drain(self._thread, engine)
+            _drain(self.thread, engine)
             try:
                 engine.collective_rpc(method, args=args)
             except Exception as error:
@@ -221,15 +221,15 @@ class VLLMPolicy:
             self.version = version
             if self._settings.get("enable_lora"):
                 self._adapter = _adapter(version)
-            for request in self._thread.requests.values():
+            for request in self.thread.requests.values():
                 request.update(version)
 
-        self._thread.call(change).result()
+        self.thread.call(change).result()
 
     def _add(self, engine: Any, name: str, context: Ids, params: Any) -> Any:
         from vllm.inputs.engine import tokens_input
 
-        request = self._thread.requests[name]
+        request = self.thread.requests[name]
         request.version = self.version
         inner = engine.add_request(name, tokens_input(context.tolist()), params, lora_request=self._adapter)
         return engine.output_processor.request_states[inner]

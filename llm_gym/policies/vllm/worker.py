@@ -31,9 +31,9 @@ class WorkerExtension:
     def llm_gym_load(self, tensors: Tensors) -> None:
         """Replaces the model's weights; an adapter, if any, is emptied: the policy is then just these tensors."""
         received: dict[str, int] = {}
-        _pack_experts_again(self.model_runner.get_model())
+        pack_experts_again(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_iterator=recorded(tensors, self.model_config.dtype, received))
-        _refresh_tied_head(self.model_runner.get_model())
+        refresh_tied_head(self.model_runner.get_model())
         self._llm_gym_received = received
         if hasattr(self, "_llm_gym_adapter"):  # vLLM drops adapters with the weights that they were made for
             self.llm_gym_load_adapter([], {})
@@ -76,7 +76,7 @@ def _read(path: Path) -> Tensors:
                 yield name, opened.get_tensor(name)
 
 
-def _refresh_tied_head(model: nn.Module) -> None:
+def refresh_tied_head(model: nn.Module) -> None:
     """vLLM on a CPU keeps the packed matrix of a tied head from before a reload: packs it again."""
     from vllm.platforms import current_platform
 
@@ -87,7 +87,7 @@ def _refresh_tied_head(model: nn.Module) -> None:
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
-def _pack_experts_again(model: nn.Module) -> None:
+def pack_experts_again(model: nn.Module) -> None:
     """Sees to it that a reload packs experts as the first load did.
 
     vLLM on a CPU packs the matrices of all experts for its kernels, but only when it makes these; weights that came

@@ -80,13 +80,13 @@ class ServerPolicy:
         self.version, self.max_rows = version, max(1, PER_SERVER * len(urls) // size)
         self.max_context = 0
         self.dtype: torch.dtype
-        self._model, self._retry = str(model or PATH), retry_seconds
+        self._model, self.retry_seconds = str(model or PATH), retry_seconds
         self._updates = itertools.count(1)
-        self._want = Weights(new_run(), update=0, base=0, version=version)
+        self.want = Weights(new_run(), update=0, base=0, version=version)
         self._files = weight_files.new_folder(folder) if self._leads else None
         self._loop = Loop("llm_gym-servers")
         try:
-            self._want = self._first(lambda: self._loop.run(self._connect(urls, start_seconds, on_wait)))
+            self.want = self._first(lambda: self._loop.run(self._connect(urls, start_seconds, on_wait)))
             if not self._leads:
                 self._loop.run(self._connect(urls, start_seconds, on_wait))
             if max_context is not None and max_context > self.max_context:
@@ -181,12 +181,12 @@ class ServerPolicy:
         if room < 1:
             raise PolicyError(f"The context has {len(context)} tokens; the servers' limit is {self.max_context}.")
         body = request(context, sampling, min(room, sampling.max_tokens), seed)
-        keys = pieces(context) if len(self._servers) > 1 else []
+        keys = pieces(context) if len(self.servers) > 1 else []
         since, faults = None, 0
         for attempt in itertools.count():
             server = await self._pick(keys, since)
             try:
-                named = {"model": ADAPTER} if self._want.adapter is not None else {}
+                named = {"model": ADAPTER} if self.want.adapter is not None else {}
                 completion = await server.ask(body | named)
             except RemoteError as error:
                 faults += error.status is not None
@@ -206,15 +206,15 @@ class ServerPolicy:
     async def _pick(self, keys: list[bytes], since: float | None) -> Server:
         """A server that is there; waits for one, in all `retry_seconds` since the request's first failure."""
         since = since or time.monotonic()
-        while not (ready := [server for server in self._servers if server.ready]):
-            if taken := next((server.taken for server in self._servers if server.taken), None):
+        while not (ready := [server for server in self.servers if server.ready]):
+            if taken := next((server.taken for server in self.servers if server.taken), None):
                 raise taken
-            left = since + self._retry - time.monotonic()
+            left = since + self.retry_seconds - time.monotonic()
             try:
                 await asyncio.wait_for(self._any.wait(), left)
             except TimeoutError:
-                reasons = "; ".join(server.reason for server in self._servers)
-                raise PolicyError(f"No server for {self._retry:g} s: {reasons}") from None
+                reasons = "; ".join(server.reason for server in self.servers)
+                raise PolicyError(f"No server for {self.retry_seconds:g} s: {reasons}") from None
         if len(ready) == 1:
             return ready[0]
         cached = [server.prefixes.cached(keys) for server in ready]
@@ -233,7 +233,7 @@ class ServerPolicy:
     def _send(self, version: int, write: Callable[[Path], None], *, adapter: bool) -> Weights:
         """Hands over what `write` puts into a folder, and forgets what was before."""
         assert self._files is not None
-        number, before = next(self._updates), self._want
+        number, before = next(self._updates), self.want
         path = self._files / str(number)
         path.mkdir()
         write(path)
@@ -247,8 +247,8 @@ class ServerPolicy:
         return weights
 
     async def _update(self, weights: Weights) -> None:
-        self._want = weights
-        there = [server for server in self._servers if server.ready]
+        self.want = weights
+        there = [server for server in self.servers if server.ready]
         found = await asyncio.gather(*(server.bring() for server in there), return_exceptions=True)
         for server, error in zip(there, found, strict=True):
             if isinstance(error, RemoteError):
@@ -263,7 +263,7 @@ class ServerPolicy:
         """What the workers of each server that is there say about their weights."""
         while True:
             await self._pick([], None)
-            there = [server for server in self._servers if server.ready]
+            there = [server for server in self.servers if server.ready]
             asked = (server.rpc("llm_gym_checksums", names, seconds=LOADING) for server in there)
             found = await asyncio.gather(*asked, return_exceptions=True)
             for server, answer in zip(there, found, strict=True):
@@ -277,12 +277,12 @@ class ServerPolicy:
     async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> Weights:
         self._any = asyncio.Event()
         role: Role = "alone" if self._alone else "leader" if self._leads else "follower"
-        self._servers = [Server(url, lambda: self._want, self._changed, role) for url in urls]
-        limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self._servers))
+        self.servers = [Server(url, lambda: self.want, self._changed, role) for url in urls]
+        limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self.servers))
         self.max_context = min(limits)
         self.dtype = await self._dtype()
-        self._watches = [asyncio.ensure_future(server.watch()) for server in self._servers]
-        return self._want
+        self._watches = [asyncio.ensure_future(server.watch()) for server in self.servers]
+        return self.want
 
     async def _greet(self, server: Server, start_seconds: float, on_wait: Callable[[str], None]) -> int:
         """Waits for a server, looks whether it is what it must be, and returns its limit of tokens."""
@@ -334,7 +334,7 @@ class ServerPolicy:
         """What the servers compute in."""
         import torch
 
-        names = {str(name) for server in self._servers for name in await server.rpc("llm_gym_dtype")}
+        names = {str(name) for server in self.servers for name in await server.rpc("llm_gym_dtype")}
         if len(names) > 1:
             raise ConfigError(f"servers: they compute in {' and '.join(sorted(names))}; start all with one dtype.")
         found = getattr(torch, names.pop().removeprefix("torch."))
@@ -342,12 +342,12 @@ class ServerPolicy:
         return found
 
     async def _disconnect(self) -> None:
-        for server in getattr(self, "_servers", []):
+        for server in getattr(self, "servers", []):
             await server.leave()
             await server.remote.close()
 
     def _changed(self) -> None:
-        if any(server.ready or server.taken for server in self._servers):
+        if any(server.ready or server.taken for server in self.servers):
             self._any.set()
         else:
             self._any.clear()

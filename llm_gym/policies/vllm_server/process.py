@@ -91,11 +91,11 @@ class ServerProcess:
             text=True,
             errors="replace",
             start_new_session=True,  # a group of its own: Ctrl-C reaches only us, and the end reaches all of it
-            preexec_fn=functools.partial(_die_with, os.getpid()),
+            preexec_fn=functools.partial(die_with, os.getpid()),
         )
         self.pid = self._process.pid
-        self._reader = threading.Thread(target=self._read, args=(echo,), name="llm_gym-serve", daemon=True)
-        self._reader.start()
+        self.reader = threading.Thread(target=self._read, args=(echo,), name="llm_gym-serve", daemon=True)
+        self.reader.start()
 
     def wait(self, on_wait: Callable[[float], None] = lambda seconds: None) -> None:
         """Returns when the server is healthy; `on_wait` hears how many seconds have passed, twice a second.
@@ -118,7 +118,7 @@ class ServerProcess:
     def last_error(self) -> str:
         """What an ended server wrote last about what went wrong."""
         self.kill()  # a process that outlived it would keep the pipe open
-        self._reader.join(PATIENCE)
+        self.reader.join(PATIENCE)
         return last_error(self.lines)
 
     def ended(self) -> bool:
@@ -147,7 +147,7 @@ class ServerProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             until = time.monotonic() + PATIENCE
-            while _running(self.pid) and time.monotonic() < until:
+            while running(self.pid) and time.monotonic() < until:
                 time.sleep(0.01)
             self._process.wait()
             self._port.close()
@@ -167,7 +167,7 @@ class ServerProcess:
                 echo(line.rstrip())
 
 
-def _running(group: int) -> bool:
+def running(group: int) -> bool:
     """Whether a process of this group has not ended; one that nobody has waited for yet has."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just gone
@@ -189,7 +189,7 @@ def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
     own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
     exact = {k: v for k, v in defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
-    scale_out = {"enable_scale_out": True} if "enable_scale_out" in _known() else {}  # always on in older versions
+    scale_out = {"enable_scale_out": True} if "enable_scale_out" in known_arguments() else {}  # always on in older ones
     kind = {} if torch.cuda.is_available() else {"dtype": "float32"}  # as the engine in process, and the learner
     for name, value in (exact | quiet | scale_out | kind | own | dict(settings)).items():
         line += flag(name, value)
@@ -227,13 +227,13 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in settings:
         if name in _OWN:
             raise ConfigError(f"--set: {name} is set by llmgym; use --model and --port.")
-        if name not in _known():
-            raise ConfigError(unknown("--set", name, _known()))
+        if name not in known_arguments():
+            raise ConfigError(unknown("--set", name, known_arguments()))
     return dict(settings)
 
 
 @functools.cache
-def _known() -> frozenset[str]:
+def known_arguments() -> frozenset[str]:
     """Arguments of the installed vLLM's server, read from its source: importing it takes as long as half a start.
 
     Raises:
@@ -297,7 +297,7 @@ def last_error(lines: Iterable[str]) -> str:
     return (usage or [line for line in lines if line.strip()] or ["it wrote nothing"])[-1].strip()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Runs in the child before it becomes the server: SIGTERM when the parent dies, however it dies (Linux only)."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

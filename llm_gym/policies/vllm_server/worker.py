@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_gym.policies.vllm.worker import WorkerExtension, _refresh_tied_head
+from llm_gym.policies.vllm.worker import WorkerExtension, refresh_tied_head
 
 
 class ServerWorkerExtension(WorkerExtension):
@@ -25,5 +25,5 @@ class ServerWorkerExtension(WorkerExtension):
     def llm_gym_load_start(self) -> None:
         """Loads the weights that the server was started with."""
         self.model_runner.reload_weights()
-        _refresh_tied_head(self.model_runner.get_model())
+        refresh_tied_head(self.model_runner.get_model())
         self._llm_gym_received: dict[str, int] = {}

@@ -59,8 +59,8 @@ class MCPTool(QuestionEnv):
             raise ConfigError(unknown("session", session, SESSIONS))
         if servers is None and allow is None:
             servers, allow = _calculator(), ("calculator",)
-        self._session: Session | None = None
-        self._pool: Pool | None = Pool.enter(
+        self.held: Session | None = None
+        self.pool: Pool | None = Pool.enter(
             read_servers(servers), start_timeout=start_timeout, ahead=ahead, shared=session == "shared"
         )
         try:
@@ -80,9 +80,9 @@ class MCPTool(QuestionEnv):
         Raises:
             ConfigError: the servers do not start, or a name is none of their tools'.
         """
-        assert self._pool is not None
+        assert self.pool is not None
         try:
-            listed = self._pool.tools()
+            listed = self.pool.tools()
         except ToolFailure as error:
             raise ConfigError(f"servers: {error}") from error
         for argument, names in (("allow", allow or ()), ("deny", deny)):
@@ -96,20 +96,20 @@ class MCPTool(QuestionEnv):
         ]
 
     def _call(self, tool: str, /, **arguments: Any) -> str:
-        assert self._pool is not None
-        if self._session is None or (self._session.lost and self._pool.shared):
-            self._session = self._pool.take()
-        return self._pool.call(self._session, tool, arguments, self.call_timeout)
+        assert self.pool is not None
+        if self.held is None or (self.held.lost and self.pool.shared):
+            self.held = self.pool.take()
+        return self.pool.call(self.held, tool, arguments, self.call_timeout)
 
     def release(self) -> None:
         """Gives the session back, if there is one."""
-        session, self._session = self._session, None
-        if session is not None and self._pool is not None:
-            self._pool.give_back(session)
+        session, self.held = self.held, None
+        if session is not None and self.pool is not None:
+            self.pool.give_back(session)
 
     def _leave(self) -> None:
         self.release()
-        pool, self._pool = self._pool, None
+        pool, self.pool = self.pool, None
         if pool is not None:
             pool.leave()
 

@@ -236,7 +236,7 @@ class Pool:
         self._servers, self._start_timeout = servers, start_timeout
         self._ahead, self.shared = 1 if shared else ahead, shared
         self._remote = any(map(remote, servers.values()))
-        self._loop = Loop.enter()
+        self.loop = Loop.enter()
         self._lock = threading.Lock()
         self._tools: dict[str, tuple[str, Any]] | None = None
         self._ready: deque[Session] = deque()
@@ -297,7 +297,7 @@ class Pool:
                 if waiting:  # what failed earlier says nothing of now
                     continue
                 raise
-            if not (waiting and self._remote) or self._wait(self._loop.submit(session.known()), PING, "asking"):
+            if not (waiting and self._remote) or self._wait(self.loop.submit(session.known()), PING, "asking"):
                 break
             self._forget(session)
         with self._lock:
@@ -313,7 +313,7 @@ class Pool:
             ToolFailure: as `Session.call`.
         """
         try:
-            result = self._wait(self._loop.submit(session.call(name, arguments, timeout)), timeout + 1, name)
+            result = self._wait(self.loop.submit(session.call(name, arguments, timeout)), timeout + 1, name)
         except ToolFailure:
             self._forget(session)
             raise
@@ -335,7 +335,7 @@ class Pool:
         self._end(session)
 
     def _end(self, session: Session) -> None:
-        future = self._loop.submit(session.close())
+        future = self.loop.submit(session.close())
         self._closing.add(future)
         future.add_done_callback(self._closing.discard)
 
@@ -346,17 +346,17 @@ class Pool:
             self._end(session)
         for future in list(self._closing):
             with contextlib.suppress(TimeoutError):
-                self._loop.wait(future, CLOSING)
-        self._loop.leave()
+                self.loop.wait(future, CLOSING)
+        self.loop.leave()
 
     def _start(self) -> Session:
         session = Session(self._servers, self._start_timeout, self._tools)
-        session.started = self._loop.submit(session.start())
+        session.started = self.loop.submit(session.start())
         return session
 
     def _wait(self, future: Future[T], timeout: float, what: str) -> T:
         try:
-            return self._loop.wait(future, timeout)
+            return self.loop.wait(future, timeout)
         except TimeoutError:
             raise ToolFailure(f"MCP: {what} took more than {timeout + MARGIN:g} seconds.") from None
 

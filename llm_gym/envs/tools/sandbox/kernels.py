@@ -27,7 +27,7 @@ LOST_SECONDS = 5.0
 """Of silence, after which the reply alone ends a cell: the message that says so was lost in a flood of others."""
 
 _lock = threading.RLock()  # a forgotten session may be collected, and so let go, by the thread that has it
-_contexts: list[zmq.Context[zmq.Socket[bytes]]] = []
+CONTEXTS: list[zmq.Context[zmq.Socket[bytes]]] = []
 _users = 0
 
 
@@ -76,8 +76,8 @@ class KernelHandle(Handle):
         global _users
         with _lock:
             _users += 1
-            context = _contexts[0] if _contexts else zmq.Context()
-            _contexts[:] = [context]
+            context = CONTEXTS[0] if CONTEXTS else zmq.Context()
+            CONTEXTS[:] = [context]
         self.shell, self.iopub = context.socket(zmq.DEALER), context.socket(zmq.SUB)
         self.iopub.subscribe(b"")
         for number, one in ((1, self.shell), (2, self.iopub)):
@@ -137,8 +137,8 @@ class KernelHandle(Handle):
             self.shell = self.iopub = None
             with _lock:
                 _users -= 1
-                if not _users and _contexts:
-                    _contexts.pop().term()
+                if not _users and CONTEXTS:
+                    CONTEXTS.pop().term()
 
 
 class KernelCell:

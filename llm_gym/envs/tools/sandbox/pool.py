@@ -36,9 +36,9 @@ TRIES = 100
 """Sessions tried for one taker, where they die while they wait to be used: more than are kept ready."""
 
 _lock = threading.RLock()
-_reasons: dict[str, str] = {}
-_sandboxes: dict[str, Sandbox] = {}
-_ready: dict[Hashable, deque[Handle]] = {}
+REASONS: dict[str, str] = {}
+SANDBOXES: dict[str, Sandbox] = {}
+READY: dict[Hashable, deque[Handle]] = {}
 _in_use: dict[Hashable, int] = {}
 _most: dict[Hashable, int] = {}
 
@@ -46,9 +46,9 @@ _most: dict[Hashable, int] = {}
 def missing(name: str) -> str:
     """Why this machine cannot isolate in the way `name`; empty if it can. Tried once, for real."""
     with _lock:
-        if name not in _reasons:
-            _reasons[name] = _try(name)
-        return _reasons[name]
+        if name not in REASONS:
+            REASONS[name] = _try(name)
+        return REASONS[name]
 
 
 def _try(name: str) -> str:
@@ -122,7 +122,7 @@ def _next(kind: type[Handle], chosen: isolation.Tier, limits: Limits) -> Handle:
     key = (kind, chosen.name, limits)
     with _lock:
         sandbox = _sandbox(chosen)
-        ready = _ready.setdefault(key, deque())
+        ready = READY.setdefault(key, deque())
         handle = ready.popleft() if ready else sandbox.spawn(limits, kind)
         _in_use[key] = _in_use.get(key, 0) + 1
         _most[key] = max(_most.get(key, 0), _in_use[key])
@@ -136,9 +136,9 @@ def give_back(kind: type[Handle], chosen: isolation.Tier, limits: Limits) -> Non
     key = (kind, chosen.name, limits)
     with _lock:
         _in_use[key] = max(0, _in_use.get(key, 0) - 1)
-        if (sandbox := _sandboxes.get(chosen.name)) is not None and key in _ready and sandbox.alive():
+        if (sandbox := SANDBOXES.get(chosen.name)) is not None and key in READY and sandbox.alive():
             with contextlib.suppress(SandboxError):  # it has just ended: whoever takes a session will hear of it
-                _order(_ready[key], key, sandbox, limits, kind)
+                _order(READY[key], key, sandbox, limits, kind)
 
 
 def _order(ready: deque[Handle], key: Hashable, sandbox: Sandbox, limits: Limits, kind: type[Handle]) -> None:
@@ -148,7 +148,7 @@ def _order(ready: deque[Handle], key: Hashable, sandbox: Sandbox, limits: Limits
 
 
 def _sandbox(chosen: isolation.Tier) -> Sandbox:
-    sandbox = _sandboxes.get(chosen.name)
+    sandbox = SANDBOXES.get(chosen.name)
     if sandbox is not None and not sandbox.alive():
         logger.warning("the sandbox (%s) ended; starting another.", chosen.name)
         _forget(chosen.name)
@@ -156,21 +156,21 @@ def _sandbox(chosen: isolation.Tier) -> Sandbox:
     if sandbox is None:
         if chosen.name == "none":
             logger.warning("NO SANDBOX for model-written code: %s", chosen.why)
-        sandbox = _sandboxes[chosen.name] = Sandbox(chosen)
+        sandbox = SANDBOXES[chosen.name] = Sandbox(chosen)
     return sandbox
 
 
 def _forget(name: str) -> None:
-    for key in [key for key in _ready if isinstance(key, tuple) and key[1] == name]:
-        for handle in _ready.pop(key):
+    for key in [key for key in READY if isinstance(key, tuple) and key[1] == name]:
+        for handle in READY.pop(key):
             handle.end()
-    _sandboxes.pop(name).close()
+    SANDBOXES.pop(name).close()
 
 
 def shutdown() -> None:
     """Ends every sandbox and every session in it. The next session starts afresh."""
     with _lock:
-        for name in list(_sandboxes):
+        for name in list(SANDBOXES):
             _forget(name)
         _in_use.clear()
         _most.clear()
@@ -180,13 +180,13 @@ def _after_fork() -> None:
     """A forked child has nothing to do with its parent's sessions: it only lets go of them."""
     global _lock
     _lock = threading.RLock()
-    for sandbox in _sandboxes.values():
+    for sandbox in SANDBOXES.values():
         sandbox.control.close()
         sandbox.process.returncode = 0  # not our child
-    for handle in (handle for handles in _ready.values() for handle in handles):
+    for handle in (handle for handles in READY.values() for handle in handles):
         handle.abandon()
-    _sandboxes.clear()
-    _ready.clear()
+    SANDBOXES.clear()
+    READY.clear()
     _in_use.clear()
     _most.clear()
 

@@ -78,9 +78,10 @@ class Handle:
         while not (self.ready and (self.pidfd is not None or sys.platform != "linux")):
             if not self.lease.pending() and not poll([self.lease], deadline - time.monotonic()):
                 raise SandboxError(f"a session of the sandbox was not ready after {seconds:.0f} s.")
-            self._take()
+            self.take()
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Takes one message of those that start the session; SandboxError if it says that it cannot."""
         message, fds = self.lease.receive(fds=1)
         if message is None or "error" in message:
             raise SandboxError(f"a session of the sandbox could not start: {(message or {}).get('error', 'it died')}")

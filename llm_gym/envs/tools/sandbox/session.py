@@ -135,9 +135,9 @@ class PythonSession:
         self.tier = pool.tier(sandbox)
         self._closed = False
         self._seeded = False
-        self._held = _Held(kind, self.tier, self.limits)
-        self._end = weakref.finalize(self, self._held.release)
-        self._held.take()
+        self.held = _Held(kind, self.tier, self.limits)
+        self._end = weakref.finalize(self, self.held.release)
+        self.held.take()
 
     def run(self, code: str, timeout: float = 10.0) -> CellResult:
         """Runs one cell and waits for its end, at most `timeout` seconds plus `limits.grace`.
@@ -151,14 +151,14 @@ class PythonSession:
         began = time.monotonic()
         if self._closed:
             raise RuntimeError("this PythonSession is closed.")
-        if os.getpid() != self._held.owner:
+        if os.getpid() != self.held.owner:
             raise RuntimeError("a PythonSession cannot be used in a forked process; make one there.")
         size = len(code.encode("utf-8", "surrogatepass"))
         if size > self.limits.code:
             note = f"[not run: the cell has {size:,} bytes; the limit is {self.limits.code:,}]"
             return CellResult(note, "too_long", time.monotonic() - began)
-        self._seeded = self._seeded and self._held.handle is not None
-        handle = self._held.take()
+        self._seeded = self._seeded and self.held.handle is not None
+        handle = self.held.take()
         cell = self._cell()
         try:
             cell.start(handle, code, None if self._seeded else self.seed)
@@ -169,7 +169,7 @@ class PythonSession:
             cell.close()
         if note and written and not written.endswith("\n"):
             written += "\n"
-        return CellResult(written + note, status, time.monotonic() - began, lost=self._held.handle is None)
+        return CellResult(written + note, status, time.monotonic() - began, lost=self.held.handle is None)
 
     def _wait(self, handle: Any, cell: Conversation, timeout: float) -> tuple[str, str]:
         """The status, and what to tell about it; a session that cannot go on is ended."""
@@ -179,10 +179,10 @@ class PythonSession:
                 return ("ok" if ok else "error"), ""
             if handle.interrupt() and cell.finish(handle, self.limits.grace) is not None:
                 return "timeout", f"[interrupted after {timeout:g} s; variables are kept]"
-            self._held.release()
+            self.held.release()
             return "timeout", f"[stopped after {timeout:g} s; the interpreter was restarted, all variables are gone]"
         except ConnectionError:
-            self._held.release()
+            self.held.release()
             return "died", "[the interpreter ended; it was restarted, all variables are gone]"
 
     def close(self) -> None:
