@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import os
 import queue
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
+
+from llm_gym.errors import PolicyError
 
 T = TypeVar("T")
 
@@ -67,15 +72,45 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, whose task ends without a result: Python 3.11 prints it, episodes and all, into an unused text."""
+    """As `asyncio.run`, in one lasting loop of the main thread: what an environment or a judge keeps open in it (a
+    connection, a task) is there in the next rollout. It ends with the first error. Other threads get a loop for each call.
+
+    The task ends without a result: Python 3.11 prints it, episodes and all, into an unused text.
+    """
     outcome: list[T] = []
 
     async def main() -> None:
         with _woken_by_signals(asyncio.get_running_loop()):
             outcome.append(await coroutine)
 
-    asyncio.run(main())
+    if threading.current_thread() is not threading.main_thread():
+        asyncio.run(main())
+        return outcome[0]
+    try:
+        _lasting().run(main())
+    except BaseException:
+        _close()  # what is left under way is cancelled, and cleans up
+        raise
     return outcome[0]
+
+
+_runners: list[asyncio.Runner] = []
+"""The main thread's, once it was needed."""
+
+
+def _lasting() -> asyncio.Runner:
+    if not _runners:
+        _runners.append(asyncio.Runner())
+        atexit.register(_close)
+    return _runners[0]
+
+
+def _close() -> None:
+    while _runners:
+        _runners.pop().close()
+
+
+os.register_at_fork(after_in_child=_runners.clear)  # the parent's loop waits on descriptors that a child shares
 
 
 @contextlib.contextmanager
@@ -137,6 +172,97 @@ def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     if errors:
         raise errors[0]
     return outcome[0]
+
+
+class Stopped(PolicyError):
+    """A `Loop` was asked after its end, or ended meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("The policy was closed.")
+
+
+class Loop:
+    """An event loop in a thread of its own, in which connections outlive the callers' loops.
+
+    >>> loop = Loop("example")
+    >>> loop.run(asyncio.sleep(0, "done"))
+    'done'
+    >>> loop.stop()
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.stopped = self._halted = False
+        self._door = threading.Lock()
+        self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self.thread = Thread(self._run, name=name)
+        self.thread.start()
+
+    async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.
+
+        Raises:
+            Stopped: the loop was stopped, before or meanwhile.
+        """
+        try:
+            return await asyncio.wrap_future(self.submit(coroutine))
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self.stopped and caller is not None and not caller.cancelling():
+                raise Stopped from None
+            raise
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs `coroutine` to its end; Ctrl-C cancels it.
+
+        Raises:
+            Stopped: the loop was stopped, before or meanwhile.
+        """
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except CancelledError:
+            raise Stopped from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begins `coroutine` there and does not wait; Stopped if the loop was stopped."""
+        with self._door:  # what comes in is in the loop before its end is
+            if not self.stopped:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise Stopped
+
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancels what is still running there, lets it clean up, runs `last`, and ends the thread.
+
+        May be repeated, from any thread but its own.
+        """
+        with self._door:
+            self.stopped, self._last = True, self._last or last
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._halt)
+        self.thread.join()
+
+    def _halt(self) -> None:
+        if not self._halted:
+            self._halted = True
+            self._loop.stop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            while left := asyncio.all_tasks(self._loop):  # what ends may begin something
+                for task in left:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            if self._last is not None:
+                self._loop.run_until_complete(self._last())
+        finally:
+            self._loop.close()
 
 
 class Worker:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import random
-import threading
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import CancelledError, Future
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import aiohttp
 
-from llm_gym.concurrency import Thread
 from llm_gym.errors import PolicyError
 
-T = TypeVar("T")
 FIRST, LONGEST = 0.25, 5.0
 """Seconds before the second try, and before any later one."""
 KEPT = 2.0
 """Seconds that an idle connection is used again: less than the 5 after which vLLM closes it. A request that crosses
 that end on its way has no answer, and the server seems lost."""
-CLOSED = "The policy was closed."
 PASSING = frozenset({408, 425, 429})
 """Client errors that another try may not meet: timeouts and rate limits."""
 
@@ -125,81 +118,3 @@ def message(text: str) -> str:
     while isinstance(found, dict):
         found = next((found[key] for key in ("error", "message", "detail") if key in found), str(found))
     return " ".join(str(found).split())[:500] or "nothing"
-
-
-class Loop:
-    """An event loop in a thread of its own, in which connections outlive the callers' loops."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self.stopped = self._halted = False
-        self._door = threading.Lock()
-        self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
-        self.thread = Thread(self._run, name=name)
-        self.thread.start()
-
-    async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.
-
-        Raises:
-            PolicyError: the loop was stopped, before or meanwhile.
-        """
-        try:
-            return await asyncio.wrap_future(self.submit(coroutine))
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if self.stopped and caller is not None and not caller.cancelling():
-                raise PolicyError(CLOSED) from None
-            raise
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs `coroutine` to its end; Ctrl-C cancels it.
-
-        Raises:
-            PolicyError: the loop was stopped, before or meanwhile.
-        """
-        future = self.submit(coroutine)
-        try:
-            return future.result()
-        except CancelledError:
-            raise PolicyError(CLOSED) from None
-        except BaseException:
-            future.cancel()
-            raise
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begins `coroutine` there and does not wait; PolicyError if the loop was stopped."""
-        with self._door:  # what comes in is in the loop before its end is
-            if not self.stopped:
-                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        coroutine.close()
-        raise PolicyError(CLOSED)
-
-    def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-        """Cancels what is still running there, lets it clean up, runs `last`, and ends the thread.
-
-        May be repeated, from any thread but its own.
-        """
-        with self._door:
-            self.stopped, self._last = True, self._last or last
-        with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self._halt)
-        self.thread.join()
-
-    def _halt(self) -> None:
-        if not self._halted:
-            self._halted = True
-            self._loop.stop()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            while left := asyncio.all_tasks(self._loop):  # what ends may begin something
-                for task in left:
-                    task.cancel()
-                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            if self._last is not None:
-                self._loop.run_until_complete(self._last())
-        finally:
-            self._loop.close()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, FinishReason, Ids, Message, Sampling
 from llm_gym.errors import ConfigError, PolicyError, SettingError, ended
-from llm_gym.policies.http import Loop, Remote, RemoteError, delay
+from llm_gym.policies.http import Remote, RemoteError, delay
 
 if TYPE_CHECKING:
     from llm_gym.chat import Chat

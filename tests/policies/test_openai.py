@@ -13,11 +13,11 @@ import pytest
 from aiohttp import web
 
 from llm_gym.chat import load_chat, load_tokenizer
+from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Sampling, StopReason
 from llm_gym.envs.tools.parsers.formats import tool_chat
 from llm_gym.errors import ConfigError, PolicyError, SettingError
 from llm_gym.policies import make_policy
-from llm_gym.policies.http import Loop
 from llm_gym.policies.openai import OpenAIPolicy
 from llm_gym.rollouts.driver import rollout
 

@@ -15,9 +15,10 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_gym.concurrency import Loop
 from llm_gym.errors import PolicyError
 from llm_gym.policies import http
-from llm_gym.policies.http import FIRST, LONGEST, Loop, Remote, RemoteError, delay, message
+from llm_gym.policies.http import FIRST, LONGEST, Remote, RemoteError, delay, message
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

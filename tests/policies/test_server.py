@@ -27,10 +27,11 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Sampling
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import make_policy
-from llm_gym.policies.http import Loop, RemoteError
+from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import state
 from llm_gym.policies.vllm_server.labels import Weights, new_run, read
 from llm_gym.policies.vllm_server.policy import ServerPolicy, addresses

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llm_gym.concurrency import Loop
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.model.divergence import Head, top_logprobs
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Backbone, load_model
 from llm_gym.harness.types import MicroBatch
-from llm_gym.policies.http import Loop, Remote, RemoteError, delay
+from llm_gym.policies.http import Remote, RemoteError, delay
 from llm_gym.tokenizer import load_tokenizer
 
 UNKNOWN = -100.0

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.policies.http import Loop, RemoteError, delay
+from llm_gym.policies.http import RemoteError, delay
 from llm_gym.policies.vllm_server import weight_files
 from llm_gym.policies.vllm_server.labels import Weights, new_run
 from llm_gym.policies.vllm_server.routing import choose, pieces
