@@ -73,7 +73,7 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     """As `asyncio.run`, in one lasting loop of the main thread: what an environment or a judge keeps open in it (a
-    connection, a task) is there in the next rollout. It ends with the first error. Other threads get a loop for each call.
+    connection, a task) is there in the next rollout. It ends with the first error. Other threads get one each time.
 
     The task ends without a result: Python 3.11 prints it, episodes and all, into an unused text.
     """

@@ -22,7 +22,7 @@ from gymnasium.error import ResetNeeded
 
 from llm_gym.chat import Chat, load_chat, load_tokenizer
 from llm_gym.core import Ids, Message, Messages, StopReason
-from llm_gym.errors import BadReply, ConfigError, LLMGymError, RewardError, SettingError, unknown
+from llm_gym.errors import BadReply, ConfigError, LLMGymError, RewardError, SettingError, check_counts, unknown
 from llm_gym.spaces import Tokens
 
 NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
@@ -105,10 +105,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         reward_weights: Mapping[str, float] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        limits = {"max_turns": max_turns, "max_tokens": max_tokens, "max_context": max_context}
-        for name, limit in limits.items():
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
-                raise ConfigError(f"{name}: got {limit!r}, want a whole number of at least 1.")
+        check_counts({"max_turns": max_turns, "max_tokens": max_tokens, "max_context": max_context})
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(unknown("render_mode", render_mode, self.metadata["render_modes"]))
         self.chat = self._load_chat(load_tokenizer(tokenizer, chat_template))

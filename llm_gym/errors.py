@@ -28,7 +28,7 @@ import importlib
 import inspect
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llm_gym.core import StopReason
@@ -180,6 +180,17 @@ def import_of(argument: str, module: str, given: str) -> Any:
     except FAULTS as error:
         said = str(error) if isinstance(error, ImportError) else " ".join(described(error).split())
         raise ConfigError(f"{argument}: cannot import {module!r} of {given!r}: {ended(said)}") from error
+
+
+def check_counts(given: Mapping[str, object]) -> None:
+    """Checks that each value is a whole number of at least 1, or None.
+
+    Raises:
+        ConfigError: one is not; names it.
+    """
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}: got {value!r}, want a whole number of at least 1.")
 
 
 def place(function: Any, error: BaseException | None = None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, FinishReason, Ids, Message, Sampling
-from llm_gym.errors import ConfigError, PolicyError, SettingError, ended
+from llm_gym.errors import ConfigError, PolicyError, SettingError, check_counts, ended
 from llm_gym.policies.http import Remote, RemoteError, delay
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class OpenAIPolicy:
             raise ConfigError(f"model: got {model!r}; an endpoint needs the name of one of its models.")
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"base_url: got {base_url!r}, want a URL such as {URL!r}.")
+        check_counts({"max_rows": max_rows})
         self.model, self.max_rows, self._retry = model, max_rows, retry_seconds
         self._start, self._answered = start_seconds, False
         self._unanswered: float | None = None  # since when, while nothing has ever answered

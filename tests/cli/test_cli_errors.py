@@ -287,6 +287,10 @@ BAD = {
     ),
     "a server by its address alone": ("eval --option servers=127.0.0.1:1", ("servers", "'http://127.0.0.1:8000'")),
     "a teacher's folder": ("distill --teacher {tmp}/empty", ("distill.teacher", "empty", "config.json")),
+    "a teacher's address": ("distill --teacher http://", ("distill.teacher", "want a URL such as")),
+    "a logger twice": ("train --set log.to=[tensorboard,tensorboard]", ("log.to", "'tensorboard'", "twice")),
+    "an option's range": ("eval --option max_rows=0", ("max_rows", "got 0", "at least 1")),
+    "an option's type": ("eval --option max_context=x", ("max_context", "'x'", "whole number")),
     "a model to serve": ("serve --model {tmp}/empty", ("model", "empty", "config.json")),
 }
 

@@ -27,6 +27,7 @@ from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import config_of
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.types import Batch, MicroBatch, TokenStreams
+from llm_gym.policies.vllm_server.policy import addresses
 from llm_gym.tokenizer import load_tokenizer
 
 NO_TEACHER = (
@@ -157,6 +158,7 @@ def check_distill(config: TrainConfig) -> DistillConfig:
             f"loss: with distill.kl={settings.kl!r} only the normaliser can be chosen, got {config.loss}."
         )
     if settings.served:
+        addresses(settings.teacher, "distill.teacher")
         if config.sampling.temperature != 1.0:
             raise ConfigError(
                 f"sampling.temperature: got {config.sampling.temperature}, but servers score at 1 only; pass 1, or a "

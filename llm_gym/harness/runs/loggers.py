@@ -113,7 +113,9 @@ def check(config: LogConfig) -> None:
     for name in config.options:
         if name not in config.to:
             raise ConfigError(unknown("log.options", name, config.to or ["nothing: log.to is empty"]))
-    for name in config.to:
+    for i, name in enumerate(config.to):
+        if name in config.to[:i]:
+            raise ConfigError(f"log.to: got {name!r} twice; name each once.")
         by_name("log.to", name, LOGGERS)
         if name in LOGGERS and importlib.util.find_spec(name) is None:
             raise ConfigError(f"log.to: {name!r} needs a package of that name; pip install 'llm-gym[{name}]'.")

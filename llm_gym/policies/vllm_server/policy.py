@@ -372,8 +372,12 @@ def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None)
     return {"token_ids": context.tolist(), "sampling_params": params}
 
 
-def addresses(servers: Sequence[str] | str) -> list[str]:
+def addresses(servers: Sequence[str] | str, where: str = "servers") -> list[str]:
     """The servers' URLs.
+
+    Args:
+        servers: in a sequence, or separated by commas.
+        where: the setting, for the error.
 
     Raises:
         ConfigError: none, one twice, or something that is no URL.
@@ -381,9 +385,9 @@ def addresses(servers: Sequence[str] | str) -> list[str]:
     found = [url.strip().rstrip("/") for url in (servers.split(",") if isinstance(servers, str) else servers)]
     for url in found:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"servers: got {url!r}, want a URL such as 'http://127.0.0.1:8000'.")
+            raise ConfigError(f"{where}: got {url!r}, want a URL such as 'http://127.0.0.1:8000'.")
     if not found or len(set(found)) < len(found):
-        raise ConfigError(f"servers: got {found}, want at least one URL, and each once; `llmgym serve` starts one.")
+        raise ConfigError(f"{where}: got {found}, want at least one URL, and each once; `llmgym serve` starts one.")
     return found
 
 
