@@ -15,6 +15,7 @@ import gymnasium
 import jsonschema
 import pytest
 from fastmcp import Client, FastMCP
+from fastmcp.exceptions import ToolError
 from fastmcp.utilities.types import Image
 from gymnasium.utils.env_checker import check_env
 from pydantic import BaseModel
@@ -136,6 +137,10 @@ def odd_server() -> FastMCP:
     def bad() -> str:
         raise ValueError("a secret path")
 
+    @server.tool
+    def mute() -> str:
+        raise ToolError("")
+
     return server
 
 
@@ -158,6 +163,7 @@ def test_results_that_are_no_text_and_calls_that_fail() -> None:
         assert call(env, "picture") == "[image: image/png, 40 bytes]"
         assert call(env, "slow") == "Error: slow gave no result within 3 seconds."
         assert call(env, "bad").startswith("Error: Error calling tool 'bad'")
+        assert call(env, "mute") == "Error: mute failed and did not say why."
         assert call(env, "picture") == "[image: image/png, 40 bytes]", "the session is still good"
 
 

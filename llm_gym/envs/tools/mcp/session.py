@@ -319,7 +319,7 @@ class Pool:
             raise
         text = result_text(result)  # here, not in the loop that everybody shares
         if result.is_error:
-            raise ToolError(text)
+            raise ToolError(text or f"{name} failed and did not say why.")
         return text
 
     def give_back(self, session: Session) -> None:
