@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from llm_gym.harness.algorithms.streams import Streams
 from llm_gym.harness.batching.shards import dummy_batches
 from llm_gym.harness.distributed.fsdp import gathered, is_sharded, shard
 from llm_gym.harness.distributed.world import World
+from llm_gym.harness.learner import weights
 from llm_gym.harness.learner.memory_probe import all_or_nothing
 from llm_gym.harness.learner.optimizers import DTYPES, OptimizerConfig, clip_gradients, lr_factor, make_optimizers
 from llm_gym.harness.model.heads import token_logprobs, token_loss
@@ -41,7 +43,7 @@ class Learner:
     """A model, its optimizer, and the step that joins them.
 
     The model stays in eval mode: dropout would make old and new log-probabilities two functions. Its verbs make a loop
-    of one's own: `forward_backward`, `optim_step` (both: `step`), `weights.save` and `weights.restore`.
+    of one's own: `forward_backward`, `optim_step` (both: `step`), `save` and `load`.
 
     >>> import numpy as np
     >>> from llm_gym.harness.batching import pack
@@ -53,6 +55,12 @@ class Learner:
     >>> found = learner.forward_backward(batch)
     >>> found["tokens/trained"], learner.optim_step()["policy/grad_norm"] > 0
     (2.0, True)
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     learner.save(pathlib.Path(folder))
+    ...     learner.load(pathlib.Path(folder))
+    >>> learner.step_count
+    1
 
     Args:
         model: from `load_model`; trained in place.
@@ -112,6 +120,22 @@ class Learner:
     def step(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on a whole batch; returns its metrics: `forward_backward`, then `optim_step`."""
         return {**self.forward_backward(batch, temperature=temperature), **self.optim_step()}
+
+    def save(self, folder: Path, tokenizer: Any = None) -> None:
+        """Writes what training needs to go on bit for bit: a Hugging Face folder, and beside it the optimizer's state.
+
+        Every rank calls it with the same folder, which exists. `tokenizer`: one, a folder or a hub id, saved with the
+        weights; None: the embedded model's.
+        """
+        weights.save(self, tokenizer, folder)
+
+    def load(self, folder: Path) -> None:
+        """Goes on where `save` was called, with as many ranks as there are now; rates and betas stay as set here.
+
+        Raises:
+            CheckpointError: a file is missing, or of another model.
+        """
+        weights.restore(self, folder)
 
     def forward_backward(self, batch: Batch, *, temperature: float = 1.0) -> dict[str, float]:
         """Adds the gradient of a whole batch, micro-batch by micro-batch, to what is there; returns its metrics.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,9 +13,11 @@ from torch import Tensor
 from llm_gym.chat import load_tokenizer
 from llm_gym.errors import CheckpointError
 from llm_gym.harness.distributed.fsdp import load_parts, save_parts, split_as, split_state, whole_state
-from llm_gym.harness.learner.learner import Learner
 from llm_gym.models.loading import copy_weights
 from llm_gym.models.plain import no_progress_bar, plain_class, plain_config, record_base
+
+if TYPE_CHECKING:
+    from llm_gym.harness.learner.learner import Learner
 
 STATE, PARTS = "trainer.pt", "trainer"
 """The optimizer's file; for a learner that is split over processes, the folder with each one's part."""

@@ -17,7 +17,6 @@ from llm_gym.harness.data.mixture import scoring
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.token_budget import Budget
-from llm_gym.harness.learner.weights import restore, save
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.preparation import Prepared
 from llm_gym.harness.model.loading import load_model
@@ -59,7 +58,7 @@ class GroupLearner:
         set_threads(self.model, config.threads)
         self.learner = self.make_learner()
         if checkpoint is not None:
-            restore(self.learner, checkpoint)
+            self.learner.load(checkpoint)
 
     def make_learner(self) -> Learner:
         """What turns batches into steps of `self.model`."""
@@ -115,7 +114,7 @@ class GroupLearner:
 
     def save(self, folder: Path) -> None:
         """Writes weights, tokenizer and the optimizer's state; every rank calls it."""
-        save(self.learner, load_tokenizer(self.config.model, self.config.chat_template), folder)
+        self.learner.save(folder, load_tokenizer(self.config.model, self.config.chat_template))
 
     def close(self) -> None:
         """Frees what it holds beside the model: nothing."""
