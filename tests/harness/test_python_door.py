@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
+from llm_gym.harness.loops.starting import load_group_learner
 from llm_gym.harness.settings import dump, to_dict
 
 
@@ -78,3 +82,17 @@ def test_a_setting_that_names_a_function_takes_the_function() -> None:
         ConfigError, match=r"advantage: got <function .*<lambda>.*, want a function at the top of a mod"
     ):
         TrainConfig(advantage=lambda rewards: rewards)  # type: ignore[arg-type]
+
+
+def test_the_loop_of_the_docs_learns_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from pathlib.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["metrics"]["tokens/trained"] > 0
+    assert names["metrics"]["sampler/logprob_gap_max"] < 1e-4
+    again = load_group_learner(names["config"], checkpoint=tmp_path / "learned").learner
+    assert again.step_count == 2
+    ours = names["learning"].model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.model.state_dict().items())

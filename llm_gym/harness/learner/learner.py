@@ -124,7 +124,7 @@ class Learner:
     def save(self, folder: Path, tokenizer: Any = None) -> None:
         """Writes what training needs to go on bit for bit: a Hugging Face folder, and beside it the optimizer's state.
 
-        Every rank calls it with the same folder, which exists. `tokenizer`: one, a folder or a hub id, saved with the
+        Every rank calls it with the same folder. `tokenizer`: one, a folder or a hub id, saved with the
         weights; None: the embedded model's.
         """
         weights.save(self, tokenizer, folder)

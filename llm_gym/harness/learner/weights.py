@@ -43,6 +43,8 @@ def save(learner: Learner, tokenizer: Any, folder: Path) -> None:
     `tokenizer`: what `load_tokenizer` takes; its chat template is saved with it.
     """
     world = learner.world
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     world.meet("checkpoint")  # the folder exists
     with world.blame_lost_rank("checkpoint"):
         state = whole_state(learner.model) if world.sharded else None
