@@ -98,6 +98,7 @@ def test_settings_are_checked_at_once() -> None:
 NEW = torch.tensor([-1.2, -0.3, -2.0, -0.7, -1.5, -0.1, -3.0], dtype=DOUBLE)
 OLD = torch.tensor([-1.0, -0.9, -1.4, -0.7, -2.7, -0.4, -2.9], dtype=DOUBLE)
 SEQUENCE = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+ENTROPY = torch.tensor([0.9, 0.2, 1.6, 0.7, 1.1, 0.3, 2.0], dtype=DOUBLE)
 PER_SEQUENCE = torch.tensor([1.5, -0.5, 0.8], dtype=DOUBLE)
 CREDIT = PER_SEQUENCE[SEQUENCE]
 MEMBERS = [[0, 1, 2], [3, 4], [5, 6]]
@@ -201,7 +202,7 @@ POLICY_LOSSES = sorted(LOSSES.keys() - {"sft"})
 def test_on_policy_every_loss_has_the_plain_policy_gradient(name: str) -> None:
     """At ratio 1 no clip, gate or mean changes anything: the gradient is -A for every token."""
     new = NEW.clone().requires_grad_()
-    loss, streams = LOSSES[name](Streams(new, NEW, CREDIT, SEQUENCE), LossConfig(name=name))
+    loss, streams = LOSSES[name](Streams(new, NEW, CREDIT, SEQUENCE, ENTROPY), LossConfig(name=name))
     torch.testing.assert_close(gradient_of(loss, new), -CREDIT, rtol=1e-15, atol=1e-15)
     assert (streams["policy/ratio_mean"] == 1).all()
     assert streams.get("policy/clip_fraction", torch.zeros(1)).sum() == 0
@@ -211,7 +212,7 @@ def test_on_policy_every_loss_has_the_plain_policy_gradient(name: str) -> None:
 def test_no_advantage_no_gradient(name: str) -> None:
     """What lets `pack` skip sequences of zero advantage."""
     new = NEW.clone().requires_grad_()
-    loss, _ = LOSSES[name](Streams(new, OLD, torch.zeros_like(NEW), SEQUENCE), LossConfig(name=name))
+    loss, _ = LOSSES[name](Streams(new, OLD, torch.zeros_like(NEW), SEQUENCE, ENTROPY), LossConfig(name=name))
     assert gradient_of(loss, new).abs().sum() == 0 == loss.abs().sum()
     assert not LossConfig(name=name).needs_every_sequence
     assert LossConfig(name="sft").needs_every_sequence
@@ -223,7 +224,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     """Central differences of the value; the other two hold a weight constant, and have their formulas tested above."""
     fn: LossFn = LOSSES[name]
     torch.autograd.gradcheck(
-        lambda x: fn(Streams(x, OLD, CREDIT, SEQUENCE), LossConfig(name=name))[0], NEW.clone().requires_grad_()
+        lambda x: fn(Streams(x, OLD, CREDIT, SEQUENCE, ENTROPY), LossConfig(name=name))[0], NEW.clone().requires_grad_()
     )
 
 
@@ -239,7 +240,9 @@ def expected_gradient(name: str, sampler: torch.Tensor | None, **settings: float
     theta = THETA.clone().requires_grad_()
     logp = theta.log_softmax(0)
     drawn_from = logp.detach() if sampler is None else sampler
-    streams = Streams(logp, drawn_from, REWARD, torch.arange(3))  # three sequences of one token
+    streams = Streams(
+        logp, drawn_from, REWARD, torch.arange(3), torch.zeros(3, dtype=DOUBLE)
+    )  # three sequences of one token
     loss, _ = LOSSES[name](streams, LossConfig(name=name, **settings))
     (got,) = torch.autograd.grad((drawn_from.exp() * loss).sum(), theta, retain_graph=True)
     (want,) = torch.autograd.grad(-(logp.exp() * REWARD).sum(), theta)

@@ -77,7 +77,13 @@ CORRECTED = st.builds(CorrectionConfig, st.sampled_from(["none", *CORRECTIONS]),
 CHUNKS = st.builds(Sizes, st.integers(1, 40), st.integers(1, 2000), st.integers(1, 400), st.just(64))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@token_level
+def by_entropy(s: Streams, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """A user's loss that trains uncertain tokens more; the entropy is a constant."""
+    return -s.advantages * s.entropy * torch.exp(s.logprobs - s.old_logprobs), {}
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "test_one_pass:by_entropy"])
 @settings(max_examples=12, deadline=None)
 @given(KLS, CORRECTED, st.sampled_from([0.0, 0.03]), CHUNKS, st.sampled_from([1.0, 0.7]))
 def test_one_gradient_in_one_pass_two_passes_and_full_logits(
@@ -110,8 +116,9 @@ def test_one_gradient_in_one_pass_two_passes_and_full_logits(
 def test_a_loss_says_token_level_if_and_only_if_it_is(name: str, cut: int, seed: int) -> None:
     """Called for some tokens it gives what it gives for them among all; a loss of sequences does not."""
     generator = torch.Generator().manual_seed(seed)
-    new, old, credit = (torch.randn(9, dtype=DOUBLE, generator=generator) for _ in range(3))
-    streams, config = Streams(new, old, credit, torch.arange(9) // 5), LossConfig(name, clip_low=1.0, clip_high=99.0)
+    new, old, credit, spread = (torch.randn(9, dtype=DOUBLE, generator=generator) for _ in range(4))
+    streams = Streams(new, old, credit, torch.arange(9) // 5, spread.abs())
+    config = LossConfig(name, clip_low=1.0, clip_high=99.0)
     whole, metrics = LOSSES[name](streams, config)
     halves = [LOSSES[name](_streams(streams, part), config) for part in (slice(0, cut), slice(cut, 9))]
     same = torch.allclose(torch.cat([loss for loss, _ in halves]), whole, rtol=1e-14, atol=1e-14)
@@ -121,7 +128,7 @@ def test_a_loss_says_token_level_if_and_only_if_it_is(name: str, cut: int, seed:
 
 
 def _streams(s: Streams, part: slice) -> Streams:
-    return Streams(s.logprobs[part], s.old_logprobs[part], s.advantages[part], s.sequence[part])
+    return Streams(s.logprobs[part], s.old_logprobs[part], s.advantages[part], s.sequence[part], s.entropy[part])
 
 
 CALLS: list[int] = []

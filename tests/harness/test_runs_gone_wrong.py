@@ -110,7 +110,10 @@ def test_a_custom_loss_of_another_shape_never_trains() -> None:
     with pytest.raises(
         ConfigError, match=r"loss\.name: .*test_runs_gone_wrong\.py, line \d+ gave .*\(\), want .*\[M\]"
     ):
-        fn(Streams(new, new.detach(), torch.ones(3), torch.zeros(3, dtype=torch.int64)), losses.LossConfig())
+        fn(
+            Streams(new, new.detach(), torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.ones(3)),
+            losses.LossConfig(),
+        )
 
 
 def test_a_negative_number_of_checkpoints_to_keep_deletes_nothing(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ class Streams:
     """[M]."""
     sequence: Tensor
     """Index of each token's sequence, from 0, int64 [M]."""
+    entropy: Tensor
+    """Of the distribution that each token was drawn from, under the current policy, in nats, [M]; a constant to the
+    gradient (`LossConfig.entropy_weight` is the bonus that has one)."""
 
 
 def sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:

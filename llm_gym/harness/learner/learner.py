@@ -266,7 +266,7 @@ class Learner:
                 credit = credit - config.kl_weight * kl_suffix_sum(new, reference, known["sequence"])
             else:
                 pull = config.kl_weight * kl_loss(new, old, reference, kind=config.kl)
-        per_token, found = self.loss_fn(Streams(new, old, credit, known["sequence"]), config)
+        per_token, found = self.loss_fn(Streams(new, old, credit, known["sequence"], entropy.detach()), config)
         streams |= found
         per_token = correction * (per_token + pull)
         if config.entropy_weight:

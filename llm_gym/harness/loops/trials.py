@@ -99,7 +99,7 @@ def learns_nothing(compute_advantages: AdvantageFn, groups: int, size: int) -> b
 
 def _try_loss(loss: LossConfig) -> None:
     new, old, _ = _logprobs()
-    streams = Streams(new, old, torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]), SEQUENCE)
+    streams = Streams(new, old, torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]), SEQUENCE, -new.detach())
     function: Callable[..., Any] = loss_function(loss.name)
     found, _ = attempt("loss.name", function, streams, loss, form="(streams, settings) -> (loss [M], metrics)")
     if not found.requires_grad:
