@@ -38,7 +38,7 @@ def renewed(text: str) -> str:
 
 def test_the_code_is_that_of_the_source() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert renewed(text) == text, f"run `python {Path(__file__).name}`"
+    assert renewed(text) == text, f"run `python tests/{Path(__file__).name}`"
 
 
 def test_every_test_that_is_named_exists() -> None:
