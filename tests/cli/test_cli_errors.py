@@ -63,6 +63,8 @@ class Broken(Long):
     def open(self): return self.nothing
 gymnasium.register("me/Long-v0", Long)
 gymnasium.register("me/Broken-v0", Broken)
+def claims(streams, config): return -streams.logprobs, {}
+claims.by_advantage = True
 """
 
 BAD = {
@@ -189,6 +191,7 @@ BAD = {
     "a loss that exits": ("train --set loss.name=mine:exits", ("loss.name", "mine.py", "SystemExit")),
     "a loss whose error has no words": ("train --set loss.name=mine:mute", ("loss.name", "mine.py", "raised Mute;")),
     "a loss that is no function": ("train --set loss.name=mine:number", ("loss.name", "'mine:number'", "5")),
+    "a loss that claims too much": ("train --set loss.name=mine:claims", ("loss.name", "mine.py", "`by_advantage`")),
     "a loss that is nowhere": ("train --set loss.name=mine:scalars", ("loss.name", "'scalars'", "'scalar'")),
     "a loss of numpy": ("train --set loss.name=mine:arrays", ("loss.name", "mine.py", "ndarray", "Tensor")),
     "a metric without a name": ("train --set loss.name=mine:numbered", ("loss.name", "mine.py", "called 1")),

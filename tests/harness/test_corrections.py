@@ -26,7 +26,7 @@ from llm_gym.harness.types import Batch
 
 DOUBLE = torch.float64
 EVERY = [CorrectionConfig(name, level) for name in CORRECTIONS for level in ("token", "sequence")]  # type: ignore[arg-type]
-POLICY_LOSSES = sorted(LOSSES.keys() - {"sft"})
+POLICY_LOSSES = [name for name in LOSSES if not LossConfig(name).needs_every_sequence]
 
 
 def test_bounds() -> None:

@@ -12,6 +12,7 @@ from llm_gym.harness.algorithms.losses import (
     LOSSES,
     LossConfig,
     LossFn,
+    by_advantage,
     cispo,
     dual_clip,
     gmpo,
@@ -108,6 +109,11 @@ def gradient_of(loss: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss.sum(), new)[0]
 
 
+@by_advantage
+def declared(s: Streams, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -s.advantages * s.logprobs, {}
+
+
 def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     """At A = -1: ratio 2 counts 2, ratios 4 and 9 count 3 without a gradient; at A = 1 it is the plain clip."""
     new = torch.tensor([2.0, 4.0, 9.0, 4.0, 0.5], dtype=DOUBLE).log().requires_grad_()
@@ -195,7 +201,7 @@ def test_reinforce_is_the_plain_policy_gradient() -> None:
     torch.testing.assert_close(gradient_of(loss, new), -CREDIT)
 
 
-POLICY_LOSSES = sorted(LOSSES.keys() - {"sft"})
+POLICY_LOSSES = [name for name in LOSSES if not LossConfig(name).needs_every_sequence]
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -214,9 +220,13 @@ def test_no_advantage_no_gradient(name: str) -> None:
     new = NEW.clone().requires_grad_()
     loss, _ = LOSSES[name](Streams(new, OLD, torch.zeros_like(NEW), SEQUENCE, ENTROPY), LossConfig(name=name))
     assert gradient_of(loss, new).abs().sum() == 0 == loss.abs().sum()
-    assert not LossConfig(name=name).needs_every_sequence
-    assert LossConfig(name="sft").needs_every_sequence
-    assert LossConfig(name="test_losses:gradient_of").needs_every_sequence
+
+
+def test_what_says_nothing_of_itself_is_computed_everywhere() -> None:
+    assert LOSSES.keys() - POLICY_LOSSES == {"sft"}
+    assert LossConfig("test_losses:gradient_of").needs_every_sequence
+    assert not LossConfig("test_losses:declared").needs_every_sequence
+    assert LossConfig("test_losses:declared", entropy_weight=0.1).needs_every_sequence
 
 
 @pytest.mark.parametrize("name", [name for name in POLICY_LOSSES if name not in ("cispo", "gspo")])

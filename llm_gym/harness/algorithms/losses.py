@@ -4,7 +4,7 @@ All streams have shape [M] (M trained tokens of any number of sequences). Nothin
 the caller sums `weight * loss` with weights fixed by a normaliser (see `normalisers`) before the first
 micro-batch, which is why the gradient does not depend on how the batch was split.
 
-Every loss of the table but `sft` is 0, and has no gradient, where the advantage is 0.
+What is known of a loss is declared where it stands (`token_level`, `by_advantage`); nothing asks for names.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class LossConfig:
     @property
     def needs_every_sequence(self) -> bool:
         """Whether sequences of zero advantage may carry a gradient too (then `pack` must not skip them)."""
-        unknown_loss = self.name == "sft" or self.name not in LOSSES
-        return self.uses_reference or self.entropy_weight != 0 or unknown_loss
+        nothing_there = getattr(loss_function(self.name), "by_advantage", False)
+        return self.uses_reference or self.entropy_weight != 0 or not nothing_there
 
     @property
     def token_level(self) -> bool:
@@ -100,6 +100,15 @@ def token_level(fn: LossFn) -> LossFn:
     head instead of 4. A loss that says nothing is given whole micro-batches, which is always right.
     """
     fn.token_level = True  # type: ignore[attr-defined]
+    return fn
+
+
+def by_advantage(fn: LossFn) -> LossFn:
+    """Declares that a loss is 0, and has no gradient, where the advantage is 0.
+
+    Sequences without one are then not computed at all. Those of a loss that says nothing are, which is always right.
+    """
+    fn.by_advantage = True  # type: ignore[attr-defined]
     return fn
 
 
@@ -247,15 +256,21 @@ def _tokens(s: Streams) -> tuple[Tensor, Tensor, Tensor]:
 
 
 LOSSES: dict[str, LossFn] = {
-    "ppo_clip": token_level(lambda s, c: ppo_clip(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high)),
-    "dual_clip": token_level(
-        lambda s, c: dual_clip(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high, clip_dual=c.clip_dual)
+    "ppo_clip": token_level(
+        by_advantage(lambda s, c: ppo_clip(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high))
     ),
-    "gspo": lambda s, c: gspo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high),
-    "gmpo": lambda s, c: gmpo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high),
-    "cispo": token_level(lambda s, c: cispo(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high)),
-    "sapo": token_level(lambda s, c: sapo(*_tokens(s), tau_positive=c.tau_positive, tau_negative=c.tau_negative)),
-    "reinforce": token_level(lambda s, c: reinforce(*_tokens(s))),
+    "dual_clip": token_level(
+        by_advantage(
+            lambda s, c: dual_clip(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high, clip_dual=c.clip_dual)
+        )
+    ),
+    "gspo": by_advantage(lambda s, c: gspo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high)),
+    "gmpo": by_advantage(lambda s, c: gmpo(*_tokens(s), s.sequence, clip_low=c.clip_low, clip_high=c.clip_high)),
+    "cispo": token_level(by_advantage(lambda s, c: cispo(*_tokens(s), clip_low=c.clip_low, clip_high=c.clip_high))),
+    "sapo": token_level(
+        by_advantage(lambda s, c: sapo(*_tokens(s), tau_positive=c.tau_positive, tau_negative=c.tau_negative))
+    ),
+    "reinforce": token_level(by_advantage(lambda s, c: reinforce(*_tokens(s)))),
     "sft": token_level(lambda s, c: sft(s.logprobs)),
 }
 """Those that say `token_level` are formed in one pass, the others in two (see `model.heads`)."""

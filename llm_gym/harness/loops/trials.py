@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,9 +102,17 @@ def _try_loss(loss: LossConfig) -> None:
     new, old, _ = _logprobs()
     streams = Streams(new, old, torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]), SEQUENCE, -new.detach())
     function: Callable[..., Any] = loss_function(loss.name)
-    found, _ = attempt("loss.name", function, streams, loss, form="(streams, settings) -> (loss [M], metrics)")
+    form = "(streams, settings) -> (loss [M], metrics)"
+    found, _ = attempt("loss.name", function, streams, loss, form=form)
     if not found.requires_grad:
         raise ConfigError(f"loss.name: {place(function)} gave a loss that does not depend on streams.logprobs.")
+    if getattr(function, "by_advantage", False):
+        found, _ = attempt("loss.name", function, replace(streams, advantages=torch.zeros(5)), loss, form=form)
+        if found.any() or (found.requires_grad and torch.autograd.grad(found.sum(), new)[0].any()):
+            raise ConfigError(
+                f"loss.name: {place(function)} is declared `by_advantage`, but its value or gradient where every "
+                f"advantage is 0 is not: it gave {found.tolist()}; drop the declaration."
+            )
 
 
 def _logprobs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
