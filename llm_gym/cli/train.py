@@ -74,7 +74,7 @@ def command(
     prints every setting; --set wins over options, options over the --config file.
     """
     from llm_gym.harness.distributed.world import here
-    from llm_gym.harness.loops.distill_learner import NO_TEACHER
+    from llm_gym.harness.loops.distill import NO_TEACHER
     from llm_gym.harness.loops.progress import TrainProgress
     from llm_gym.harness.loops.trainer import Trainer
 

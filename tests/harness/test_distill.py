@@ -11,7 +11,7 @@ from small_models import gradients, qwen3, samples
 
 from llm_gym import embedded
 from llm_gym.errors import SettingError
-from llm_gym.harness import TrainConfig, load
+from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.config import DistillConfig
@@ -19,8 +19,7 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.learner.token_budget import Budget
 from llm_gym.harness.loops import group_learner
-from llm_gym.harness.loops.distill import Distiller
-from llm_gym.harness.loops.distill_learner import DistillGroupLearner, DistillLearner, group_learner_of
+from llm_gym.harness.loops.distill import DistillGroupLearner, DistillLearner, group_learner_of
 from llm_gym.harness.loops.group_learner import GroupLearner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher, Teacher
@@ -132,7 +131,7 @@ def test_the_student_comes_nearer(tmp_path: Path, teacher_folder: str, kl: str) 
     """The same loop as training: rewards, checkpoints and evaluation are there, and the divergence falls."""
     settings = config(f"distill.kl={kl}", "optimizer.lr=5e-4", "group_size=8", "steps=6", teacher=teacher_folder)
     assert group_learner_of(settings) is DistillGroupLearner
-    rows = Distiller(settings, out=tmp_path / "run").train()
+    rows = Trainer(settings, out=tmp_path / "run").train()
     assert [row["step"] for row in rows] == list(range(7))
     assert {"reward/mean", "distill/kl"} <= rows[1].keys()
     assert rows[6]["distill/kl"] < 0.8 * rows[1]["distill/kl"]
@@ -154,10 +153,10 @@ class StopAfter(Observer):
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, teacher_folder: str) -> None:
     settings = config("distill.kl=full", "steps=4", teacher=teacher_folder)
-    whole = Distiller(settings, out=tmp_path / "whole").train()
+    whole = Trainer(settings, out=tmp_path / "whole").train()
     with pytest.raises(KeyboardInterrupt):
-        Distiller(settings, out=tmp_path / "cut", observer=StopAfter(4)).train()
-    again = Distiller(settings, out=tmp_path / "cut", resume=True)
+        Trainer(settings, out=tmp_path / "cut", observer=StopAfter(4)).train()
+    again = Trainer(settings, out=tmp_path / "cut", resume=True)
     assert again.step == 2
     rows = again.train()
     for name in ("distill/kl", "policy/loss", "policy/grad_norm", "reward/mean"):
@@ -166,7 +165,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, teacher_folder
 
 def test_a_step_without_groups_leaves_the_weights_alone(tmp_path: Path, teacher_folder: str) -> None:
     """Every group may fail a filter."""
-    run = Distiller(config("distill.kl=full", "minibatches=2", teacher=teacher_folder), out=tmp_path / "run")
+    run = Trainer(config("distill.kl=full", "minibatches=2", teacher=teacher_folder), out=tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     assert [batch.tokens for batch in run.learning.batches([])] == [0, 0]
     run.learning.learn([], 0)
@@ -191,7 +190,7 @@ def test_mistakes_are_found_before_the_model_loads(
 ) -> None:
     monkeypatch.setattr(group_learner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(SettingError, match=said):
-        Distiller(config(*sets, teacher=teacher_folder), out=tmp_path / "run")
+        Trainer(config(*sets, teacher=teacher_folder), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from llm_gym.harness import TrainConfig, Trainer, load
-from llm_gym.harness.loops.distill import Distiller
 
 pytestmark = pytest.mark.heavy
 EVAL = "eval.episodes=256"
@@ -25,7 +24,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
 def test_the_students_reward_rises_towards_the_teachers(tmp_path: Path, teacher: tuple[str, float], kl: str) -> None:
     folder, best = teacher
     sets = [f"distill.teacher={folder}", f"distill.kl={kl}", "steps=10", "optimizer.lr=5e-4", EVAL]
-    rows = Distiller(load(TrainConfig, sets=sets), out=tmp_path / "run").train()
+    rows = Trainer(load(TrainConfig, sets=sets), out=tmp_path / "run").train()
     first, last = rows[0]["eval/sampled_reward"], rows[-1]["eval/sampled_reward"]
     assert best > first + 0.1
     assert last > first + 0.3 * (best - first)

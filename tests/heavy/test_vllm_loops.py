@@ -15,7 +15,6 @@ from llm_gym.core import Episode, Sampling, StopReason, Turn
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.batching.packing import pack, sequences
-from llm_gym.harness.loops.distill import Distiller
 from llm_gym.harness.loops.teacher import LocalTeacher, ServedTeacher
 from llm_gym.harness.runs.export import export_run
 from llm_gym.harness.types import MicroBatch
@@ -81,5 +80,5 @@ def test_more_than_the_server_gives_is_refused_at_the_start(server: str, exporte
 @pytest.mark.parametrize("kl", ["sampled", "top_k"])
 def test_a_student_comes_nearer_to_a_served_teacher(server: str, tmp_path: Path, kl: str) -> None:
     sets = [*SMALL[:-1], f"distill.teacher={server}", f"distill.kl={kl}", "steps=6", "optimizer.lr=5e-4"]
-    rows = Distiller(load(TrainConfig, sets=sets), out=tmp_path / "run").train()
+    rows = Trainer(load(TrainConfig, sets=sets), out=tmp_path / "run").train()
     assert rows[-1]["distill/kl"] < 0.8 * rows[1]["distill/kl"]

@@ -24,7 +24,7 @@ import yaml
 from llm_gym.errors import CheckpointError, ConfigError, SettingError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.world import ParallelConfig, World, connect, here
-from llm_gym.harness.loops.distill_learner import check_distill
+from llm_gym.harness.loops.distill import check_distill
 from llm_gym.harness.loops.preparation import prepare_run
 from llm_gym.harness.loops.resuming import changed
 from llm_gym.harness.loops.sft import MODEL, SFTConfig, check_sft, prepare, sft

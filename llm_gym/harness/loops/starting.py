@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.world import World, connect
-from llm_gym.harness.loops.distill_learner import check_distill, group_learner_of
+from llm_gym.harness.loops.distill import check_distill, group_learner_of
 from llm_gym.harness.loops.group_learner import GroupLearner
 from llm_gym.harness.loops.observer import Observer, listening
 from llm_gym.harness.loops.preparation import Prepared, prepare_run

@@ -15,7 +15,7 @@ from llm_gym.harness.data.filters import StepBatch
 from llm_gym.harness.data.mixture import describe_each
 from llm_gym.harness.distributed.groups import whole_on_rank0
 from llm_gym.harness.evaluation.kl_from_start import kl_from_start, some_of
-from llm_gym.harness.loops.distill_learner import group_learner_of
+from llm_gym.harness.loops.distill import group_learner_of
 from llm_gym.harness.loops.environments import best_metric, eval_reward
 from llm_gym.harness.loops.group_player import GroupPlayer
 from llm_gym.harness.loops.observer import Observer as Observer
