@@ -24,8 +24,8 @@ KILLING = (
     Mutant(
         "an address where nobody has ever answered is tried as long as one that was there",
         "policies/openai.py::OpenAIPolicy._ask",
-        "(until if self._answered else self._first_answer_until(error))",
-        "until",
+        "last = until if self._answered else self._first_answer_until(error)",
+        "last = until",
         ("policies/test_openai.py::test_an_address_where_nobody_is_is_a_setting_and_said_at_once",),
     ),
     Mutant(

@@ -1,9 +1,8 @@
-"""One HTTP server: JSON in and out, what a failure means, and how long to wait before the next try."""
+"""One HTTP server: JSON in and out, and what a failure means."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,6 @@ import aiohttp
 
 from llm_gym.errors import PolicyError
 
-FIRST, LONGEST = 0.25, 5.0
-"""Seconds before the second try, and before any later one."""
 KEPT = 2.0
 """Seconds that an idle connection is used again: less than the 5 after which vLLM closes it. A request that crosses
 that end on its way has no answer, and the server seems lost."""
@@ -31,20 +28,6 @@ class RemoteError(PolicyError):
     def passing(self) -> bool:
         """Whether another try may succeed: no answer, a server's error (5xx) or a rate limit; never our own mistake."""
         return self.status is None or self.status >= 500 or self.status in PASSING
-
-
-def delay(attempt: int, fraction: float | None = None) -> float:
-    """Seconds to wait after failure number `attempt` (from 0): doubled each time, with jitter.
-
-    Between half and all of `min(LONGEST, FIRST * 2**attempt)`, so that requests that failed together do not
-    return together ("equal jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
-
-    Args:
-        attempt: failures before this one.
-        fraction: the jitter, in [0, 1); None: random.
-    """
-    most = min(LONGEST, FIRST * 2.0 ** min(attempt, 32))
-    return most * (0.5 + 0.5 * (random.random() if fraction is None else fraction))
 
 
 class Remote:

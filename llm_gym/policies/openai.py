@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import logging
 import os
@@ -13,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_gym.concurrency import Loop
+from llm_gym.concurrency import Loop, tries
 from llm_gym.core import Completion, FinishReason, Ids, Message, Sampling
 from llm_gym.errors import ConfigError, PolicyError, SettingError, check_counts, ended
-from llm_gym.policies.http import Remote, RemoteError, delay
+from llm_gym.policies.http import Remote, RemoteError
 
 if TYPE_CHECKING:
     from llm_gym.chat import Chat
@@ -122,8 +120,8 @@ class OpenAIPolicy:
         return body | ({"tools": list(tools)} if tools else {})
 
     async def _ask(self, body: Mapping[str, Any]) -> tuple[str, FinishReason]:
-        until = time.monotonic() + self._retry
-        for attempt in itertools.count():
+        until = last = time.monotonic() + self._retry
+        async for _ in tries(lambda: last):  # noqa: B023 -- what it is at the pause
             try:
                 answer = await self._remote.call("POST", "/chat/completions", body)
                 self._answered = True
@@ -134,11 +132,10 @@ class OpenAIPolicy:
                     raise ConfigError(f"engine 'openai': {ended(error)}") from error
                 if not error.passing or time.monotonic() > until:
                     raise PolicyError(f"A request failed: {error}") from error
-                left = (until if self._answered else self._first_answer_until(error)) - time.monotonic()
+                last = until if self._answered else self._first_answer_until(error)
                 if time.monotonic() - self._said > SAY:
                     self._said = time.monotonic()
-                    log.warning("no answer yet, trying for %.0f s more: %s", left, error)
-            await asyncio.sleep(min(delay(attempt), max(left, 0.0)))
+                    log.warning("no answer yet, trying for %.0f s more: %s", last - time.monotonic(), error)
         raise AssertionError
 
     def _first_answer_until(self, error: RemoteError) -> float:

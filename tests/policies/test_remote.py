@@ -15,10 +15,10 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym.concurrency import Loop
+from llm_gym.concurrency import FIRST, LONGEST, Loop, delay
 from llm_gym.errors import PolicyError
 from llm_gym.policies import http
-from llm_gym.policies.http import FIRST, LONGEST, Remote, RemoteError, delay, message
+from llm_gym.policies.http import Remote, RemoteError, message
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -213,11 +213,13 @@ class TestLoop:
     def test_a_cancelled_caller_is_cancelled_and_nothing_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
         """Also if the loop is stopped before it could cancel: nobody is left to hear of that."""
         loop, hold, ended = Loop("test"), threading.Event(), list[asyncio.CancelledError]()
+        begun = threading.Event()
 
         async def busy() -> None:
             hold.wait()
 
         async def forever() -> None:
+            begun.set()
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError as error:
@@ -227,7 +229,7 @@ class TestLoop:
         async def caller() -> None:
             asked = asyncio.ensure_future(loop.ask(forever()))
             blocking = asyncio.ensure_future(loop.ask(busy()))
-            await asyncio.sleep(0)
+            await asyncio.to_thread(begun.wait)
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked

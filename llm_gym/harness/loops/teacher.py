@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llm_gym.concurrency import Loop
+from llm_gym.concurrency import Loop, tries
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.model.divergence import Head, top_logprobs
 from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Backbone, load_model
 from llm_gym.harness.types import MicroBatch
-from llm_gym.policies.http import Remote, RemoteError, delay
+from llm_gym.policies.http import Remote, RemoteError
 from llm_gym.tokenizer import load_tokenizer
 
 UNKNOWN = -100.0
@@ -176,7 +176,7 @@ class ServedTeacher:
 
     async def _score(self, ids: list[int], k: int) -> list[Any]:
         body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": k, "temperature": 0.0}
-        for attempt in itertools.count():
+        async for attempt in tries():
             number = next(self._turn) % len(self._servers)
             try:
                 named = {**body, "model": self._names[number]}
@@ -186,7 +186,6 @@ class ServedTeacher:
             except RemoteError as error:
                 if not error.passing or attempt + 1 >= ATTEMPTS:
                     raise PolicyError(f"The teacher cannot score a row: {error}") from error
-            await asyncio.sleep(delay(attempt))
         raise AssertionError
 
     async def _greet(self, server: Remote, tokenizer: Any, k: int) -> str:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from llm_gym.concurrency import Loop
+from llm_gym.concurrency import Loop, tries
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError
-from llm_gym.policies.http import RemoteError, delay
+from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import weight_files
 from llm_gym.policies.vllm_server.labels import Weights, new_run
 from llm_gym.policies.vllm_server.routing import choose, pieces
@@ -184,7 +184,7 @@ class ServerPolicy:
         body = request(context, sampling, min(room, sampling.max_tokens), seed)
         keys = pieces(context) if len(self.servers) > 1 else []
         since, faults = None, 0
-        for attempt in itertools.count():
+        async for _ in tries():
             server = await self._pick(keys, since)
             try:
                 named = {"model": ADAPTER} if self.want.adapter is not None else {}
@@ -197,7 +197,6 @@ class ServerPolicy:
                 server.doubt(error)
                 server.repeated()
                 since = since or time.monotonic()
-                await asyncio.sleep(delay(attempt))
                 continue
             if keys:
                 server.prefixes.add(pieces(np.concatenate([context, completion.tokens])))
@@ -288,7 +287,7 @@ class ServerPolicy:
     async def _greet(self, server: Server, start_seconds: float, on_wait: Callable[[str], None]) -> int:
         """Waits for a server, looks whether it is what it must be, and returns its limit of tokens."""
         url, began = server.remote.url, time.monotonic()
-        for attempt in itertools.count():
+        async for _ in tries(lambda: began + start_seconds):
             try:
                 await server.remote.call("GET", "/health", seconds=CONTROL)
                 break
@@ -298,7 +297,6 @@ class ServerPolicy:
                     text = f"servers: {url} is not up after {start_seconds:g} s ({error}); {_START}"
                     raise ConfigError(f"{text}, or let it take longer with start_seconds=60.") from error
                 on_wait(f"waiting for {url}, {left:.0f} s more: {error}")
-            await asyncio.sleep(min(delay(attempt), left))
         try:
             limit = await self._check_model(server)
             await server.bring()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import time
@@ -17,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from llm_gym.concurrency import tries
 from llm_gym.core import Completion
 from llm_gym.errors import ConfigError
-from llm_gym.policies.http import Remote, RemoteError, delay
+from llm_gym.policies.http import Remote, RemoteError
 from llm_gym.policies.vllm_server.labels import Weights, owner, read
 from llm_gym.policies.vllm_server.routing import Prefixes
 
@@ -286,7 +286,7 @@ class Server:
 
     async def _revive(self) -> None:
         began = said = time.monotonic()
-        for attempt in itertools.count():
+        async for _ in tries():
             try:
                 await self.remote.call("GET", "/health", seconds=CONTROL)
                 sent = await self.bring()
@@ -302,7 +302,6 @@ class Server:
                 if time.monotonic() - said > SAY:
                     said = time.monotonic()
                     log.warning("waiting for %s for %.0f s (%s)", self.remote.url, said - began, self.reason)
-            await asyncio.sleep(delay(attempt))
         if sent or self._gone.is_set():
             held = f"weights of version {self._want().version} sent again" if sent else "it still has its weights"
             away = time.monotonic() - began
