@@ -70,7 +70,7 @@ def starting_point(run: RunFolder, step: int, source: Path | None = None) -> tup
         CheckpointError: `step` was never played, `source` is no checkpoint before it, or episodes are missing between,
             or settings have changed.
     """
-    played = sorted(int(f.stem.removeprefix("step_")) for f in (run.path / "episodes").glob("step_*.jsonl"))
+    played = run.steps_played()
     if not played and not run.config_file.is_file():
         raise no_run(run.path)
     if step not in played:

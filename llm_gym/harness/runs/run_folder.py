@@ -4,7 +4,10 @@ config.yaml                    complete, re-runnable
 config.until_000010.yaml       the settings up to that step, where the run went on with other ones
 provenance.yaml                a list of the run's starts: versions, commits, machine
 metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
-episodes/step_000012.jsonl     the step's episodes; eval_000000.jsonl: evaluation transcripts
+episodes/step_000012.jsonl     the step's episodes, those that were trained on
+         dropped_000012.jsonl  those of groups that a filter left out
+         failed_000012.jsonl   those of a step that could not be played
+         eval_000000.jsonl     those of an evaluation; of a mixture eval_000000_<name>.jsonl
 checkpoints/step_000020/       a Hugging Face folder (weights, tokenizer) and trainer.pt
 checkpoints/best               a link to the one with the best evaluation, if the run keeps it
 lock                           held by the process that writes here
@@ -153,6 +156,10 @@ class RunFolder:
         """
         found = [(row[metric], -row["step"]) for row in self.metrics() if row["step"] and row.get(metric) is not None]
         return -max(found)[1] if found else None
+
+    def steps_played(self) -> list[int]:
+        """The steps whose episodes are here, ascending; step 12 is `read_episodes("step_000012")`."""
+        return sorted(int(f.stem.removeprefix("step_")) for f in (self.path / "episodes").glob("step_*.jsonl"))
 
     def read_episodes(self, name: str) -> list[Episode]:
         """What `write_episodes` wrote, equal to the last bit.
