@@ -191,9 +191,10 @@ def evaluate(plan: Plan, engine: str, seed: int, options: Mapping[str, Any]) -> 
 def shown(plan: Plan, found: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     from llm_gym.harness.evaluation.statistics import different
+    from llm_gym.harness.runs.words import drawn
 
     how = f"sampled at temperature {plan.sampling.temperature:g}" if plan.sampling.temperature else "greedy"
-    what = f"of {plan.eval_task.rows:,} rows" if plan.eval_task.rows else "unseen problems"
+    what = f"of {plan.eval_task.rows:,} rows" if plan.eval_task.rows else drawn(plan.eval_task.env)
     what += f", {plan.k} times each" if plan.k > 1 else ""
     count = f"{plan.problems:,}" if plan.eval_task.rows else different(plan.problems, found.get("problems"))
     lines = [f"{plan.eval_task.env}, {plan.model or 'the embedded model'}, {how}, {count} {what}"]

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+
+from llm_gym.envs import NAMESPACE
+from llm_gym.envs.parameters import environment_class
+
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _FILES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -45,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def problems(config: Mapping[str, Any]) -> str:
-    """What a run's evaluations are on: `unseen problems`, unless they were drawn from the training data itself.
+    """What a run's evaluations are on: `unseen problems`, unless training may have met them (see `drawn`).
 
     A local file is one split, so that evaluation draws from the same rows unless it was given its own
     data (`eval.env_args`); the same holds for `Dataset-v0`, which knows no test split.
@@ -54,7 +59,24 @@ def problems(config: Mapping[str, Any]) -> str:
     args = {**(config.get("env_args") or {}), **(first.get("env_args") or {})}
     other = (config.get("eval") or {}).get("env_args") or {}
     data = args.get("dataset")
-    if data is None or "dataset" in other or "split" in other:
+    if "dataset" in other or "split" in other:
         return "unseen problems"
+    if data is None:
+        return drawn(first["env"])
     one_split = data == "sample" or Path(str(data)).suffix in _FILES or str(first["env"]).endswith("Dataset-v0")
     return "training problems" if one_split else "unseen problems"
+
+
+def drawn(env: str | None) -> str:
+    """What the problems are that an environment draws from the seeds of evaluation.
+
+    >>> drawn("Arithmetic-v0"), drawn("GuessNumber-v0")
+    ('unseen problems', 'problems of unseen seeds')
+
+    One that holds problems back says so in `eval_args`; of others, another seed may have given the same problem. No
+    module of a user's own is imported for this.
+    """
+    bare = str(env).rpartition(":")[2]
+    full = next((name for name in (bare, f"{NAMESPACE}/{bare}") if name in gymnasium.registry), None)
+    held_back = full is not None and getattr(environment_class(full), "eval_args", None)
+    return "unseen problems" if held_back else "problems of unseen seeds"
