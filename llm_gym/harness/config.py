@@ -51,7 +51,8 @@ class PolicyConfig:
     """`transformers` (built in), `vllm` (in this process) or `server`; `auto`: `server` if there are `servers`, else
     the built-in one."""
     sync: str = "auto"
-    """How new weights reach the engine: a row of `transports.MODES`; `auto` measures where there is a choice."""
+    """How new weights reach the engine: a row of `transports.MODES`, or a `Mode` at `package.module:NAME`; `auto`
+    measures where there is a choice."""
     canary_limit: Annotated[float | None, Within("(0, inf]")] = None
     """Largest difference (nats) between engine and learner on a token before a run is stopped; None: 1e-3 in
     float32, else by the learner's own rounding (docs/sync.md)."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from llm_gym.errors import SyncError
+from llm_gym.errors import ConfigError, SyncError
 from llm_gym.harness import TrainConfig, Trainer, load
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model.loading import LoraConfig, adapter_tensors, load_model, merged, plain_tensors
 from llm_gym.harness.weight_sync.engines import RECEIVERS, engine_of, engine_options
-from llm_gym.harness.weight_sync.transports import MODES, modes_of
+from llm_gym.harness.weight_sync.transports import MODES, Mode, Seen, modes_of
 from llm_gym.harness.weight_sync.verify import ProbePrompts, WeightSyncCheck
 from llm_gym.policies.builtin.policy import TransformersPolicy
 
@@ -293,6 +293,53 @@ def test_a_run_in_bfloat16_is_not_stopped_by_its_own_rounding(tmp_path: Path) ->
     run.close()
     assert all(row["sync/canary_gap_max"] < 1e-4 for row in rows)
     assert max(row["sampler/logprob_gap_max"] for row in rows) > 0.1, "where the old limit was"
+
+
+def by_file(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    folder.mkdir()
+    save_file({n: t.detach().clone() for n, t in seen(plain_tensors(model))}, folder / "all.safetensors")
+    policy.load(load_file(folder / "all.safetensors").items(), version=version)
+    (folder / "all.safetensors").unlink()
+    folder.rmdir()
+
+
+def by_refreshing(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    policy.refresh(version=version)
+
+
+def not_at_all(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    policy.version = version
+
+
+BY_FILE = Mode(by_file, ("transformers",), None, False, "through a file")
+IN_PLACE = Mode(by_refreshing, ("transformers",), None, False, "nothing moves", in_place=True)
+NEVER = Mode(not_at_all, ("transformers",), None, False, "nothing arrives")
+
+
+@pytest.mark.parametrize(("name", "lora"), [("BY_FILE", None), ("BY_FILE", {"rank": 4}), ("IN_PLACE", None)])
+def test_a_mode_of_one_s_own_sends_every_step_and_is_proven(tmp_path: Path, name: str, lora: Any) -> None:
+    sets = ["eval.episodes=0", "steps=2", "prompts_per_step=2", "group_size=4", "sampling.max_tokens=12"]
+    given = load(TrainConfig, sets=[*sets, f"policy.sync={__name__}:{name}", "optimizer.lr=0.01"], lora=lora)
+    run = Trainer(given, out=tmp_path / "run")
+    assert (run.sync.policy.model is run.model) == (name == "IN_PLACE")
+    rows = run.train()
+    assert [(row["sync/mode"], row["sync/canary_share"] < 0.1) for row in rows[1:]] == [
+        (f"{__name__}:{name}", True)
+    ] * 2
+
+
+def test_a_mode_of_one_s_own_that_sends_nothing_stops_the_run(tmp_path: Path) -> None:
+    sets = ["eval.episodes=0", "steps=2", "prompts_per_step=4", "group_size=8", f"policy.sync={__name__}:NEVER"]
+    with pytest.raises(SyncError, match=r"NEVER' after step 1: .*disagree"):
+        Trainer(load(TrainConfig, sets=[*sets, "optimizer.lr=0.01"]), out=tmp_path / "run").train()
+
+
+def test_a_mode_of_one_s_own_is_looked_at() -> None:
+    given = config(sync=f"{__name__}:by_file")
+    with pytest.raises(ConfigError, match=r"policy\.sync: got '.*by_file', which is <function .*, want a `Mode`"):
+        modes_of(given, "transformers")
+    with pytest.raises(ConfigError, match=r"BY_FILE' does not work with engine 'vllm' .*valid: auto, tensors"):
+        modes_of(config(sync=f"{__name__}:BY_FILE", engine="vllm"), "vllm")
 
 
 def test_a_run_whose_weights_do_not_arrive_stops(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.world import World
-from llm_gym.harness.weight_sync.transports import MODES, modes_of
+from llm_gym.harness.weight_sync.transports import MODES, mode_of, modes_of
 from llm_gym.policies import ENGINES
 
 
@@ -23,7 +23,7 @@ def _builtin_options(config: TrainConfig, mode: str) -> dict[str, Any]:
 
 def _vllm_options(config: TrainConfig, mode: str) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": config.optimizer.dtype, **config.policy.vllm}
-    if config.lora is not None and mode == "adapter":
+    if config.lora is not None and mode_of(mode).over_base:
         options["lora_rank"] = config.lora.rank
     if config.policy.sleep:
         options["enable_sleep_mode"] = True

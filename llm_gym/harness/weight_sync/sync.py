@@ -18,7 +18,7 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.model.loading import merged, plain_tensors, prepare
 from llm_gym.harness.runs.metrics import clock
 from llm_gym.harness.weight_sync.engines import engine_of, engine_options, receiver_of
-from llm_gym.harness.weight_sync.transports import MODES, Tensors, modes_of, written
+from llm_gym.harness.weight_sync.transports import Tensors, mode_of, modes_of, written
 from llm_gym.harness.weight_sync.verify import ProbePrompts, WeightSyncCheck
 from llm_gym.models.checksums import recorded
 from llm_gym.models.folding import apart, untied
@@ -58,14 +58,14 @@ class Sync:
         self.folder = folder.with_name(f"{folder.name}-{self.world.rank}") if self.world.rank else folder
         modes = modes_of(config, self.engine, sharded=learner.world.sharded)
         if config.policy.sync == "auto" and config.lora is not None and not apart(learner.model):
-            modes = [mode for mode in modes if not MODES[mode].over_base]
+            modes = [mode for mode in modes if not mode_of(mode).over_base]
         if untied(learner.model):
             tell(f"lora: embedding and head, one matrix in the model, become two; {self.receiver.untied}.")
         try:
             try:
                 self._begin(modes, version, tell)
             except (SyncError, PolicyError) as error:
-                able = self.world.size == 1 and MODES["restart"].fits(config, self.engine, sharded=False)
+                able = self.world.size == 1 and mode_of("restart").fits(config, self.engine, sharded=False)
                 if config.policy.sync != "auto" or not able:
                     raise
                 tell(f"policy.sync: 'restart', because an engine that is sent weights goes wrong here: {error}")
@@ -116,8 +116,8 @@ class Sync:
         if len(modes) > 1:
             best, said = self._fastest(modes, version)
             tell(said)
-        elif best == "merged" and self.config.policy.sync == "auto":
-            tell(f"policy.sync: 'merged', because {self.engine} cannot hold this adapter apart from the weights.")
+        elif self.config.policy.sync == "auto" and mode_of(best).adapters and not mode_of(best).over_base:
+            tell(f"policy.sync: {best!r}, because {self.engine} cannot hold this adapter apart from the weights.")
         self._start(best, version)
 
     @property
@@ -135,7 +135,7 @@ class Sync:
 
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize()  # the engine's thread may read the weights on another stream
-        MODES[self.mode].push(self.learner.model, self.policy, version, self.folder, seen)
+        mode_of(self.mode).push(self.learner.model, self.policy, version, self.folder, seen)
         for flow in flows:
             deque(flow, maxlen=0)  # what an engine did not take, it should hold nevertheless
 
@@ -148,10 +148,10 @@ class Sync:
         config, model = self.config, self.learner.model
         source: Any = config.model
         if self.receiver.module:
-            source = model if mode == "shared" else prepare(merged(model), device=self.learner.device)
+            source = model if mode_of(mode).in_place else prepare(merged(model), device=self.learner.device)
         shared = {"ranks": self.world, "on_wait": self.tell} if self.receiver.shared else {}
         options = engine_options(config, mode) | shared
-        other = self.receiver.ties_by_folder and untied(model) and not MODES[mode].over_base
+        other = self.receiver.ties_by_folder and untied(model) and not mode_of(mode).over_base
 
         def begin() -> None:
             with written(model, self.folder) if other else nullcontext():
@@ -162,7 +162,7 @@ class Sync:
         self.mode = mode
         self.dtype = self.policy.dtype
         self.proof = self._proof()
-        if MODES[mode].over_base:
+        if mode_of(mode).over_base:
             self.policy.load(as_saved(model, plain_tensors(model, adapters=False)), version=version)
         self(version)
 
@@ -174,7 +174,7 @@ class Sync:
         coarse = max(self.dtype, base, key=lambda dtype: torch.finfo(dtype).eps)
         exact = coarse == torch.float32 and not quantised
         own = not self.receiver.module and self.dtype != torch.float32
-        alike = not self.world.sharded and (lora is None or MODES[self.mode].over_base)
+        alike = not self.world.sharded and (lora is None or mode_of(self.mode).over_base)
         canaries = ProbePrompts.of(vocabulary, self.policy.max_context, config.sampling.temperature, exact=exact)
         return WeightSyncCheck(
             self.learner,

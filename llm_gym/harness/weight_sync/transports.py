@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_gym.errors import ConfigError, unknown
+from llm_gym.errors import ConfigError, import_of, unknown
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.model.loading import adapter_tensors, export, plain_tensors
 from llm_gym.models.plain import as_saved
@@ -21,7 +21,11 @@ Tensors = Iterable[tuple[str, Tensor]]
 Seen = Callable[[Tensors], Tensors]
 """What every tensor that is sent passes through, as it goes."""
 Push = Callable[[Any, Any, int, Path, Seen], None]
-"""Of (model, policy, version, folder to write, seen)."""
+"""(model, policy, version, folder, seen): brings the engine the model's weights, as `version`.
+
+`folder` does not exist, may be made, and is gone again at the end. Every tensor that should arrive goes through `seen`,
+which takes the checksums that the proof compares; a mode that moves nothing need not call it.
+"""
 
 
 def _share(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
@@ -79,6 +83,8 @@ class Mode:
     """Whether the engine must hold the base model, without adapters, beneath what is sent."""
     sharded: bool = True
     """Whether it also works for a learner whose weights are split over several processes."""
+    in_place: bool = False
+    """Whether the engine runs the learner's own module, so that nothing has to move."""
 
     def fits(self, config: TrainConfig, engine: str, sharded: bool) -> bool:
         """Whether it works with a run's engine and learner; `sharded`: the weights are split over processes."""
@@ -88,7 +94,15 @@ class Mode:
 
 
 MODES = {
-    "shared": Mode(_share, ("transformers",), None, True, "the engine runs the learner's module itself", sharded=False),
+    "shared": Mode(
+        _share,
+        ("transformers",),
+        None,
+        True,
+        "the engine runs the learner's module itself",
+        sharded=False,
+        in_place=True,
+    ),
     "copy": Mode(_copy, ("transformers",), None, False, "every tensor is copied into a second module"),
     "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
     "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
@@ -104,6 +118,23 @@ MODES = {
 """Name -> what it does."""
 
 
+def mode_of(name: str) -> Mode:
+    """The mode of that name in `MODES`, or the `Mode` at `package.module:name`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    module, colon, attribute = name.partition(":")
+    if name in MODES:
+        return MODES[name]
+    if not colon:
+        raise ConfigError(unknown("policy.sync", name, ["auto", *MODES]))
+    found = getattr(import_of("policy.sync", module, name), attribute, None)
+    if not isinstance(found, Mode):
+        raise ConfigError(f"policy.sync: got {name!r}, which is {found!r:.80}, want a `Mode` (see {__name__}).")
+    return found
+
+
 def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list[str]:
     """The modes to choose from: the one asked for, or for `auto` those worth measuring.
 
@@ -116,9 +147,7 @@ def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list
     fitting = [name for name, mode in MODES.items() if mode.fits(config, engine, sharded)]
     if wanted == "auto":
         return [name for name in fitting if MODES[name].automatic] or fitting
-    if wanted not in MODES:
-        raise ConfigError(unknown("policy.sync", wanted, ["auto", *MODES]))
-    if wanted not in fitting:
+    if not mode_of(wanted).fits(config, engine, sharded):
         kind = "" if config.lora is None or config.lora.served_apart else f"{config.lora.kind!r} "
         which = (
             f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters" + sharded * " and a split learner"
