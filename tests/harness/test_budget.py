@@ -235,7 +235,7 @@ def test_a_run_decides_once_and_writes_it_down(tmp_path: Path) -> None:
     trainer = Trainer(config, out=tmp_path)
     trainer.train()
     written = load(TrainConfig, tmp_path / "config.yaml")
-    assert written.token_budget == trainer.budget.tokens
+    assert written.token_budget == trainer.learning.budget.tokens
     assert isinstance(written.token_budget, int)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -87,5 +88,6 @@ def test_a_step_draws_no_row_twice_and_learns_from_what_did_not_fail() -> None:
     assert sorted(task.row for task in drawn if task.row is not None) == list(range(6))
     nan = float("nan")
     groups = [group_of(1, 0, nan, 0.5 - 1e-9), group_of(nan, nan)]
-    tasks.learn([(Task(0, 1, 2), groups[0]), (Task(0, 1, 3), groups[1]), (Task(0, 1, None), groups[0])])
+    played = [Task(0, 1, 2), Task(0, 1, 3), Task(0, 1, None)]
+    tasks.learn(replace(group, task=task) for task, group in zip(played, [*groups, groups[0]], strict=True))
     assert hard.state_dict()["results"] == [[2, 2.0, 1.0]]
