@@ -429,7 +429,7 @@ MUTANTS = (
     Mutant(
         "a call that blocks holds up every other episode",
         "rollouts/env_pool.py::EnvPool.take",
-        'self._blocking = bool(seat.env.metadata.get("blocking", False))',
+        'self._blocking = bool(slot.env.metadata.get("blocking", False))',
         "self._blocking = False",
         ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
     ),
@@ -451,7 +451,7 @@ MUTANTS = (
         "the reset observation is dropped: every context starts empty",
         "rollouts/driver.py::Driver._turns",
         "            prompt = np.array(context, np.int32)\n",
-        "            prompt = np.array(context if tale.turns else context[:1], np.int32)\n",
+        "            prompt = np.array(context if state.builder.turns else context[:1], np.int32)\n",
         ("test_rollout.py::TestOrder::test_an_episode_is_its_ledger",),
     ),
 )

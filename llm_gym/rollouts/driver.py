@@ -119,7 +119,7 @@ class Driver:
         self.policy, self.sampling, self.able = policy, sampling or Sampling(), Abilities.of(policy)
         self.max_concurrent = max_concurrent or self.able.max_rows
         self.time_limit = time_limit
-        self._seats = EnvPool(env, env_args or {}, name)
+        self._pool = EnvPool(env, env_args or {}, name)
 
     def run(
         self,
@@ -172,7 +172,7 @@ class Driver:
 
     def close(self) -> None:
         """Closes every environment; the driver makes new ones if it is used again."""
-        self._seats.close()
+        self._pool.close()
 
     def __enter__(self) -> Driver:
         return self
@@ -191,61 +191,61 @@ class Driver:
     async def _play(self, job: _Job) -> Episode:
         """One episode, however it ends."""
         began = time.perf_counter()
-        tale = _EpisodeState()
+        state = _EpisodeState()
         clock = asyncio.timeout(self.time_limit)
         try:
             async with clock:
-                tale.seat = await self._seats.take()
-                await self._turns(job, tale)
+                state.slot = await self._pool.take()
+                await self._turns(job, state)
         except FAULTS as error:
             if isinstance(error, TimeoutError) and clock.expired():
-                tale.stop_reason = StopReason.TIME_LIMIT
+                state.stop_reason = StopReason.TIME_LIMIT
             else:
-                tale.stop_reason = boundary(error, policy=tale.asking)
-                tale.error = described(error)
-        if tale.seat is not None:
-            broken = tale.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE)
-            self._seats.leave(tale.seat, broken=broken)
+                state.stop_reason = boundary(error, policy=state.asking)
+                state.error = described(error)
+        if state.slot is not None:
+            broken = state.stop_reason in (StopReason.ENV_ERROR, StopReason.TOOL_FAILURE)
+            self._pool.leave(state.slot, broken=broken)
         return Episode(
-            self._seats.env_id,
+            self._pool.env_id,
             job.seed,
-            tale.builder.build(),
-            tale.stop_reason,
-            tale.rewards,
-            tuple(tale.messages),
+            state.builder.build(),
+            state.stop_reason,
+            state.rewards,
+            tuple(state.messages),
             job.member,
-            tale.error,
+            state.error,
             time.perf_counter() - began,
-            job.task,
+            job.row,
         )
 
-    async def _turns(self, job: _Job, tale: _EpisodeState) -> None:
+    async def _turns(self, job: _Job, state: _EpisodeState) -> None:
         """Reset, then complete and step until the environment says stop."""
-        seat = tale.seat
-        assert seat is not None
-        options = {} if job.task is None else {"options": {"task": job.task}}
-        context, info = await seat.call(seat.env.reset, seed=job.seed, **options)
+        slot = state.slot
+        assert slot is not None
+        options = {} if job.row is None else {"options": {"task": job.row}}
+        context, info = await slot.call(slot.env.reset, seed=job.seed, **options)
         done = False
         while not done:
-            tale.messages, tale.error = info.get("messages", ()), info.get("error")
+            state.messages, state.error = info.get("messages", ()), info.get("error")
             prompt = np.array(context, np.int32)
-            sampling = self._sampling(job.sampling, seat.env, prompt)
-            tale.asking = True
-            request_seed = job.request_seed(tale.builder.turns)
+            sampling = self._sampling(job.sampling, slot.env, prompt)
+            state.asking = True
+            request_seed = job.request_seed(state.builder.turns)
             if isinstance(self.policy, TextPolicy):
-                completion = await self._reply(self.policy, seat.env, tale.messages, sampling, request_seed)
+                completion = await self._reply(self.policy, slot.env, state.messages, sampling, request_seed)
             else:
                 completion = await self.policy.complete(prompt, sampling, seed=request_seed)
-            tale.asking = False
-            context, reward, terminated, truncated, info = await seat.call(seat.env.step, completion.tokens)
+            state.asking = False
+            context, reward, terminated, truncated, info = await slot.call(slot.env.step, completion.tokens)
             earned = self._reward("reward", reward, job)
-            tale.builder.add(prompt, completion, earned, temperature=sampling.temperature)
+            state.builder.add(prompt, completion, earned, temperature=sampling.temperature)
             cut = completion.finish_reason == "length"
             done = terminated or truncated or cut
-        tale.messages, tale.error = info.get("messages", ()), info.get("error")
-        parts = info.get("rewards", {"reward": tale.builder.reward})
-        tale.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
-        tale.stop_reason = _stop_reason(info, terminated, cut)
+        state.messages, state.error = info.get("messages", ()), info.get("error")
+        parts = info.get("rewards", {"reward": state.builder.reward})
+        state.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
+        state.stop_reason = _stop_reason(info, terminated, cut)
 
     def _reward(self, name: str, value: Any, job: _Job) -> float:
         """What `step` gave as a reward, or as the component `name` of it.
@@ -256,7 +256,7 @@ class Driver:
         number = finite(value)
         if number is None:
             raise RewardError(
-                f"{self._seats.env_id}: {name!r} is {value!r:.80} at seed {job.seed}, want a finite number."
+                f"{self._pool.env_id}: {name!r} is {value!r:.80} at seed {job.seed}, want a finite number."
             )
         return number
 
@@ -265,7 +265,7 @@ class Driver:
     ) -> Completion:
         chat = getattr(env.unwrapped, "chat", None)
         if chat is None:
-            raise SettingError(f"policy: it reads chat messages only, and {self._seats.env_id} has none.")
+            raise SettingError(f"policy: it reads chat messages only, and {self._pool.env_id} has none.")
         return await policy.reply(list(messages), chat, sampling, seed=seed)
 
     def _sampling(self, sampling: Sampling, env: Env, prompt: Ids) -> Sampling:
@@ -287,7 +287,7 @@ class _Job:
     member: int
     run_seed: int
     sampling: Sampling
-    task: int | None = None
+    row: int | None = None
 
     def request_seed(self, turn: int) -> int:
         """The random stream of a completion: a 64-bit hash, the same on every machine and in every process."""
@@ -299,7 +299,7 @@ class _Job:
 class _EpisodeState:
     """An episode while it is being played."""
 
-    seat: EnvSlot | None = None
+    slot: EnvSlot | None = None
     builder: TrajectoryBuilder = field(default_factory=TrajectoryBuilder)
     messages: Iterable[Message] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)

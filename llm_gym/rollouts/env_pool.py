@@ -74,27 +74,27 @@ class EnvPool:
         if self._free:
             return self._free.pop()
         if self._blocking is None:
-            seat = EnvSlot(self._first(), None)
-            self._blocking = bool(seat.env.metadata.get("blocking", False))
-            seat.worker = Worker() if self._blocking else None
+            slot = EnvSlot(self._first(), None)
+            self._blocking = bool(slot.env.metadata.get("blocking", False))
+            slot.worker = Worker() if self._blocking else None
         elif self._blocking:
-            seat = await self._make_in_thread()
+            slot = await self._make_in_thread()
         else:
-            seat = EnvSlot(self._new(), None)
-        self._every.add(seat)
-        return seat
+            slot = EnvSlot(self._new(), None)
+        self._every.add(slot)
+        return slot
 
-    def leave(self, seat: EnvSlot, *, broken: bool) -> None:
+    def leave(self, slot: EnvSlot, *, broken: bool) -> None:
         """Frees an environment, or closes one that may be broken."""
-        if broken or seat.abandoned:
-            self._discard(seat)
+        if broken or slot.abandoned:
+            self._discard(slot)
         else:
-            self._free.append(seat)
+            self._free.append(slot)
 
     def close(self) -> None:
         """Closes every environment, and waits for their threads."""
-        for seat in list(self._every):
-            self._discard(seat)
+        for slot in list(self._every):
+            self._discard(slot)
         self._free.clear()
         ending, self._ending = self._ending, []
         began = time.monotonic()
@@ -103,7 +103,7 @@ class EnvPool:
             log.warning("%d environments of %s did not close and are left behind", len(left), self.env_id)
 
     async def _make_in_thread(self) -> EnvSlot:
-        """A seat whose environment is made, used and closed in a thread of its own."""
+        """A slot whose environment is made, used and closed in a thread of its own."""
         worker, made = Worker(), list[Env]()
         try:
             await worker.run(lambda: made.append(self._new()))
@@ -128,12 +128,12 @@ class EnvPool:
     def _new(self) -> Env:
         return envs.make(self._make, **self._args) if isinstance(self._make, str) else self._make(**self._args)
 
-    def _discard(self, seat: EnvSlot) -> None:
-        self._every.discard(seat)
-        if seat.worker is None:
-            _close(seat.env)
+    def _discard(self, slot: EnvSlot) -> None:
+        self._every.discard(slot)
+        if slot.worker is None:
+            _close(slot.env)
             return
-        self._end(seat.worker, lambda: _close(seat.env), BRIEF if seat.abandoned else PATIENCE)
+        self._end(slot.worker, lambda: _close(slot.env), BRIEF if slot.abandoned else PATIENCE)
 
     def _end(self, worker: Worker, last: Callable[[], None], patience: float) -> None:
         """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
