@@ -1,7 +1,7 @@
 """The nouns that travel: what a policy returns, what an episode was, what the trainer reads.
 
 Everything here is immutable, and everything downstream (advantages, packing, reports, replay)
-derives from this ledger. Nothing is ever re-tokenised: the ids in a `Trajectory` are the ids that the
+derives from an `Episode`. Nothing is ever re-tokenised: the ids in a `Trajectory` are the ids that the
 engine read and sampled, each of them once.
 """
 

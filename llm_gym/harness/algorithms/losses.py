@@ -80,7 +80,7 @@ class LossConfig:
 
     @property
     def token_level(self) -> bool:
-        """Whether a token's loss depends on that token alone; then it is formed in one pass (`logprobs.token_loss`)."""
+        """Whether a token's loss depends on that token alone; then it is formed in one pass (`heads.token_loss`)."""
         corrected = self.correction.name != "none"
         known = (not corrected or self.correction.name in CORRECTIONS) and (not self.uses_reference or self.kl in KL)
         whole = (corrected and self.correction.level == "sequence") or (self.uses_reference and self.kl_in == "reward")

@@ -60,9 +60,8 @@ def samples(
     """The sequences that a step trains on.
 
     A failed episode gives none (it carries no token into any denominator either), nor does one that another rank
-    played: its tokens are there. With
-    `train_truncated=False` neither does an episode that was cut by a limit (DAPO's overlong filtering):
-    it keeps its place in its group's baseline, and is left out of the loss.
+    played, which holds its tokens. With `train_truncated=False` neither does an episode that was cut by a limit (DAPO's
+    overlong filtering): it keeps its place in its group's baseline, and is left out of the loss.
 
     Args:
         groups: P groups of G episodes.

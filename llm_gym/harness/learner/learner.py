@@ -36,7 +36,7 @@ T = TypeVar("T")
 MEANS = ("policy/entropy", "policy/ratio_mean", "policy/clip_fraction", "sampler/logprob_gap_mean")
 """Metrics of every step; NaN for a step without a token to compute."""
 SEEN = "tokens computed"
-"""Travels with them."""
+"""Key of how many tokens the metrics' sums are over, while ranks add them up."""
 
 
 class Learner:
@@ -214,7 +214,7 @@ class Learner:
         head: Callable[..., T],
         held: torch.dtype | None = None,
     ) -> T:
-        """What `head` (a function of `logprobs`) makes of the body's hidden states."""
+        """What `head` (a function of `heads`) makes of the body's hidden states."""
         return gathered(body.causal, lambda: head(**self._hidden(body, batch, temperature, held)))
 
     def _hidden(

@@ -71,7 +71,9 @@ class GroupLearner:
         return self.budget.tokens
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """The optimizer steps of a rollout, `epochs` times over its `minibatches`; old log-probabilities stay.
+        """The optimizer steps of a rollout, `epochs` times over its `minibatches`.
+
+        The old log-probabilities stay the sampler's throughout.
 
         Args:
             groups: of all ranks, as `distributed.groups` gives them.
@@ -117,4 +119,4 @@ class GroupLearner:
         self.learner.save(folder, load_tokenizer(self.config.model, self.config.chat_template))
 
     def close(self) -> None:
-        """Frees what it holds beside the model: nothing."""
+        """Frees what it holds beside the model: nothing here; a teacher, in distillation."""

@@ -50,7 +50,6 @@ class GroupPlayer:
         self.drivers = Drivers(prepared.env_specs, self.policy, time_limit=config.time_limit)
         most, limit = config.sampling.max_tokens, config.time_limit
         self.evaluation = Evaluation(prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
-
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:

@@ -2,7 +2,7 @@
 
 For every token the reverse KL divergence sum_j p_j (log p_j - log q_j) over the vocabulary, p the student's and q the
 teacher's. Both distributions are made tile by tile from hidden states and head weights, forward and again backward,
-so that memory is O(tokens + vocabulary); see `logprobs` for the same idea. With logits x of the student
+so that memory is O(tokens + vocabulary); see `heads` for the same idea. With logits x of the student
 
     d KL / d x_j = p_j (log p_j - log q_j - KL),
 
@@ -34,7 +34,7 @@ class Head(NamedTuple):
     temperature: float
     """Divides the logits."""
     softcap: float | None = None
-    """Bound of the logits before the temperature, approached as by tanh; see `logprobs`."""
+    """Bound of the logits before the temperature, approached as by tanh; see `heads`."""
 
 
 def reverse_kl(student: Head, teacher: Head) -> Tensor:

@@ -3,7 +3,7 @@
 One step of a small model is a few hundred tiny operations. A call of transformers' module, or of a torch operator,
 then costs more than what it computes; NumPy's calls are several times cheaper, and its BLAS is as fast. Prefill, the
 next turn and decoding are one: new tokens of any rows, without padding. Weights are read when `refresh` is called.
-`forward.probe` compares the result with the model's own logits before it is used.
+`probing.probe` compares the result with the model's own logits before it is used.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def settle(model: nn.Module, autocast_dtype: torch.dtype | None, wanted: int | N
 def probe(model: nn.Module, autocast_dtype: torch.dtype | None, length: int | None = None) -> tuple[Served, float]:
     """Learns what the model caches, and up to which length its cached logits are its plain ones.
 
-    That is proven on a small copy (see `selftest`), on both sides of every length at which the model changes; then on
+    That is proven on a small copy (see `self_test`), on both sides of every length at which the model changes; then on
     two short sequences of the model itself. The quick forward is taken where it gives the same up to `length`.
 
     Args:

@@ -1,7 +1,7 @@
 """The vLLM engine, in process: one thread owns it, requests join and leave between steps, weights change live.
 
-Everything that knows vLLM is in this file, in `vllm_start` (its settings), in `vllm_worker` (what runs in its workers)
-and in `vllm_held` (what these hold). `AsyncLLM` always spawns an engine process, through which tensors cannot pass;
+Everything that knows vLLM is in this file, in `start` (its settings), in `worker` (what runs in its workers) and in
+`held` (what these hold). `AsyncLLM` always spawns an engine process, through which tensors cannot pass;
 `LLMEngine` without multiprocessing runs in this process and can be driven from one thread, which also batches
 continuously.
 """

@@ -2,7 +2,7 @@
 
 Every await has a deadline that is kept from outside too, so a server that is silent, prints garbage or dies ends a
 call as an error and never as a hang. A server started by us runs on a leash (see `supervisor.py`), in a folder of its
-own; what one sends is bounded before it comes into the loop, there or in `mcp_http.py`.
+own; what one sends is bounded before it comes into the loop, there or in `http.py`.
 """
 
 from __future__ import annotations
