@@ -51,7 +51,7 @@ def test_every_test_that_is_named_exists() -> None:
 @pytest.mark.parametrize("table", [ADVANTAGES, losses.LOSSES, normalisers.NORMALISERS])
 def test_every_row_has_a_section(table: dict[str, object]) -> None:
     headings = re.findall(r"^### `(\w+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(table) <= set(headings)
+    assert set(table) - set(headings) == set(), f"want a section `### name` of each in {PAGE.name}"
     assert all(inspect.isfunction(row) for row in table.values())
 
 
