@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,12 @@ def test_every_mode_has_an_engine_and_every_engine_that_trains_has_modes() -> No
             assert any(m.automatic for m in fit)
 
 
+def test_every_mode_is_a_row_of_the_page_with_its_engines() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sync.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", page, re.MULTILINE)
+    assert dict(rows) == {name: ", ".join(mode.engines) for name, mode in MODES.items()}
+
+
 def test_engine_arguments_follow_the_run() -> None:
     plain = config(engine="vllm", vllm={"max_model_len": 64})
     assert engine_options(plain, "tensors") == {"dtype": "float32", "max_model_len": 64}
@@ -311,9 +318,9 @@ def not_at_all(model: Any, policy: Any, version: int, folder: Path, seen: Seen) 
     policy.version = version
 
 
-BY_FILE = Mode(by_file, ("transformers",), None, False, "through a file")
-IN_PLACE = Mode(by_refreshing, ("transformers",), None, False, "nothing moves", in_place=True)
-NEVER = Mode(not_at_all, ("transformers",), None, False, "nothing arrives")
+BY_FILE = Mode(by_file, ("transformers",), "through a file")
+IN_PLACE = Mode(by_refreshing, ("transformers",), "nothing moves", in_place=True)
+NEVER = Mode(not_at_all, ("transformers",), "nothing arrives")
 
 
 @pytest.mark.parametrize(("name", "lora"), [("BY_FILE", None), ("BY_FILE", {"rank": 4}), ("IN_PLACE", None)])

@@ -74,11 +74,12 @@ class Mode:
     push: Push
     engines: tuple[str, ...]
     """Names of `policies.ENGINES` that it works with."""
-    adapters: bool | None
-    """Whether the learner must (True) or must not (False) train adapters; None: either."""
-    automatic: bool
-    """Whether `auto` considers it; the others are slower by construction, and there to compare with."""
     what: str
+    """What happens, in a few words."""
+    adapters: bool | None = None
+    """Whether the learner must (True) or must not (False) train adapters; None: either."""
+    automatic: bool = False
+    """Whether `auto` considers it; the others are slower by construction, and there to compare with."""
     over_base: bool = False
     """Whether the engine must hold the base model, without adapters, beneath what is sent."""
     sharded: bool = True
@@ -97,23 +98,29 @@ MODES = {
     "shared": Mode(
         _share,
         ("transformers",),
-        None,
-        True,
         "the engine runs the learner's module itself",
+        automatic=True,
         sharded=False,
         in_place=True,
     ),
-    "copy": Mode(_copy, ("transformers",), None, False, "every tensor is copied into a second module"),
-    "tensors": Mode(_load, ("vllm",), False, True, "every tensor is copied within the process"),
-    "file": Mode(_load, ("server",), False, True, "every tensor goes through a file in shared memory"),
-    "adapter": Mode(_load_adapter, ("vllm", "server"), True, True, "the adapter alone is replaced", over_base=True),
-    "merged": Mode(_load, ("vllm", "server"), True, True, "as `tensors` or `file`, the adapter folded in"),
-    "disk": Mode(
-        _load_folder, ("vllm", "server"), None, False, "a checkpoint is written, and loaded again", sharded=False
+    "copy": Mode(_copy, ("transformers",), "every tensor is copied into a second module"),
+    "tensors": Mode(_load, ("vllm",), "every tensor is copied within the process", adapters=False, automatic=True),
+    "file": Mode(
+        _load, ("server",), "every tensor goes through a file in shared memory", adapters=False, automatic=True
     ),
-    "restart": Mode(
-        _restart, ("vllm",), None, False, "a checkpoint is written, and a new engine started on it", sharded=False
+    "adapter": Mode(
+        _load_adapter,
+        ("vllm", "server"),
+        "the adapter alone is replaced",
+        adapters=True,
+        automatic=True,
+        over_base=True,
     ),
+    "merged": Mode(
+        _load, ("vllm", "server"), "as `tensors` or `file`, the adapter folded in", adapters=True, automatic=True
+    ),
+    "disk": Mode(_load_folder, ("vllm", "server"), "a checkpoint is written, and loaded again", sharded=False),
+    "restart": Mode(_restart, ("vllm",), "a checkpoint is written, and a new engine started on it", sharded=False),
 }
 """Name -> what it does."""
 
