@@ -162,6 +162,17 @@ def test_every_integer_is_read_back_from_every_form(value, form):
     assert verify(value + 1, form.format(value)).status == "wrong"
 
 
+@given(st.integers(-(10**9) + 1, 10**9 - 1), st.integers(0, 3), st.sampled_from(["", "."]))
+def test_a_number_alone_is_read_as_among_words(number: int, zeros: int, end: str) -> None:
+    """There is a shorter way for it."""
+    digits = f"{'-' if number < 0 else ''}{'0' * zeros}{abs(number)}"
+    alone, among = f"Answer: {digits}{end}", f"Answer: it is {digits}{end}"
+    for gold in (str(number), str(number + 1)):
+        one, other = verify(gold, alone, kind="number"), verify(gold, among, kind="number")
+        assert (one.score, one.status) == (other.score, other.status)
+        assert one.score == (gold == str(number))
+
+
 @given(st.text(max_size=200), st.integers(-99, 99))
 def test_any_text_is_graded_without_an_error(text, gold):
     assert verify(gold, text).score in (0.0, 1.0)

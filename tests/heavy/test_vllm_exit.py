@@ -48,7 +48,7 @@ def quietly():  # a thread that is cut off while it writes to standard error is 
     except PolicyError:
         pass
 threading.Thread(target=quietly, daemon=True).start()
-while not policy._thread.requests:
+while not policy.thread.requests:
     pass
 say("leaving")
 """

@@ -69,12 +69,18 @@ def _of_box(text: str, whole: bool) -> Value | Refused | None:
     return _of_phrase(text, whole)
 
 
+_LONE = re.compile(r"\s*(-?[0-9]{1,9})\.?\s*")
+"""A whole number and nothing else: most replies, and nothing else to look at."""
+
+
 def _of_phrase(span: str, whole: bool) -> Value | Refused | None:
     """The number stated by what follows a marker.
 
     After a final `=` if there is one (or before the first, if what follows is a calculation); the number that comes
     first, or else the only or last one.
     """
+    if lone := _LONE.fullmatch(span):
+        return int(lone[1])
     span = plain(span)
     span = span[: match.start()] if (match := _SENTENCE_END.search(span)) else span
     if SPACED.fullmatch(bare := span.strip(" .$")):
