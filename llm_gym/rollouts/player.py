@@ -9,7 +9,7 @@ from llm_gym.core import Group, Task
 
 
 class Player(Protocol):
-    """Plays groups with a policy of its own; `harness.loops.group_player` is the one of a training run."""
+    """Plays groups with a policy of its own; a step's groups come from one (`harness.loops.group_player`)."""
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:
         """A whole group for every task, in the order of tasks; what goes wrong in an episode is in the episode."""

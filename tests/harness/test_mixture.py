@@ -225,7 +225,7 @@ def test_left_overs_are_trained_on_with_the_log_probabilities_they_were_sampled_
     seen: dict[tuple[int, int], list[float]] = {}
     stale = 0
     while run.step < 6:
-        harvest = run.selection.collect(run.step, run.playing.play)
+        harvest = run.selection.collect(run.step, run.playing)
         for e in harvest.played:
             assert e.turns[0].completion.version == run.step
             seen[e.seed, e.member] = e.turns[0].completion.logprobs.tolist()

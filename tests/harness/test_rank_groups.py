@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def group(task: Task) -> Group:
 
 
 GROUPS = [group(Task(0, seed)) for seed in range(5)]
+
+
+class Groups:
+    """Plays every task as `group` does."""
+
+    def play(self, tasks: Sequence[Task]) -> list[Group]:
+        return [group(task) for task in tasks]
+
+    def close(self) -> None:
+        pass
 
 
 def episodes_of(groups: list[Group]) -> list[Episode]:
@@ -99,7 +110,7 @@ def test_ranks_choose_the_groups_of_one_process(tmp_path: Path) -> None:
 
         first, found = made(), []
         for step in range(6):
-            batch = first.collect(step, lambda tasks: [group(task) for task in tasks])
+            batch = first.collect(step, Groups())
             trained = [encode(e) | {"rank": 0} for e in whole_on_rank0(world, batch.episodes, "x")]
             kept = [(born, g.seed) for own in first.kept for born, g in own]
             found.append((batch.metrics, [g.seed for g in batch.groups], trained, kept))

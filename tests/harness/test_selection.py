@@ -103,7 +103,7 @@ class Player:
     def __init__(self, share: float) -> None:
         self.share, self.played = share, list[Task]()
 
-    def __call__(self, tasks: list[Task]) -> list[Group]:
+    def play(self, tasks: list[Task]) -> list[Group]:
         self.played += tasks
         return [self.group(task) for task in tasks]
 
@@ -233,6 +233,8 @@ def test_a_checkpoint_of_other_environments_is_refused(tmp_path: Path) -> None:
 
 def test_failed_episodes_stay_in_their_group() -> None:
     group = group_of(0, nan, 1)
-    found = Selection(Tasks(0), 1, {"spread": 0}).collect(0, lambda tasks: [group])
+    player = Player(1.0)
+    player.group = lambda task: group
+    found = Selection(Tasks(0), 1, {"spread": 0}).collect(0, player)
     assert found.groups == [group]
     assert [e.stop_reason for e in found.episodes].count(StopReason.ENV_ERROR) == 1

@@ -32,12 +32,12 @@ from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_o
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.registry import attempt, by_name
 from llm_gym.harness.settings import checked
+from llm_gym.rollouts.player import Player
 
 Floats = npt.NDArray[np.float64]
 Filter = Callable[[Group, Any], bool]
 """(group, limit) -> whether it may be trained on. Returns and lengths are those of episodes that did not fail."""
-Play = Callable[[Sequence[Task]], list[Group]]
-"""Tasks -> a whole group for each, in the same order."""
+
 
 STATE = "data.json"
 """In a checkpoint: where the curricula are, and the groups that wait for a slot."""
@@ -170,8 +170,8 @@ class Selection:
         self.kept: list[list[tuple[int, Group]]] = [[] for _ in self.names]
         """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
 
-    def collect(self, step: int, play: Play) -> StepBatch:
-        """Plays a step's groups, and chooses among them; `play` (a `Player`'s) is given this rank's share."""
+    def collect(self, step: int, player: Player) -> StepBatch:
+        """Lets a step's groups be played, and chooses among them; `player` is given this rank's share of the tasks."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
         counts: Counter[str] = Counter()
@@ -179,7 +179,7 @@ class Selection:
         dropped: list[Group] = []
         while (missing := self._open(slots)) and len(played) < self.budget:
             tasks = self.tasks.draw(self._round(missing, self.budget - len(played)))
-            mine = [self._judge(group) for group in play(self.world.shard(tasks))]
+            mine = [self._judge(group) for group in player.play(self.world.shard(tasks))]
             fresh = share_groups(self.world, mine, "rollout")
             played += fresh
             dropped += self._sort(step, fresh, counts)

@@ -131,7 +131,7 @@ class Trainer:
 
     def collect(self) -> StepBatch:
         """The step's groups: played, filtered, and replaced where they did not pass."""
-        batch = self.selection.collect(self.step, self.playing.play)
+        batch = self.selection.collect(self.step, self.playing)
         self.playing.rewards.see(batch.played)
         if batch.played and all(episode.stop_reason.failed for episode in batch.played):
             self._give_up(batch.played)
