@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
+import gc
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -21,6 +23,17 @@ def sources() -> dict[str, str]:
     return {str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """Its tree. A collection of garbage in the middle may run code that parses too (https://github.com/python/cpython/
+    issues/106905), as it did once in a process that had run other tests."""
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
+
+
 def test_no_file_is_too_long() -> None:
     lengths = {name: len(source.splitlines()) for name, source in sources().items()}
     assert len(lengths) > 100
@@ -30,7 +43,7 @@ def test_no_file_is_too_long() -> None:
 def test_no_function_is_too_long() -> None:
     long = []
     for name, source in sources().items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1  # type: ignore[operator]
                 long += [f"{name}:{node.name} {lines}"] if lines > LINES_OF_A_FUNCTION else []
@@ -56,7 +69,7 @@ def private(name: str) -> bool:
 def private_names(source: str) -> list[str]:
     """`line: name` of every private name that is imported, is an attribute of another object, or is patched there."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_gym"):
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -103,7 +116,7 @@ def test_every_folder_says_what_it_is() -> None:
     """In the first line of its `__init__.py`, which a reader opens first."""
     for name, source in sources().items():
         if name.endswith("__init__.py"):
-            assert ast.get_docstring(ast.parse(source)), name
+            assert ast.get_docstring(parsed(source)), name
 
 
 EXAMPLES = (
@@ -127,7 +140,7 @@ def public(node: ast.AST, name: str) -> Iterator[tuple[str, str | None]]:
 
 
 def test_everything_public_says_what_it_is_in_a_sentence() -> None:
-    told = dict(pair for name, source in sources().items() for pair in public(ast.parse(source), name))
+    told = dict(pair for name, source in sources().items() for pair in public(parsed(source), name))
     assert len(told) > 1500
     openings = {name: (text or "").split("\n\n")[0] for name, text in told.items()}
     assert [name for name, opening in openings.items() if not opening.endswith((".", ":", "?"))] == []

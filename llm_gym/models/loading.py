@@ -13,12 +13,14 @@ from torch import nn
 
 from llm_gym.embedded import PATH
 from llm_gym.errors import PolicyError, SettingError
-from llm_gym.models.plain import fold, is_adapter, no_progress_bar
+from llm_gym.models.plain import fold, load_base, no_progress_bar
 
 log = logging.getLogger(__name__)
 
 
-def load_model(source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def load_for_inference(
+    source: str | Path | None, device: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A causal language model, in evaluation mode.
 
     Args:
@@ -33,20 +35,14 @@ def load_model(source: str | Path | None, device: str | None = None, dtype: torc
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
         with no_progress_bar():
-            model: Any = None if is_adapter(source or PATH) else _numbers(source or PATH, dtype)
-            if model is None or hasattr(model, "peft_config"):  # the second: an adapter of the hub
+            model = load_base(source or PATH, dtype=dtype)
+            if hasattr(model, "peft_config"):  # an adapter of the hub
                 model = fold(source or PATH).to(dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SettingError(f"model: cannot load {str(source or PATH)!r}: {reason}") from error
     loaded: nn.Module = model.to(device).eval()
     return loaded
-
-
-def _numbers(source: str | Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
 
 
 def limit_of(model: nn.Module, wanted: int | None) -> int:

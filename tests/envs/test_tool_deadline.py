@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llm_gym.envs.tools.deadline import Overdue, Runner
+from llm_gym.concurrency import Overdue, Runner
 
 
 def test_a_call_that_is_late_is_abandoned_and_the_next_is_not() -> None:

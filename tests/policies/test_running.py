@@ -38,6 +38,6 @@ def test_ctrl_c_when_the_thread_has_just_ended_is_ctrl_c(monkeypatch: pytest.Mon
         def is_alive(self) -> bool:
             return True
 
-    monkeypatch.setattr(concurrency, "Thread", Late)
+    monkeypatch.setattr("llm_gym.concurrency.loops.Thread", Late)
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(inside())

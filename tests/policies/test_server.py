@@ -186,7 +186,7 @@ def test_our_own_mistake_is_not_repeated(policy: ServerPolicy, fake: Fake, statu
 
 
 def test_a_healthy_server_that_always_fails_is_given_up(policy: ServerPolicy, fake: Fake, monkeypatch) -> None:
-    monkeypatch.setattr("llm_gym.concurrency.delay", lambda attempt: 0.0)
+    monkeypatch.setattr("llm_gym.concurrency.retries.delay", lambda attempt: 0.0)
     fake.fail.extend(["500"] * 50)
     with pytest.raises(PolicyError, match="it says why"):
         ask(policy)

@@ -27,9 +27,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from llm_gym.chat import Chat
+from llm_gym.concurrency import Overdue, Runner
 from llm_gym.core import Message, StopReason
 from llm_gym.env import Reply, TextEnv
-from llm_gym.envs.tools.deadline import Overdue, Runner
 from llm_gym.envs.tools.parsers import formats
 from llm_gym.envs.tools.parsers.calls import ToolCall, open_thinking, without_calls
 from llm_gym.envs.tools.schema import Tool, check_arguments, example_arguments

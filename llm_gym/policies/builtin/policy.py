@@ -22,7 +22,7 @@ from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import PolicyError, SettingError, check_counts
 from llm_gym.models.checksums import checksum
-from llm_gym.models.loading import copy_weights, load_model, stop_ids_of
+from llm_gym.models.loading import copy_weights, load_for_inference, stop_ids_of
 from llm_gym.policies.builtin.cache_slots import MOST_STOPS
 from llm_gym.policies.builtin.engine import Engine, Request
 from llm_gym.policies.builtin.forward import vocabulary_of
@@ -74,7 +74,7 @@ class TransformersPolicy:
     ) -> None:
         check_counts({"max_context": max_context, "max_rows": max_rows, "cache_bytes": cache_bytes})
         check_counts({"prefill_tokens": prefill_tokens})
-        self.model = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
+        self.model = model if isinstance(model, nn.Module) else load_for_inference(model, device, dtype)
         self.dtype = next(self.model.parameters()).dtype
         self.version, self.max_rows = version, max_rows
         self.stop_ids = stop_ids_of(self.model, tokenizer)

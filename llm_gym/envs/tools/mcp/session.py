@@ -1,4 +1,4 @@
-"""Sessions with MCP servers, all in one event loop of their own, for environments that block.
+"""Sessions with MCP servers, those of one set in one event loop, for environments that block.
 
 Every await has a deadline that is kept from outside too, so a server that is silent, prints garbage or dies ends a
 call as an error and never as a hang. A server started by us runs on a leash (see `supervisor.py`), in a folder of its
@@ -18,15 +18,17 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from llm_gym.envs.tools.mcp.loop import CLOSING, MARGIN, Loop
+from llm_gym.concurrency import Loop
 from llm_gym.envs.tools.mcp.results import LONGEST, TOO_LONG, message_size, not_mcp, public_names, result_text
 from llm_gym.errors import ToolError, ToolFailure
 
 T = TypeVar("T")
+MARGIN, CLOSING = 5.0, 10.0
+"""Seconds beyond a deadline after which the loop itself is not waited for; those in which a session must be closed."""
 LEASH = Path(__file__).with_name("supervisor.py")
 PING = 10.0
 """Seconds in which a server that somebody else runs should say that it knows a session."""
@@ -232,11 +234,11 @@ class Pool:
         import fastmcp.mcp_config  # noqa: F401
 
         _hush()
-        self.users = 0
+        self.users, self._process = 0, os.getpid()
         self._servers, self._start_timeout = servers, start_timeout
         self._ahead, self.shared = 1 if shared else ahead, shared
         self._remote = any(map(remote, servers.values()))
-        self.loop = Loop.enter()
+        self.loop = Loop("llm_gym-mcp", patience=CLOSING)
         self._lock = threading.Lock()
         self._tools: dict[str, tuple[str, Any]] | None = None
         self._ready: deque[Session] = deque()
@@ -254,7 +256,9 @@ class Pool:
             return pool
 
     def leave(self) -> None:
-        """One user less; the last one ends all sessions, and waits for that."""
+        """One user less; the last one ends all sessions, and waits for that. In a forked child they are not ours."""
+        if os.getpid() != self._process:
+            return
         with self._pools_lock:
             self.users -= 1
             if self.users:
@@ -345,9 +349,9 @@ class Pool:
         for session in ready:
             self._end(session)
         for future in list(self._closing):
-            with contextlib.suppress(TimeoutError):
-                self.loop.wait(future, CLOSING)
-        self.loop.leave()
+            with contextlib.suppress(TimeoutError, CancelledError):
+                future.result(CLOSING + MARGIN)
+        self.loop.stop()
 
     def _start(self) -> Session:
         session = Session(self._servers, self._start_timeout, self._tools)
@@ -356,8 +360,9 @@ class Pool:
 
     def _wait(self, future: Future[T], timeout: float, what: str) -> T:
         try:
-            return self.loop.wait(future, timeout)
-        except TimeoutError:
+            return future.result(timeout + MARGIN)
+        except (TimeoutError, CancelledError):
+            future.cancel()
             raise ToolFailure(f"MCP: {what} took more than {timeout + MARGIN:g} seconds.") from None
 
 

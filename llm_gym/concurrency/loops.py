@@ -1,65 +1,23 @@
-"""Threads, event loops and retries, and where asynchronous code meets other code."""
+"""Event loops, and where asynchronous code meets other code."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import contextlib
-import itertools
-import math
 import os
-import queue
-import random
 import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
+from llm_gym.concurrency.threads import Thread
 from llm_gym.errors import PolicyError
 
 T = TypeVar("T")
-
-
-class Thread(threading.Thread):
-    """A daemon thread; a `join` that was interrupted may be repeated, and waits as the first one did.
-
-    `threading.Thread.join` before Python 3.13 takes the thread for ended once a `KeyboardInterrupt` has come out of
-    it: every later `join` returns at once, and a thread inside torch while the interpreter is taken down aborts the
-    process.
-
-    >>> thread = Thread(print, name="greeter", args=("hello",))
-    >>> thread.start(); thread.join()
-    hello
-    """
-
-    def __init__(self, target: Callable[..., object], *, name: str, args: tuple[Any, ...] = ()) -> None:
-        super().__init__(target=target, name=name, args=args, daemon=True)
-        self._begun, self._over = threading.Event(), threading.Event()
-
-    def start(self) -> None:
-        """Begins. Interrupted by Ctrl-C, it lets the thread begin first: who started it can then end it."""
-        try:
-            super().start()
-        except KeyboardInterrupt:
-            self._begun.wait(1.0)
-            raise
-
-    def run(self) -> None:
-        """Runs the target."""
-        self._begun.set()
-        try:
-            super().run()
-        finally:
-            self._over.set()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Waits for the end, for at most `timeout` seconds."""
-        if self._over.wait(timeout):
-            super().join()
 
 
 def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -192,10 +150,15 @@ class Loop:
     >>> loop.run(asyncio.sleep(0, "done"))
     'done'
     >>> loop.stop()
+
+    Args:
+        name: the thread's.
+        patience: seconds that what is still running at the end may take to clean up; None: as long as it takes.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, patience: float | None = None) -> None:
         self._loop = asyncio.new_event_loop()
+        self._patience = patience
         self.stopped = self._halted = False
         self._door = threading.Lock()
         self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
@@ -262,91 +225,13 @@ class Loop:
             while left := asyncio.all_tasks(self._loop):  # what ends may begin something
                 for task in left:
                     task.cancel()
-                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+                ended, late = self._loop.run_until_complete(asyncio.wait(left, timeout=self._patience))
+                for task in ended:
+                    if not task.cancelled():
+                        task.exception()  # seen: nobody else will ask
+                if late:
+                    break
             if self._last is not None:
                 self._loop.run_until_complete(self._last())
         finally:
             self._loop.close()
-
-
-class Worker:
-    """A daemon thread that runs one call after another: a blocking environment's, all in the same thread."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = Thread(self._serve, name="llm_gym-env")
-        self._thread.start()
-
-    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[tuple[list[T], BaseException | None]] = loop.create_future()
-
-        def call() -> None:
-            value: list[T] = []
-            failed: BaseException | None = None
-            try:
-                value.append(function(*args, **kwargs))
-            except BaseException as error:  # a future takes not each as its own: it would never hear of StopIteration
-                failed = error
-            _tell(loop, future, (value, failed))
-
-        self._calls.put(call)
-        value, failed = await future
-        if failed is not None:
-            raise failed
-        return value[0]
-
-    def stop(self, last: Callable[[], None]) -> None:
-        """Runs `last` after the calls under way, then ends the thread; does not wait for it."""
-        self._calls.put(last)
-        self._calls.put(None)
-
-    def join(self, seconds: float) -> bool:
-        """Waits for the thread's end; whether it came."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
-
-
-def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], outcome: T) -> None:
-    """Settles `future` from another thread, unless it was cancelled or its loop is gone."""
-
-    def settle() -> None:
-        if not future.done():
-            future.set_result(outcome)
-
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(settle)
-
-
-FIRST, LONGEST = 0.25, 5.0
-"""Seconds before the second try, and before any later one."""
-
-
-def delay(attempt: int, fraction: float | None = None) -> float:
-    """Seconds to wait after failure number `attempt` (from 0): doubled each time, with jitter.
-
-    Between half and all of `min(LONGEST, FIRST * 2**attempt)`, so that requests that failed together do not
-    return together ("equal jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
-
-    Args:
-        attempt: failures before this one.
-        fraction: the jitter, in [0, 1); None: random.
-    """
-    most = min(LONGEST, FIRST * 2.0 ** min(attempt, 32))
-    return most * (0.5 + 0.5 * (random.random() if fraction is None else fraction))
-
-
-async def tries(until: Callable[[], float] = lambda: math.inf) -> AsyncIterator[int]:
-    """Failures so far, 0 at first, for ever; pauses before every try but the first, for `delay`, but not past `until`.
-
-    Args:
-        until: when there is no point in waiting any longer, on the monotonic clock; asked before every pause.
-    """
-    for attempt in itertools.count():
-        yield attempt
-        await asyncio.sleep(max(min(delay(attempt), until() - time.monotonic()), 0.0))

@@ -1,0 +1,165 @@
+"""Threads that can be waited for: one that runs calls in their order, and calls with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Thread(threading.Thread):
+    """A daemon thread; a `join` that was interrupted may be repeated, and waits as the first one did.
+
+    `threading.Thread.join` before Python 3.13 takes the thread for ended once a `KeyboardInterrupt` has come out of
+    it: every later `join` returns at once, and a thread inside torch while the interpreter is taken down aborts the
+    process.
+
+    >>> thread = Thread(print, name="greeter", args=("hello",))
+    >>> thread.start(); thread.join()
+    hello
+    """
+
+    def __init__(self, target: Callable[..., object], *, name: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._begun, self._over = threading.Event(), threading.Event()
+
+    def start(self) -> None:
+        """Begins. Interrupted by Ctrl-C, it lets the thread begin first: who started it can then end it."""
+        try:
+            super().start()
+        except KeyboardInterrupt:
+            self._begun.wait(1.0)
+            raise
+
+    def run(self) -> None:
+        """Runs the target."""
+        self._begun.set()
+        try:
+            super().run()
+        finally:
+            self._over.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the end, for at most `timeout` seconds."""
+        if self._over.wait(timeout):
+            super().join()
+
+
+class Worker:
+    """A daemon thread that runs one call after another: a blocking environment's, all in the same thread."""
+
+    def __init__(self, name: str = "llm_gym-env") -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = Thread(_serve, name=name, args=(self._calls,))  # not of this object, which may be let go of
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; in a forked child it does not."""
+        return self._thread.is_alive()
+
+    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[list[T], BaseException | None]] = loop.create_future()
+
+        def call() -> None:
+            value: list[T] = []
+            failed: BaseException | None = None
+            try:
+                value.append(function(*args, **kwargs))
+            except BaseException as error:  # a future takes not each as its own: it would never hear of StopIteration
+                failed = error
+            _tell(loop, future, (value, failed))
+
+        self._calls.put(call)
+        value, failed = await future
+        if failed is not None:
+            raise failed
+        return value[0]
+
+    def submit(self, function: Callable[..., T], /, **kwargs: Any) -> Future[T]:
+        """`function(**kwargs)` in the thread, for a caller that waits outside any event loop."""
+        future: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(**kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(call)
+        return future
+
+    def stop(self, last: Callable[[], None] | None = None) -> None:
+        """Runs `last` after the calls under way, then ends the thread; does not wait for it."""
+        if last is not None:
+            self._calls.put(last)
+        self._calls.put(None)
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the thread's end; whether it came."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # holds the environment
+
+
+class Overdue(Exception):
+    """A call missed its deadline."""
+
+
+class Runner:
+    """Runs functions one after another in a thread of its own, each with a deadline.
+
+    A call that misses it is abandoned: nothing can stop a Python thread, so it runs on by itself (and ends with the
+    process), and the next call gets a new thread.
+    """
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def call(self, function: Callable[..., T], timeout: float | None, /, **arguments: Any) -> T:
+        """What `function(**arguments)` returns or raises.
+
+        Raises:
+            Overdue: it took more than `timeout` seconds; never, if that is None.
+        """
+        if self._worker is None or not self._worker.alive:
+            self._worker = Worker("llm_gym-tool")
+            weakref.finalize(self, self._worker.stop)  # an environment that nobody closed leaves no thread
+        future = self._worker.submit(function, **arguments)
+        if not wait([future], timeout).done:
+            self._worker.stop()  # should the call come back, its thread ends
+            self._worker = None
+            raise Overdue
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the thread; it has nothing to do, so it ends at once."""
+        if self._worker is not None and self._worker.alive:
+            self._worker.stop()
+            self._worker.join()
+        self._worker = None
+
+
+def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], outcome: T) -> None:
+    """Settles `future` from another thread, unless it was cancelled or its loop is gone."""
+
+    def settle() -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(settle)
