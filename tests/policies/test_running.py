@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from llm_gym import concurrency
 from llm_gym.concurrency import Thread, run_here
 
 
