@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
@@ -143,6 +144,15 @@ class Stopped(PolicyError):
         super().__init__("The policy was closed.")
 
 
+class _HeldLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock stands still while another thread holds it."""
+
+    held = 0.0
+
+    def time(self) -> float:
+        return super().time() - self.held
+
+
 class Loop:
     """An event loop in a thread of its own, in which connections outlive the callers' loops.
 
@@ -157,13 +167,30 @@ class Loop:
     """
 
     def __init__(self, name: str, patience: float | None = None) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = _HeldLoop()
         self._patience = patience
         self.stopped = self._halted = False
         self._door = threading.Lock()
         self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
         self.thread = Thread(self._run, name=name)
         self.thread.start()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the caller runs in it."""
+        return threading.current_thread() is self.thread
+
+    @contextlib.contextmanager
+    def waiting_for(self, lock: threading.Lock) -> Iterator[None]:
+        """Holds a lock; no deadline in the loop comes nearer while the loop itself waits for it."""
+        began = None if lock.acquire(blocking=False) else time.monotonic()
+        if began is not None:
+            lock.acquire()
+            self._loop.held += (time.monotonic() - began) * self.inside
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine`, run there, returns to a caller in another loop; cancelling the caller cancels it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,10 @@ class Request:
     """`max_tokens` and `stop_token_ids` are final: trimmed to the context, the default ids filled in."""
     seed: int
     """Its random stream, 64 bits."""
+    version: int = 0
+    """Of the weights that draw its first token; known once it is in flight."""
+    updates: list[tuple[int, int]] = field(default_factory=list)
+    """(index of the first token, version) of the updates since, as in `Completion`."""
 
     @property
     def length(self) -> int:
@@ -93,6 +97,20 @@ class Engine:
         else:
             self.clear()
 
+    def renew(self, version: int) -> None:
+        """The weights have changed, to those of `version`; requests in flight go on with the new ones.
+
+        Their keys and values are computed again: old ones beneath new weights move a token by up to half a nat.
+        """
+        if self.served.lean is not None:
+            self.served.lean.refresh()
+        self.slots.forget()
+        for row, request in enumerate(self.flying):
+            drawn = int(self.slots.rows["filled"][row] + 1 - self.slots.rows["prompt"][row])
+            request.updates = [update for update in request.updates if update[0] < drawn] + [(drawn, version)]
+        if self.flying and self.served.uncached is None:
+            self.refill()
+
     def drop(self, unwanted: Callable[[Request], bool]) -> None:
         """Gives up requests."""
         self.waiting = deque(request for request in self.waiting if not unwanted(request))
@@ -105,6 +123,8 @@ class Engine:
         admitted = self._admit()
         if not self.flying and not admitted:
             return []
+        for request in admitted:
+            request.version = version
         decoding = self.slots.active
         copies = self._place(admitted)
         source = [*range(self.slots.active), *(leader for _, leader in copies)]
@@ -112,7 +132,7 @@ class Engine:
         for request, leader in copies:
             self._enter(request, self.slots.place_copy(leader))
         self._draw(logits[source] if copies else logits)
-        return self._finish(version)
+        return self._finish()
 
     def _admit(self) -> list[Request]:
         """Takes from the line what fits, in order, and makes room for it."""
@@ -247,6 +267,20 @@ class Engine:
         neighbours = rows[-1] - rows[0] == len(rows) - 1
         return feed(self.served, self.slots.cache, slice(rows[0], rows[-1] + 1) if neighbours else rows, ids, positions)
 
+    def refill(self) -> None:
+        """Feeds every row in flight again all that it was fed before."""
+        known, filled = self.slots.known, self.slots.rows["filled"][: self.slots.active].copy()
+        for batch in self._batches(filled, 0):
+            for start in range(0, int(filled[batch].max()), self.prefill_tokens):
+                stops = np.minimum(filled[batch], start + self.prefill_tokens)
+                width = int((stops - start).max())
+                ids = np.zeros((len(batch), width), np.int64)
+                positions = np.full((len(batch), width), -1, np.int64)
+                for i, (row, stop) in enumerate(zip(batch, stops, strict=True)):
+                    ids[i, width - (stop - start) :] = known[row, start:stop]
+                    positions[i, width - (stop - start) :] = np.arange(start, stop)
+                feed(self.served, self.slots.cache, batch, ids, positions)
+
     def _draw(self, logits: torch.Tensor) -> None:
         """Draws the next token of every row in flight from `logits` [active, vocabulary]."""
         rows = self.slots.rows[: self.slots.active]
@@ -256,7 +290,7 @@ class Engine:
         rows["pending"] = tokens.cpu().numpy()
         self.slots.logprobs[np.arange(len(rows)), rows["filled"]] = logprobs.cpu().numpy()
 
-    def _finish(self, version: int) -> list[tuple[Request, Completion | PolicyError]]:
+    def _finish(self) -> list[tuple[Request, Completion | PolicyError]]:
         """The requests whose last token was drawn; their rows become idle."""
         rows = self.slots.rows[: self.slots.active]
         stopped = (rows["stops"] == rows["pending"][:, None]).any(axis=1)
@@ -268,15 +302,16 @@ class Engine:
             if broken[row]:
                 done.append((self.flying[row], PolicyError("engine: the model's logits are not finite.")))
             else:
-                done.append((self.flying[row], self._completion(row, "stop" if stopped[row] else "length", version)))
+                done.append((self.flying[row], self._completion(row, "stop" if stopped[row] else "length")))
             self._release(row)
         return done[::-1]
 
-    def _completion(self, row: int, reason: FinishReason, version: int) -> Completion:
-        record = self.slots.rows[row]
+    def _completion(self, row: int, reason: FinishReason) -> Completion:
+        record, request = self.slots.rows[row], self.flying[row]
         start, stop = int(record["prompt"]), int(record["filled"])
         tokens = np.append(self.slots.known[row, start:stop], np.int32(record["pending"]))
-        return Completion(tokens, self.slots.logprobs[row, start : stop + 1].copy(), reason, version)
+        logprobs = self.slots.logprobs[row, start : stop + 1].copy()
+        return Completion(tokens, logprobs, reason, request.version, tuple(request.updates))
 
     def _release(self, row: int) -> None:
         """Makes a row idle, with the last row in flight taking its place."""

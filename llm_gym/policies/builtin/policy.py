@@ -9,7 +9,9 @@ as they arrive, and a row stays cached after its completion, for the next turn t
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_gym.concurrency import run_here
+from llm_gym.concurrency import Loop, run_here
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.errors import PolicyError, SettingError, check_counts
 from llm_gym.models.checksums import checksum
@@ -91,6 +93,8 @@ class TransformersPolicy:
         )
         self._futures: dict[Request, asyncio.Future[Completion]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: Loop | None = None
+        self._turn = threading.Lock()
         self._seeds = np.random.default_rng()
 
     async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
@@ -104,12 +108,15 @@ class TransformersPolicy:
         Raises:
             PolicyError: the context is empty, too long or out of the vocabulary, or the model failed.
         """
+        if self._home is not None and not self._home.inside:
+            return await self._home.ask(self.complete(context, sampling, seed=seed))
         loop = asyncio.get_running_loop()
         seed = int(self._seeds.integers(1 << 63)) if seed is None else seed
         request = self._request(context, sampling, seed)
-        self._wake(loop)
-        future = self._futures[request] = loop.create_future()
-        self.engine.waiting.append(request)
+        with self._alone():
+            self._wake(loop)
+            future = self._futures[request] = loop.create_future()
+            self.engine.waiting.append(request)
         done: Completion = await future  # a cancelled caller cancels the future, and the next step drops the request
         return done
 
@@ -127,12 +134,20 @@ class TransformersPolicy:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Copies named weights (Hugging Face names, tied ones once or twice) into the module, all or nothing.
 
+        Requests in flight go on with the new weights, what they had cached is computed again, and their completions
+        say from which token on.
+
         Raises:
-            PolicyError: names are unknown or missing, a shape differs, or requests are in flight.
+            PolicyError: names are unknown or missing, or a shape differs.
         """
-        self._refuse_in_flight("load")
-        copy_weights(self.model, tensors)
-        self.refresh(version=version)
+        with self._alone():
+            self._drop_cancelled()
+            copy_weights(self.model, tensors)
+            if self._futures:
+                self.engine.renew(version)
+            else:
+                self.engine.clear()
+            self.version = version
 
     def differing(self, expected: Mapping[str, int]) -> list[str]:
         """The tensors whose checksums (see `checksums`) are not these, by name."""
@@ -154,8 +169,17 @@ class TransformersPolicy:
 
     def forget(self) -> None:
         """Drops the rows kept for a next turn: what follows depends on nothing that came before."""
-        self._drop_cancelled()
-        self.engine.forget()
+        with self._alone():
+            self._drop_cancelled()
+            self.engine.forget()
+
+    def serve_in(self, loop: Loop) -> None:
+        """From now on requests live in `loop`, whichever loop they come from; other threads may load weights."""
+        self._home = loop
+
+    def paused(self) -> AbstractContextManager[object]:
+        """While it lasts the engine makes no step: a learner in another thread has the processor to itself."""
+        return self._turn
 
     def close(self) -> None:
         """Cancels what is in flight and frees the cache; the module is the caller's."""
@@ -218,8 +242,16 @@ class TransformersPolicy:
         else:
             self._loop = None
 
+    def _alone(self) -> AbstractContextManager[object]:
+        """While nobody else reads or writes weights, cache or requests."""
+        return self._turn if self._home is None else self._home.waiting_for(self._turn)
+
     def _step(self) -> bool:
         """One engine step; whether a request was settled."""
+        with self._alone():
+            return self._step_alone()
+
+    def _step_alone(self) -> bool:
         self._drop_cancelled()
         try:
             done = self.engine.step(self.version)
