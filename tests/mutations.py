@@ -352,14 +352,14 @@ MUTANTS = (
     ),
     Mutant(
         "groups that wait for a slot are lost with the process",
-        "harness/data/filters.py::Selection._load",
+        "harness/data/selection.py::Selection._load",
         'for env, own in enumerate(state["kept"])',
         "for env, own in enumerate([[]] * len(self.names))",
         ("harness/test_selection.py::test_a_saved_selection_goes_on_exactly[4]",),
     ),
     Mutant(
         "a left-over group is trained on twice",
-        "harness/data/filters.py::Selection._fill",
+        "harness/data/selection.py::Selection._fill",
         "[self.kept[env].pop(0) for env in slots if self.kept[env]]",
         "[self.kept[env][0] for env in slots if self.kept[env]]",
         ("harness/test_selection.py::test_nothing_is_lost_and_nothing_is_counted_twice",),

@@ -129,14 +129,14 @@ LOOPS = (
     ),
     Mutant(
         "groups are trained on that are older than allowed",
-        "harness/data/filters.py::Selection._expire",
+        "harness/data/selection.py::Selection._expire",
         "if step - born <= age]",
         "if step - born <= age + 1]",
         ("harness/test_selection.py::test_nothing_is_lost_and_nothing_is_counted_twice",),
     ),
     Mutant(
         "a group that a filter left out is trained on",
-        "harness/data/filters.py::Selection._sort",
+        "harness/data/selection.py::Selection._sort",
         "            if group.filtered is None:\n",
         "            if group.task:\n",
         ("harness/test_selection.py::test_everything_filtered_is_an_empty_harvest_at_the_bound",),
@@ -150,7 +150,7 @@ LOOPS = (
     ),
     Mutant(
         "over-sampling plays past its bound",
-        "harness/data/filters.py::Selection._round",
+        "harness/data/selection.py::Selection._round",
         "return turns[:most]",
         "return turns",
         ("harness/test_selection.py::test_nothing_is_lost_and_nothing_is_counted_twice",),

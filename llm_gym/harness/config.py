@@ -13,8 +13,8 @@ from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.bounds import Within
 from llm_gym.harness.data.curriculum import CurriculumConfig
-from llm_gym.harness.data.filters import OversampleConfig
 from llm_gym.harness.data.mixture import EnvConfig
+from llm_gym.harness.data.selection import OversampleConfig
 from llm_gym.harness.distributed.world import ParallelConfig
 from llm_gym.harness.evaluation.evaluator import EvalConfig
 from llm_gym.harness.learner.optimizers import OptimizerConfig

@@ -16,7 +16,7 @@ from llm_gym.core import Completion, Episode, Group, StopReason, Task, Turn
 from llm_gym.episode_files import encode
 from llm_gym.harness.batching.packing import samples
 from llm_gym.harness.batching.shards import pack_shard
-from llm_gym.harness.data.filters import OversampleConfig, Selection
+from llm_gym.harness.data.selection import OversampleConfig, Selection
 from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_on_rank0
 from llm_gym.harness.distributed.world import World

@@ -15,7 +15,8 @@ from test_tasks import group_of
 from llm_gym.core import Completion, Group, StopReason, Task
 from llm_gym.episode_files import encode
 from llm_gym.errors import CheckpointError, ConfigError
-from llm_gym.harness.data.filters import FILTERS, OversampleConfig, Selection, filters
+from llm_gym.harness.data.filters import FILTERS, filters
+from llm_gym.harness.data.selection import OversampleConfig, Selection
 from llm_gym.harness.data.tasks import Tasks
 from llm_gym.trajectories import trajectories
 

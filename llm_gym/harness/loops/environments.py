@@ -12,8 +12,8 @@ from llm_gym.envs import make, resolve
 from llm_gym.errors import ConfigError
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.data.curriculum import CURRICULA, curriculum
-from llm_gym.harness.data.filters import Selection
 from llm_gym.harness.data.mixture import EnvConfig, EnvSpec
+from llm_gym.harness.data.selection import Selection
 from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import EvalTask, eval_task, eval_tasks, try_env

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import AdvantageFn, advantage
-from llm_gym.harness.data.filters import Selection
 from llm_gym.harness.data.mixture import EnvSpec
+from llm_gym.harness.data.selection import Selection
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import EvalTask
 from llm_gym.harness.learner.optimizers import check_optimizer

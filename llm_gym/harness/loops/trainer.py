@@ -11,8 +11,8 @@ from typing import Any
 from llm_gym.core import Episode
 from llm_gym.errors import CheckpointError, TrainingError
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.filters import StepBatch
 from llm_gym.harness.data.mixture import describe_each
+from llm_gym.harness.data.selection import StepBatch
 from llm_gym.harness.distributed.groups import whole_on_rank0
 from llm_gym.harness.evaluation.kl_from_start import kl_from_start, some_of
 from llm_gym.harness.loops.distill import group_learner_of

@@ -1,0 +1,220 @@
+"""Which groups a step trains on: filters by name, more groups played for those that did not pass, and left-overs.
+
+Without filters a step trains on the groups it plays. With them, groups that do not pass are left out before
+anything is counted; with `oversample.max_factor` above 1 more are played in their place, until every slot of the
+step is filled or the bound is reached (dynamic sampling, https://arxiv.org/abs/2503.14476, section 3.2).
+
+More are played at once than are missing, by the share that passed so far; what passed and found no slot is kept
+for the next step. Such groups are one step old: they are trained on with the log-probabilities that they were
+sampled with, so that ratios and importance corrections are those of the weights that sampled them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from llm_gym.core import Episode, Group, Task
+from llm_gym.episode_files import decode, encode
+from llm_gym.errors import CheckpointError, ConfigError
+from llm_gym.harness.bounds import Within
+from llm_gym.harness.data.filters import filters, judged, spread
+from llm_gym.harness.data.tasks import Tasks
+from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_on_rank0
+from llm_gym.harness.distributed.world import World
+from llm_gym.harness.settings import checked
+from llm_gym.rollouts.player import Player
+
+STATE = "data.json"
+"""In a checkpoint: where the curricula are, and the groups that wait for a slot."""
+SMOOTHING = 0.5
+"""How much the newest round says about the share of groups that pass."""
+
+
+@checked("oversample")
+@dataclass(frozen=True)
+class OversampleConfig:
+    """How groups that do not pass the filters are replaced."""
+
+    max_factor: Annotated[float, Within("[1, inf)")] = 1.0
+    """Most groups played in a step, as a multiple of `prompts_per_step`; 1: none are replaced."""
+    max_age: Annotated[int, Within("[0, inf)")] = 1
+    """Steps for which groups that passed and found no slot are kept; 0: they are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What a step played, and what it trains on."""
+
+    groups: list[Group]
+    """To be trained on, in the order of the step's slots; some may be of an earlier step."""
+    played: list[Episode]
+    """Every episode of this step, once."""
+    dropped: list[Group]
+    """Groups of this step that a filter left out."""
+    metrics: dict[str, float]
+
+    @property
+    def episodes(self) -> list[Episode]:
+        """Those to be trained on, group by group."""
+        return [episode for group in self.groups for episode in group.episodes]
+
+
+class Selection:
+    """Fills the slots of each step; see the top of this file.
+
+    Args:
+        tasks: what is played.
+        count: slots of a step.
+        chosen: the filters.
+        oversample: how groups that do not pass are replaced.
+        names: of the environments, in the order of `Task.env`.
+        world: the ranks: each plays its share, and judges what it played.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        count: int,
+        chosen: Mapping[str, Any] | None = None,
+        oversample: OversampleConfig | None = None,
+        names: Sequence[str] = ("",),
+        world: World | None = None,
+    ) -> None:
+        self.tasks, self.count, self.names, self.world = tasks, count, list(names), world or World()
+        self.filters, self.oversample = filters(chosen or {}), oversample or OversampleConfig()
+        if self.oversample.max_factor > 1 and not self.filters:
+            raise ConfigError(
+                "oversample.max_factor: there are no filters, so nothing is replaced; set filters.spread=0."
+            )
+        self.budget = math.floor(count * self.oversample.max_factor)
+        self.rates = [1.0] * len(self.names)
+        """Share of each environment's groups that pass, smoothed."""
+        self.kept: list[list[tuple[int, Group]]] = [[] for _ in self.names]
+        """For each environment, (step that played it, group) of what passed and found no slot yet, oldest first."""
+
+    def collect(self, step: int, player: Player) -> StepBatch:
+        """Lets a step's groups be played, and chooses among them; `player` is given this rank's share of the tasks."""
+        self.tasks.begin(step)
+        slots = self.tasks.slots(self.count)
+        counts: Counter[str] = Counter()
+        played: list[Group] = []
+        dropped: list[Group] = []
+        while (missing := self._open(slots)) and len(played) < self.budget:
+            tasks = self.tasks.draw(self._round(missing, self.budget - len(played)))
+            mine = [judged(group, self.filters) for group in player.play(self.world.shard(tasks))]
+            fresh = share_groups(self.world, mine, "rollout")
+            played += fresh
+            dropped += self._sort(step, fresh, counts)
+        self.tasks.learn(played)
+        chosen = self._fill(slots)
+        counts["expired"] = self._expire(step + 1)
+        counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
+        groups = [group for _, group in chosen]
+        metrics = self._metrics(counts, len(groups), played)
+        return StepBatch(groups, [episode for group in played for episode in group.episodes], dropped, metrics)
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that later steps depend on, groups that wait for a slot included; every rank calls it."""
+        kept = [[[born, self._encoded(group)] for born, group in own] for own in self.kept]
+        if self.world.rank != 0:
+            return
+        state = {"envs": self.names, "tasks": self.tasks.state_dict(), "rates": self.rates, "kept": kept}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Goes on where `save` was called.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of other environments or another curriculum.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if state["envs"] != self.names:
+                raise ValueError(f"it is of the environments {state['envs']}, the run of {self.names}")
+            self._load(state)
+        except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
+
+    # Inside
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.tasks.load_state_dict(state["tasks"])
+        self.rates = list(state["rates"])
+        self.kept = [
+            [(born, _group(self.world, env, episodes)) for born, episodes in own]
+            for env, own in enumerate(state["kept"])
+        ]
+
+    def _encoded(self, group: Group) -> list[dict[str, Any]]:
+        return [encode(episode) for episode in whole_on_rank0(self.world, group.episodes, "saving")]
+
+    def _open(self, slots: Sequence[int]) -> list[int]:
+        """The environments of the slots for which no group is ready."""
+        ready = [len(own) for own in self.kept]
+        missing = []
+        for env in slots:
+            ready[env] -= 1
+            if ready[env] < 0:
+                missing.append(env)
+        return missing
+
+    def _round(self, missing: Sequence[int], most: int) -> list[int]:
+        """The environments to play next: as many groups as should fill what is missing, taken in turns."""
+        wanted = {env: math.ceil(count / self.rates[env]) for env, count in Counter(missing).items()}
+        dealt: Counter[int] = Counter()
+        turns = []
+        for env in list(missing) * math.ceil(self.oversample.max_factor):
+            if dealt[env] < wanted[env]:
+                dealt[env] += 1
+                turns.append(env)
+        return turns[:most]
+
+    def _sort(self, step: int, fresh: Sequence[Group], counts: Counter[str]) -> list[Group]:
+        """Makes ready what passes, and learns how much that is; returns the others."""
+        dropped = []
+        tried: dict[int, list[bool]] = {}
+        for group in fresh:
+            env = group.task.env
+            tried.setdefault(env, []).append(group.filtered is None)
+            if group.filtered is None:
+                self.kept[env].append((step, group))
+            else:
+                counts[f"dropped/{group.filtered}"] += 1
+                dropped.append(group)
+        for env, passed in tried.items():
+            seen = (1 - SMOOTHING) * self.rates[env] + SMOOTHING * sum(passed) / len(passed)
+            self.rates[env] = max(seen, 1 / self.oversample.max_factor)
+        return dropped
+
+    def _fill(self, slots: Sequence[int]) -> list[tuple[int, Group]]:
+        """Takes a group for every slot that has one, the oldest first."""
+        return [self.kept[env].pop(0) for env in slots if self.kept[env]]
+
+    def _expire(self, step: int) -> int:
+        """Drops groups that `step` would find too old; returns how many."""
+        before, age = sum(map(len, self.kept)), self.oversample.max_age
+        self.kept = [[(born, group) for born, group in own if step - born <= age] for own in self.kept]
+        return before - sum(map(len, self.kept))
+
+    def _metrics(self, counts: Counter[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
+        """Where groups went: kept by the step before + played = trained + dropped + expired + kept."""
+        flat = sum(not spread(group, 0) for group in played)
+        row = {"groups/trained": float(trained), "groups/zero_spread": flat / len(played) if played else math.nan}
+        if self.filters:
+            row |= {f"groups/dropped/{name}": float(counts[f"dropped/{name}"]) for name in self.filters}
+        if self.oversample.max_factor > 1:
+            row |= {f"groups/{name}": float(counts[name]) for name in ("reused", "kept", "expired")}
+        return row | {"groups/played": float(len(played))}
+
+
+def _group(world: World, env: int, episodes: Iterable[Mapping[str, Any]]) -> Group:
+    """A group that waited for a slot: its tokens on the rank that played it."""
+    every = tuple(decode(data) for data in episodes)
+    (own,) = own_groups(world, [Group(Task(env, every[0].seed, every[0].task), every)])
+    return own
