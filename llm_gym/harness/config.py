@@ -15,6 +15,7 @@ from llm_gym.harness.bounds import Within
 from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.data.mixture import EnvConfig
 from llm_gym.harness.data.selection import OversampleConfig
+from llm_gym.harness.data.stream import StreamConfig
 from llm_gym.harness.distributed.world import ParallelConfig
 from llm_gym.harness.evaluation.evaluator import EvalConfig
 from llm_gym.harness.learner.optimizers import OptimizerConfig
@@ -119,6 +120,8 @@ class TrainConfig:
     """Which groups are trained on: a row of `filters.FILTERS` or "package.module:function" -> its limit."""
     oversample: OversampleConfig = field(default_factory=OversampleConfig)
     """How groups that do not pass the filters are replaced."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How far rollouts may be ahead of the learner; by default not at all."""
     model: str | None = None
     """Folder, hub id or run folder of the model; None: the embedded one."""
     chat_template: str | None = None

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Ids, Message, Sampling
 from llm_gym.errors import SettingError, unknown
 
@@ -55,6 +57,10 @@ class Abilities:
     """They end a completion, beside the chat's own."""
     forget: Callable[[], None] = lambda: None
     """Called around a rollout, so that what was cached before changes nothing."""
+    serve_in: Callable[[Loop], None] = lambda loop: None
+    """Called where rollouts go on in a loop of their own: requests then live there, and weights come from outside."""
+    paused: Callable[[], AbstractContextManager[object]] = nullcontext
+    """While it lasts, an engine that computes in this process makes no step."""
 
     @classmethod
     def of(cls, policy: object) -> Abilities:

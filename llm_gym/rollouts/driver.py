@@ -120,6 +120,7 @@ class Driver:
         self.max_concurrent = max_concurrent or self.able.max_rows
         self.time_limit = time_limit
         self._pool = EnvPool(env, env_args or {}, name)
+        self._places = asyncio.Semaphore(self.max_concurrent)
 
     def run(
         self,
@@ -169,6 +170,26 @@ class Driver:
             raise
         self.able.forget()
         return [episode for episode in episodes if episode is not None]
+
+    async def play_group(
+        self, seed: int, row: int | None = None, *, group_size: int, run_seed: int = 0, sampling: Sampling | None = None
+    ) -> list[Episode]:
+        """`group_size` episodes of one seed, beside others that were begun, in the order in which they were.
+
+        Args:
+            seed: the reset seed.
+            row: the row of the environment's data; None: the seed decides.
+            group_size: episodes.
+            run_seed: with seed, member and turn it fixes every completion's random stream.
+            sampling: in place of the driver's own.
+        """
+        how = sampling or self.sampling
+        jobs = [_Job(seed, member, run_seed, how, row) for member in range(group_size)]
+        return list(await asyncio.gather(*(self._play_in_turn(job) for job in jobs)))
+
+    async def _play_in_turn(self, job: _Job) -> Episode:
+        async with self._places:
+            return await self._play(job)
 
     def close(self) -> None:
         """Closes every environment; the driver makes new ones if it is used again."""

@@ -113,6 +113,12 @@ class Drivers:
         options = {"group_size": group_size, "seed": seed, "sampling": sampling, "on_episode": on_episode}
         return run_here(self._play(tasks, group_size, options))
 
+    async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
+        """A group of one task, beside others that were begun."""
+        driver = self._drivers[task.env]
+        episodes = await driver.play_group(task.seed, task.row, group_size=group_size, run_seed=seed, sampling=sampling)
+        return Group(task, tuple(episodes))
+
     async def _play(self, tasks: Sequence[Task], group_size: int, options: Mapping[str, Any]) -> list[Group]:
         places: dict[int, list[int]] = {}
         for place, task in enumerate(tasks):

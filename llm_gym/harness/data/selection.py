@@ -107,8 +107,10 @@ class Selection:
         dropped: list[Group] = []
         while (missing := self._open(slots)) and len(played) < self.budget:
             tasks = self.tasks.draw(self._round(missing, self.budget - len(played)))
-            mine = [judged(group, self.filters) for group in player.play(self.world.shard(tasks))]
-            fresh = share_groups(self.world, mine, "rollout")
+            places = self.world.shard(range(len(tasks)))
+            mine = dict(zip(places, player.play([tasks[i] for i in places]), strict=True))
+            judgements = {i: judged(group, self.filters) for i, group in mine.items()}
+            fresh = list(share_groups(self.world, judgements, "rollout").values())
             played += fresh
             dropped += self._sort(step, fresh, counts)
         self.tasks.learn(played)
@@ -118,6 +120,12 @@ class Selection:
         groups = [group for _, group in chosen]
         metrics = self._metrics(counts, len(groups), played)
         return StepBatch(groups, [episode for group in played for episode in group.episodes], dropped, metrics)
+
+    def advance(self, step: int, player: Player) -> None:
+        """New weights have reached the engine: nothing begins before it is waited for."""
+
+    def close(self) -> None:
+        """Nothing is under way between two steps."""
 
     def save(self, folder: Path) -> None:
         """Writes everything that later steps depend on, groups that wait for a slot included; every rank calls it."""

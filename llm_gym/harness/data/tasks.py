@@ -71,9 +71,9 @@ class Tasks:
         self._dealer = Dealer(weights)
         self.begin(0)
 
-    def begin(self, step: int) -> None:
-        """A step begins: seeds are counted from 0, and no row was drawn yet."""
-        self._step, self._drawn = step, 0
+    def begin(self, step: int, drawn: int = 0) -> None:
+        """A step begins: its seeds are counted from `drawn` on, and no row was drawn yet."""
+        self._step, self._drawn = step, drawn
         self._rows: list[set[int]] = [set() for _ in self.curricula]
 
     def slots(self, count: int) -> list[int]:

@@ -6,7 +6,7 @@ outline, and every rank has those of the whole step. Tokens leave their rank onc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 
@@ -14,20 +14,20 @@ from llm_gym.core import Episode, Group
 from llm_gym.harness.distributed.world import World
 
 
-def share_groups(world: World, played: Sequence[Group], what: str) -> list[Group]:
-    """The groups of all ranks, in the order before `World.shard`: those played here whole, the others as outlines.
+def share_groups(world: World, played: Mapping[int, Group], what: str) -> dict[int, Group]:
+    """The groups of all ranks, in the order of their numbers: those played here whole, the others as outlines.
 
     Args:
         world: the ranks.
-        played: whole groups, one for each item of this rank's shard.
+        played: number -> group played here, whole.
         what: for errors: what is being done.
     """
     if world.size == 1:
-        return list(played)
-    mine = [_with(group, (replace(e, rank=world.rank) for e in group.episodes)) for group in played]
-    told = world.unshard([_with(group, (e.outline() for e in group.episodes)) for group in mine], what)
-    whole = iter(mine)
-    return [next(whole) if number % world.size == world.rank else group for number, group in enumerate(told)]
+        return dict(sorted(played.items()))
+    mine = {n: _with(group, (replace(e, rank=world.rank) for e in group.episodes)) for n, group in played.items()}
+    outlines = {n: _with(group, (e.outline() for e in group.episodes)) for n, group in mine.items()}
+    told = {n: group for part in world.gather(outlines, what) for n, group in part.items()}
+    return dict(sorted((told | mine).items()))
 
 
 def own_groups(world: World, groups: Iterable[Group]) -> list[Group]:

@@ -14,6 +14,7 @@ from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.data.curriculum import CURRICULA, curriculum
 from llm_gym.harness.data.mixture import EnvConfig, EnvSpec
 from llm_gym.harness.data.selection import Selection
+from llm_gym.harness.data.stream import Stream
 from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import EvalTask, eval_task, eval_tasks, try_env
@@ -46,7 +47,7 @@ def entries(config: TrainConfig) -> list[EnvConfig]:
     return [replace(entry, env_args={**config.env_args, **entry.env_args}) for entry in chosen]
 
 
-def selection_of(config: TrainConfig, found: Sequence[EnvSpec], world: World) -> Selection:
+def selection_of(config: TrainConfig, found: Sequence[EnvSpec], world: World, *, learns: bool) -> Selection | Stream:
     """What the run plays in its environments, and what it trains on.
 
     Raises:
@@ -62,7 +63,10 @@ def selection_of(config: TrainConfig, found: Sequence[EnvSpec], world: World) ->
         [spec.curriculum.pass_reward for spec in found],
     )
     names = [spec.name for spec in found]
-    return Selection(tasks, config.prompts_per_step, config.filters, config.oversample, names, world)
+    count, how = config.prompts_per_step, (config.filters, config.oversample, names, world)
+    if config.stream.max_staleness and learns:
+        return Stream(tasks, count, config.stream.max_staleness, config.steps, *how)
+    return Selection(tasks, count, *how)
 
 
 def eval_tasks_of(config: TrainConfig, found: Sequence[EnvSpec]) -> list[EvalTask]:

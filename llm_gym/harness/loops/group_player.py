@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Episode, Group, Sampling, Task
 from llm_gym.harness.algorithms.rewards import RewardWatch
 from llm_gym.harness.config import TrainConfig
@@ -15,6 +18,7 @@ from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.loops.preparation import Prepared
 from llm_gym.harness.weight_sync.sync import Sync
+from llm_gym.policies import Abilities
 from llm_gym.rollouts.driver import Driver, OnEpisode
 
 
@@ -50,6 +54,7 @@ class GroupPlayer:
         self.drivers = Drivers(prepared.env_specs, self.policy, time_limit=config.time_limit)
         most, limit = config.sampling.max_tokens, config.time_limit
         self.evaluation = Evaluation(prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
+        self._loop: Loop | None = None
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:
@@ -58,12 +63,43 @@ class GroupPlayer:
         count = self._counting("rollout", len(tasks) * size)
         return self.drivers.play(tasks, group_size=size, seed=config.seed, sampling=config.sampling, on_episode=count)
 
+    @property
+    def version(self) -> int:
+        """Of the weights that sample now."""
+        version: int = self.policy.version
+        return version
+
+    def begin(self, task: Task) -> Future[Group]:
+        """A group of this task, played in the loop of the rollouts; nobody waits for it here."""
+        if self._loop is None:
+            self._loop = Loop("llm_gym-rollouts")
+            Abilities.of(self.policy).serve_in(self._loop)
+        config = self.config
+        play = self.drivers.play_group(task, group_size=config.group_size, seed=config.seed, sampling=config.sampling)
+        return self._loop.submit(play)
+
+    def wait(self, begun: Sequence[Future[Group]]) -> list[Group]:
+        """The groups that were begun."""
+        size = self.config.group_size
+        self.observer.on_phase("rollout", len(begun) * size)
+        for done, _ in enumerate(as_completed(begun), 1):
+            self.observer.on_progress(done * size)
+        return [future.result() for future in begun]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the learner works: the engine sleeps if the run wants that, or makes no step in this process."""
+        with self.sync.engine_asleep(), Abilities.of(self.policy).paused():
+            yield
+
     def evaluate(self) -> tuple[dict[str, float], dict[str, list[Episode]]]:
         """A row of `eval/...` metrics, and the transcripts of each environment; ranks share the problems."""
         return self.evaluation(self._play)
 
     def close(self) -> None:
         """Closes the environments and the engine."""
+        if self._loop is not None:
+            self._loop.stop()
         for part in (self.drivers, self.evaluation, self.sync):
             part.close()
 

@@ -13,6 +13,7 @@ from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.advantages import AdvantageFn, advantage
 from llm_gym.harness.data.mixture import EnvSpec
 from llm_gym.harness.data.selection import Selection
+from llm_gym.harness.data.stream import Stream
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.evaluation.evaluator import EvalTask
 from llm_gym.harness.learner.optimizers import check_optimizer
@@ -33,7 +34,7 @@ class Prepared:
 
     env_specs: Sequence[EnvSpec]
     eval_tasks: Sequence[EvalTask]
-    selection: Selection
+    selection: Selection | Stream
     compute_advantages: AdvantageFn
 
 
@@ -61,7 +62,9 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
     if learns and config.distill is None and not config.loss.needs_every_sequence:
         _check_credit(config, compute_advantages)
     found = env_specs(config)
-    return Prepared(found, eval_tasks_of(config, found), selection_of(config, found, world), compute_advantages)
+    return Prepared(
+        found, eval_tasks_of(config, found), selection_of(config, found, world, learns=learns), compute_advantages
+    )
 
 
 def _check_stops(config: TrainConfig) -> None:

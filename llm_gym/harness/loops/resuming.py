@@ -25,7 +25,11 @@ def _always(config: Any) -> bool:
 
 
 def _groups_wait(config: Any) -> bool:
-    return bool(config.oversample.max_factor > 1)
+    return bool(config.oversample.max_factor > 1) or _ahead(config)
+
+
+def _ahead(config: Any) -> bool:
+    return bool(config.stream.max_staleness)
 
 
 def _rows_are_counted(config: Any) -> bool:
@@ -63,6 +67,8 @@ FIXED = (
         _rows_are_counted,
     ),
     Rule(("group_size",), "groups of the former size may wait in the checkpoint", _groups_wait),
+    Rule(("stream.max_staleness",), "the checkpoint holds what was played ahead for the former, or nothing"),
+    Rule(("prompts_per_step",), "the checkpoint numbers its tasks by steps of the former size", _ahead),
 )
 """Every other setting may change."""
 NOTHING_TRAINED = ("out", "save_dtype")

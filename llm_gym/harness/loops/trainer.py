@@ -108,11 +108,10 @@ class Trainer:
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
                 batch = self.collect()
-            with clock(times, "time/train"), self.sync.engine_asleep(), self.world.blame_lost_rank("training"):
+            with clock(times, "time/train"), self.playing.alone(), self.world.blame_lost_rank("training"):
                 learned = self.learning.learn(batch.groups, self.step) | self.moved()
             with clock(times, "time/sync"):
-                self.observer.on_phase("sync", 1)
-                synced = self.world.reduce_max(self.sync(self.step + 1), "sync")
+                synced = self.bring_up_to_date()
         told = describe(batch.played) | describe_each(self.env_specs, batch.played) | batch.metrics
         told |= {"sampler/staleness_max": staleness(batch.episodes, self.step)}
         self.step += 1
@@ -128,6 +127,16 @@ class Trainer:
         if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row
+
+    def bring_up_to_date(self) -> dict[str, Any]:
+        """Sends the engine the weights of the step that was learned, where it is time for that."""
+        version, every = self.step + 1, self.config.stream.sync_every
+        if version % every and not self._due(self.config.eval.every, version):
+            return {}
+        self.observer.on_phase("sync", 1)
+        synced = self.world.reduce_max(self.sync(version), "sync")
+        self.selection.advance(version, self.playing)
+        return synced
 
     def collect(self) -> StepBatch:
         """The step's groups: played, filtered, and replaced where they did not pass."""
@@ -171,7 +180,7 @@ class Trainer:
 
     def close(self) -> None:
         """Closes environments, the engine and the loggers, and takes leave of the other processes."""
-        for part in (self.playing, self.loggers, self.world, self.learning):
+        for part in (self.selection, self.playing, self.loggers, self.world, self.learning):
             part.close()
         self.run.release()
         self.observer.on_close()

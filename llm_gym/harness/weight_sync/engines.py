@@ -165,6 +165,10 @@ def check(config: TrainConfig, world: World | None = None) -> None:
         raise ConfigError(
             f"policy.sleep: only {able} on a CUDA device can give its memory back while the learner trains."
         )
+    if config.policy.sleep and config.stream.max_staleness:
+        raise ConfigError(
+            "policy.sleep: the engine cannot sleep while rollouts go on; leave it, or set stream.max_staleness=0."
+        )
     receiver.check(config, world)
 
 

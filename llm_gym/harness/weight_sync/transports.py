@@ -86,12 +86,15 @@ class Mode:
     """Whether it also works for a learner whose weights are split over several processes."""
     in_place: bool = False
     """Whether the engine runs the learner's own module, so that nothing has to move."""
+    in_flight: bool = True
+    """Whether requests in flight go on with the new weights."""
 
     def fits(self, config: TrainConfig, engine: str, sharded: bool) -> bool:
         """Whether it works with a run's engine and learner; `sharded`: the weights are split over processes."""
         apart = config.lora is None or config.lora.served_apart or not self.over_base
         known = engine in self.engines and self.adapters in (None, config.lora is not None)
-        return known and apart and (self.sharded or not sharded)
+        ahead = self.in_flight or not config.stream.max_staleness
+        return known and apart and ahead and (self.sharded or not sharded)
 
 
 MODES = {
@@ -102,6 +105,7 @@ MODES = {
         automatic=True,
         sharded=False,
         in_place=True,
+        in_flight=False,
     ),
     "copy": Mode(_copy, ("transformers",), "every tensor is copied into a second module"),
     "tensors": Mode(_load, ("vllm",), "every tensor is copied within the process", adapters=False, automatic=True),
@@ -120,7 +124,9 @@ MODES = {
         _load, ("vllm", "server"), "as `tensors` or `file`, the adapter folded in", adapters=True, automatic=True
     ),
     "disk": Mode(_load_folder, ("vllm", "server"), "a checkpoint is written, and loaded again", sharded=False),
-    "restart": Mode(_restart, ("vllm",), "a checkpoint is written, and a new engine started on it", sharded=False),
+    "restart": Mode(
+        _restart, ("vllm",), "a checkpoint is written, and a new engine started on it", sharded=False, in_flight=False
+    ),
 }
 """Name -> what it does."""
 
@@ -159,5 +165,6 @@ def modes_of(config: TrainConfig, engine: str, *, sharded: bool = False) -> list
         which = (
             f"engine {engine!r} {'with' if adapters else 'without'} {kind}adapters" + sharded * " and a split learner"
         )
+        which += " while rollouts go on (stream.max_staleness)" * bool(config.stream.max_staleness)
         raise ConfigError(f"policy.sync: {wanted!r} does not work with {which}; valid: auto, {', '.join(fitting)}.")
     return [wanted]
