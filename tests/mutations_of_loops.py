@@ -207,8 +207,8 @@ LOOPS = (
     Mutant(
         "tokens travel to every rank",
         "harness/distributed/groups.py::share_groups",
-        "world.unshard([_with(group, (e.outline() for e in group.episodes)) for group in mine], what)",
-        "world.unshard(mine, what)",
+        "outlines = {n: _with(group, (e.outline() for e in group.episodes)) for n, group in mine.items()}",
+        "outlines = mine",
         ("harness/test_rank_groups.py::test_tokens_stay_where_they_were_played",),
     ),
     Mutant(

@@ -3,8 +3,8 @@
 Tasks are numbered, begin in the order of their numbers, and end in it: a step trains on the next ones that are whole,
 and waits for the oldest. None is dropped for its age, so that long episodes are trained on as often as short ones.
 
-Let the step that trains next be s, `missing` the groups that it still wants, and `head` the number that ends next. A
-step ends when it has `per_step` numbers that pass the filters, so n >= head + missing is trained on in step
+Let the step that trains next be s, `missing` the numbers that it takes at least, and `head` the number that ends next.
+Every step takes at least `per_step` numbers, so n >= head + missing is trained on in step
 s + 1 + (n - head - missing) // per_step or earlier. If it begins now, with weights of version v, its oldest token is
 then at most `max_staleness` updates old if n < head + missing + per_step * (max_staleness - (s - v)).
 """
@@ -44,7 +44,7 @@ class Scheduler:
         Args:
             step: the step that trains next, from 0.
             version: of the weights that sample now, at most `step`.
-            missing: groups that this step still wants; None: all.
+            missing: numbers that this step still takes, at least; None: `per_step`.
             needed: most numbers that may still end in the run.
         """
         missing = self.per_step if missing is None else missing

@@ -113,7 +113,8 @@ class Stream:
             waited += time.monotonic() - before
             trained += [group for group in ended if group.filtered is None]
             dropped += [group for group in ended if group.filtered is not None]
-            self._admit(step, player, missing=self.count - len(trained), left=self.budget - len(trained) - len(dropped))
+            left = self.budget - len(trained) - len(dropped)
+            self._admit(step, player, missing=min(self.count - len(trained), left), left=left)
         self._admit(step + 1, player)
         played = trained + dropped
         self.tasks.learn(played)
@@ -159,7 +160,7 @@ class Stream:
     # Inside
 
     def _admit(self, step: int, player: Player, missing: int | None = None, left: int | None = None) -> None:
-        """Begins what may begin before that step has the groups that it is `missing` and may choose `left` more."""
+        """Begins what may begin before that step has taken `missing` numbers at least, `left` at most."""
         needed = self.budget * (self.steps - step - 1) + (self.budget if left is None else left)
         for number in self.scheduler.begin(step, player.version, missing=missing, needed=needed):
             place = number % self.count
