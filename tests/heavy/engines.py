@@ -22,11 +22,16 @@ RUNS: dict[str, list[str]] = {
     "server, fsdp, lora": [*FSDP, "lora.rank=4"],
 }
 """Name -> settings; three groups are dealt to two processes unevenly."""
+AHEAD = {
+    "server, ahead": ["stream.max_staleness=1"],
+    "built in, ahead": ["stream.max_staleness=1", "policy.engine=transformers"],
+}
+"""As `RUNS`, with rollouts ahead of the learners."""
 
 
 def train(name: str, out: Path, server: str) -> None:
     servers = [f"policy.servers=[{server}]", "policy.server.start_seconds=600"] if "server" in name else []
-    run = Trainer(load(TrainConfig, sets=[*FEW, *RUNS[name], *servers]), out=out / name)
+    run = Trainer(load(TrainConfig, sets=[*FEW, *(RUNS | AHEAD)[name], *servers]), out=out / name)
     run.train()
     said = {"version": run.policy.version}
     if "vllm" in name:
@@ -46,6 +51,6 @@ def fail(out: Path) -> None:
 
 if __name__ == "__main__":
     folder, address = Path(sys.argv[1]), sys.argv[2]
-    for each in RUNS:
+    for each in RUNS | AHEAD:
         train(each, folder, address)
     fail(folder)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sandbox_tiers import within
 from test_nproc import DEADLINE, begun, gone
 
+from llm_gym.core import Episode
 from llm_gym.episode_files import decode
 
 pytestmark = pytest.mark.heavy
@@ -89,6 +90,25 @@ def test_it_is_the_run_of_one_process(name: str, two: Path, one: Path) -> None:
     want = load_file(one / last)
     for tensor, value in load_file(two / name / last).items():
         torch.testing.assert_close(value, want[tensor], rtol=0, atol=1e-5)
+
+
+def episodes_of(run: Path, step: int) -> list[Episode]:
+    lines = (run / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    return [decode(json.loads(line)) for line in lines]
+
+
+@pytest.mark.parametrize("name", engines.AHEAD)
+def test_rollouts_go_on_in_both_while_they_train(name: str, two: Path, one: Path) -> None:
+    """The tasks of one process that waits, each played where its number belongs, no token older than the bound."""
+    rows = rows_of(two / name)
+    assert [row["stream/ended"] for row in rows] == [3, 6, 9]
+    assert [row["stream/staleness_max"] for row in rows] == [0, 1, 1]
+    assert max(row["sync/canary_gap_max"] for row in rows) <= 1e-4
+    for step in (1, 2, 3):
+        ours, theirs = episodes_of(two / name, step), episodes_of(one, step)
+        assert [(e.seed, e.member) for e in ours] == [(e.seed, e.member) for e in theirs]
+        assert [e.rank for e in ours[::8]] == [number % 2 for number in range(3 * (step - 1), 3 * step)]
+        assert {step - 1 - int(v) for e in ours for t in e.turns for v in t.completion.versions} <= {0, 1}
 
 
 def test_an_engine_that_fails_in_one_process_ends_all_with_its_sentence(two: Path) -> None:
