@@ -130,8 +130,8 @@ LOOPS = (
     Mutant(
         "groups are trained on that are older than allowed",
         "harness/data/selection.py::Selection._expire",
-        "if step - born <= age]",
-        "if step - born <= age + 1]",
+        "if step - born <= AGE]",
+        "if step - born <= AGE + 1]",
         ("harness/test_selection.py::test_nothing_is_lost_and_nothing_is_counted_twice",),
     ),
     Mutant(

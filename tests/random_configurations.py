@@ -86,7 +86,7 @@ PLAYED: dict[str, Sequence[Any]] = {
     "env_args": ("{turns: 2}", "{turns: 3}", "{max_tokens: 3}", "{system_prompt: Be brief.}", "{max_context: 90}"),
     "curriculum": ("{name: epochs}", "{name: difficulty, pass_reward: 0.1}"),
     "filters": ("{spread: 0}", "{min_length: 2}", "{distinct: 2, sound: 1}", "{max_reward: -1}"),
-    "oversample": ("{max_factor: 2}", "{max_factor: 3, max_age: 0}"),
+    "oversample": ("{max_factor: 2}", "{max_factor: 3}"),
     "prompts_per_step": (1, 2, 3),
     "group_size": (2, 2, 3, 1),
     "minibatches": (1, 2),

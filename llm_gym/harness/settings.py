@@ -159,7 +159,11 @@ def _values(cls: type, data: Mapping[str, Any], where: str, over: Mapping[str, A
         ConfigError: an unknown field, or a value that cannot be.
     """
     hints, names = _hints(cls), _fields(cls)
+    gone: Mapping[str, tuple[Any, str]] = getattr(cls, "gone", {})
+    data = {key: value for key, value in data.items() if key not in gone or value != gone[key][0]}
     for key in data:
+        if key in gone:
+            raise ConfigError(f"{where}{key}: it is no setting any more: {gone[key][1]}.")
         if key not in names:
             raise ConfigError(unknown("configuration key", f"{where}{key}", [f"{where}{name}" for name in names]))
     base = over or _section_defaults(cls)

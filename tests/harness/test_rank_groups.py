@@ -107,7 +107,7 @@ def test_ranks_choose_the_groups_of_one_process(tmp_path: Path) -> None:
     def work(world: World) -> Any:
         def made() -> Selection:
             chosen = {"distinct": 2}
-            return Selection(Tasks(11), 3, chosen, OversampleConfig(6.0, 1), world=world)
+            return Selection(Tasks(11), 3, chosen, OversampleConfig(6.0), world=world)
 
         first, found = made(), []
         for step in range(6):

@@ -90,7 +90,7 @@ def test_filters_compose_and_take_a_users_own() -> None:
         ({"spread": True}, {}, "filters.spread: got True"),
         ({}, {"max_factor": 2}, "oversample.max_factor: there are no filters"),
         ({"spread": 0}, {"max_factor": 0.5}, "oversample.max_factor: got 0.5"),
-        ({"spread": 0}, {"max_age": -1}, "oversample.max_age: got -1"),
+        ({"spread": 0}, {"max_age": 2}, "oversample.max_age: it is no setting any more: groups that passed"),
     ],
 )
 def test_refusals(chosen: dict, oversample: dict, said: str) -> None:
@@ -113,10 +113,10 @@ class Player:
         return dataclasses.replace(group_of(0, 1 if passes else 0, seed=task.seed, env=f"env{task.env}"), task=task)
 
 
-def select(count: int = 8, weights: tuple[float, ...] = (1.0,), factor: float = 4.0, age: int = 1) -> Selection:
+def select(count: int = 8, weights: tuple[float, ...] = (1.0,), factor: float = 4.0) -> Selection:
     tasks = Tasks(11, weights, [None] * len(weights), [1.0] * len(weights))
     names = [f"env{i}" for i in range(len(weights))]
-    return Selection(tasks, count, {"spread": 0}, OversampleConfig(factor, age), names)
+    return Selection(tasks, count, {"spread": 0}, OversampleConfig(factor), names)
 
 
 def test_without_filters_a_step_trains_on_what_it_plays() -> None:
@@ -135,12 +135,11 @@ def test_without_filters_a_step_trains_on_what_it_plays() -> None:
     count=st.integers(1, 12),
     weights=st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=1, max_size=3).map(tuple),
     factor=st.floats(1, 6),
-    age=st.integers(0, 3),
 )
 def test_nothing_is_lost_and_nothing_is_counted_twice(
-    share: float, count: int, weights: tuple[float, ...], factor: float, age: int
+    share: float, count: int, weights: tuple[float, ...], factor: float
 ) -> None:
-    player, chosen = Player(share), select(count, weights, factor, age)
+    player, chosen = Player(share), select(count, weights, factor)
     waiting: Counter[int] = Counter()
     trained: list[int] = []
     for step in range(6):
@@ -159,7 +158,7 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(
         waiting = Counter(g.seed for own in chosen.kept for _, g in own)
         gone = len(found.groups) + len(found.dropped) + m.get("groups/expired", 0) + sum(waiting.values())
         assert len(fresh) + before == gone
-        assert all(step - born < age for own in chosen.kept for born, _ in own)
+        assert all(born == step for own in chosen.kept for born, _ in own)
         if len(found.groups) < count:  # then the bound was reached
             assert len(fresh) == int(count * factor)
     assert len(set(trained)) == len(trained)

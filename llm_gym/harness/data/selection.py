@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from llm_gym.core import Episode, Group, Task
 from llm_gym.episode_files import decode, encode
@@ -32,6 +32,8 @@ from llm_gym.rollouts.player import Player
 
 STATE = "data.json"
 """In a checkpoint: where the curricula are, and the groups that wait for a slot."""
+AGE = 1
+"""Steps for which a group that passed waits for a slot: else a run that is not ahead trains on no older token."""
 SMOOTHING = 0.5
 """How much the newest round says about the share of groups that pass."""
 
@@ -43,8 +45,10 @@ class OversampleConfig:
 
     max_factor: Annotated[float, Within("[1, inf)")] = 1.0
     """Most groups played in a step, as a multiple of `prompts_per_step`; 1: none are replaced."""
-    max_age: Annotated[int, Within("[0, inf)")] = 1
-    """Steps for which groups that passed and found no slot are kept; 0: they are dropped."""
+    gone: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "max_age": (1, "groups that passed and found no slot wait for one step, or for as long as stream.max_staleness")
+    }
+    """Former settings: name -> (the value that changes nothing, what holds now)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +210,8 @@ class Selection:
 
     def _expire(self, step: int) -> int:
         """Drops groups that `step` would find too old; returns how many."""
-        before, age = sum(map(len, self.kept)), self.oversample.max_age
-        self.kept = [[(born, group) for born, group in own if step - born <= age] for own in self.kept]
+        before = sum(map(len, self.kept))
+        self.kept = [[(born, group) for born, group in own if step - born <= AGE] for own in self.kept]
         return before - sum(map(len, self.kept))
 
     def _metrics(self, counts: Counter[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
