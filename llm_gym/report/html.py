@@ -14,6 +14,7 @@ from llm_gym.harness.runs.verdict import warnings
 from llm_gym.harness.runs.words import duration, problems, short
 from llm_gym.report import charts
 from llm_gym.report.run import Run, Series, read, title
+from llm_gym.report.timeline import PHASES, last_steps
 from llm_gym.report.transcripts import Decode, along_the_way, compare
 
 
@@ -60,6 +61,8 @@ def render(run: Run, decode: Decode | None = None) -> str:
         main=charts.main_charts(run),
         more=charts.more_charts(run),
         constants=charts.constants(run),
+        timeline=last_steps(run),
+        phases=PHASES,
         problems=problems(run.config),
         comparison=compare(run, decode),
         steps=along_the_way(run, decode),

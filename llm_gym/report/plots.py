@@ -58,6 +58,17 @@ MORE = (
     one("Failed", "fraction of episodes lost to errors, never trained on", "episode/failed_fraction"),
     one("Clipped", "fraction of tokens outside the trust region", "policy/clip_fraction"),
     Plot(
+        "Staleness",
+        "updates that the trained tokens were old",
+        (("stream/staleness_mean", "mean"), ("stream/staleness_max", "max")),
+    ),
+    Plot(
+        "Rollouts ahead",
+        "groups that are whole and wait, and groups under way, after each step took its own",
+        (("stream/buffer", "waiting"), ("stream/under_way", "under way")),
+    ),
+    one("Waited", "seconds that a step waited for groups", "stream/wait"),
+    Plot(
         "Seconds per step",
         "by phase",
         (("time/rollout", "rollout"), ("time/train", "train"), ("time/sync", "sync")),

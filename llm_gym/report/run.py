@@ -42,6 +42,8 @@ class Run:
     """Metric name -> its finite values, in the order in which names first appear."""
     rows: Sequence[Mapping[str, Any]]
     """Its rows, one a step, in order."""
+    timeline: Sequence[Mapping[str, Any]]
+    """The rows of timeline.jsonl, in order; empty in runs of older versions."""
     last_step: int
     """The last step with a row; 0 if there is none."""
     train_files: Mapping[int, Path]
@@ -75,12 +77,14 @@ def read(folder: str | Path) -> Run:
         raise CheckpointError(f"run folder: {str(path)!r} {state}.")
     text = config.read_text("utf-8") if config.is_file() else ""
     rows = list(_lines(metrics)) if metrics.is_file() else []
+    spans = path / "timeline.jsonl"
     return Run(
         path=path,
         config=_mapping(text),
         config_text=text,
         metrics=_series(rows),
         rows=list({_step(row): row for row in rows}.values()),
+        timeline=list(_lines(spans)) if spans.is_file() else [],
         last_step=max((_step(row) for row in rows), default=0),
         train_files=_numbered(path, "step"),
         eval_files=_numbered(path, "eval"),

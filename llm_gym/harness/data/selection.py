@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -62,6 +62,8 @@ class StepBatch:
     dropped: list[Group]
     """Groups of this step that a filter left out."""
     metrics: dict[str, float]
+    spans: list[tuple[int, float, float]] = field(default_factory=list)
+    """(number of a task, when it began, when it was whole) of what was played ahead, by `time.perf_counter`."""
 
     @property
     def episodes(self) -> list[Episode]:

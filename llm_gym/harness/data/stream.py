@@ -93,12 +93,13 @@ class Stream:
         self.scheduler, self.buffer = Scheduler(count, max_staleness), RolloutBuffer()
         self.owed: list[int] = []
         """Environments whose groups did not pass: the next tasks are theirs, so that each keeps its weight."""
+        self._spans: dict[int, tuple[float, float]] = {}
         self._again: list[tuple[int, Task]] = []
         self._asked = math.nan
 
     def collect(self, step: int, player: Player) -> StepBatch:
         """A step's groups, waited for; others begin in their place."""
-        began = time.monotonic()
+        began, first = time.monotonic(), self.scheduler.head
         trained: list[Group] = []
         dropped: list[Group] = []
         for number, task in self._again:  # what was under way when the run was interrupted
@@ -121,7 +122,9 @@ class Stream:
         busy, self._asked = began - self._asked, time.monotonic()
         metrics = self._metrics(trained, dropped)
         metrics |= {"stream/wait": waited, "stream/overlap": busy / (busy + waited)} | staleness(trained, step)
-        return StepBatch(trained, [episode for group in played for episode in group.episodes], dropped, metrics)
+        numbers = range(first, self.scheduler.head)
+        spans = [(number, *self._spans.pop(number)) for number in numbers if number in self._spans]
+        return StepBatch(trained, [e for group in played for e in group.episodes], dropped, metrics, spans)
 
     def advance(self, step: int, player: Player) -> None:
         """New weights have reached the engine: more may begin."""
@@ -171,8 +174,11 @@ class Stream:
             self._begin(number, task, player)
 
     def _begin(self, number: int, task: Task, player: Player) -> None:
-        mine = number % self.world.size == self.world.rank
-        self.buffer.put(number, Entry(task, player.begin(task) if mine else None))
+        future = player.begin(task) if number % self.world.size == self.world.rank else None
+        self.buffer.put(number, Entry(task, future))
+        if future is not None:
+            began = time.perf_counter()
+            future.add_done_callback(lambda _: self._spans.update({number: (began, time.perf_counter())}))
 
     def _end(self, count: int, player: Player) -> list[Group]:
         """The next groups, judged, in the order of their numbers; those of other ranks as outlines."""

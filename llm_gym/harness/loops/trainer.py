@@ -21,7 +21,7 @@ from llm_gym.harness.loops.group_player import GroupPlayer
 from llm_gym.harness.loops.observer import Observer as Observer
 from llm_gym.harness.loops.starting import start_run
 from llm_gym.harness.randomness import reseed
-from llm_gym.harness.runs.metrics import clock, describe, speeds, staleness
+from llm_gym.harness.runs.metrics import Times, clock, describe, speeds, staleness, timeline
 from llm_gym.harness.runs.verdict import MOVED, alarms
 from llm_gym.harness.settings import dump
 
@@ -103,7 +103,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step, from seeds to a row of metrics."""
-        times: dict[str, float] = {}
+        times = Times()
         reseed(self.config.seed, self.step)
         with clock(times, "time/step"):
             with clock(times, "time/rollout"):
@@ -115,15 +115,17 @@ class Trainer:
         told = describe(batch.played) | describe_each(self.env_specs, batch.played) | batch.metrics
         told |= {"sampler/staleness_max": staleness(batch.episodes, self.step)}
         self.step += 1
-        times = self.world.reduce_max(times, "a step")
-        row = {"step": self.step, **told, **learned, **synced, **times}
-        row |= speeds(learned, told["tokens/generated"], times)
+        slowest = self.world.reduce_max(times, "a step")
+        row = {"step": self.step, **told, **learned, **synced, **slowest}
+        row |= speeds(learned, told["tokens/generated"], slowest)
         if self._due(self.config.eval.every):
-            row |= self.evaluate()
+            with clock(times, "time/eval"):
+                row |= self.evaluate()
         self._write_episodes(f"step_{self.step:06d}", batch.episodes)
         if batch.dropped:
             self._write_episodes(f"dropped_{self.step:06d}", (e for g in batch.dropped for e in g.episodes))
         self._write(row)
+        self.run.log_timeline(timeline(self.step, times, batch.spans))
         if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,15 @@ def combine(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
+class Times(dict[str, float]):
+    """Seconds by name, as `clock` adds them up, and when each of them began and ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[tuple[str, float, float]] = []
+        """(name, began, ended), on the clock of `time.perf_counter`."""
+
+
 @contextmanager
 def clock(times: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds spent inside to `times[name]`."""
@@ -86,7 +96,22 @@ def clock(times: dict[str, float], name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        times[name] = times.get(name, 0.0) + time.perf_counter() - started
+        ended = time.perf_counter()
+        times[name] = times.get(name, 0.0) + ended - started
+        if isinstance(times, Times):
+            times.spans.append((name, started, ended))
+
+
+def timeline(step: int, times: Times, groups: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
+    """A step's row of timeline.jsonl, in seconds since the process began to look at the clock.
+
+    Args:
+        step: its number.
+        times: of its phases on this rank.
+        groups: (number of a task, began, ended) of the groups that it took and that were played ahead.
+    """
+    phases = {name.removeprefix("time/"): [began, ended] for name, began, ended in times.spans}
+    return {"step": step, "phases": phases, "groups": [list(group) for group in groups]}
 
 
 def _known_mean(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ config.yaml                    complete, re-runnable
 config.until_000010.yaml       the settings up to that step, where the run went on with other ones
 provenance.yaml                a list of the run's starts: versions, commits, machine
 metrics.jsonl                  a row a step; row 0 is the evaluation before the first step
+timeline.jsonl                 a row a step: when each phase, and each group that it trained on, began and ended
 episodes/step_000012.jsonl     the step's episodes, those that were trained on
          dropped_000012.jsonl  those of groups that a filter left out
          failed_000012.jsonl   those of a step that could not be played
@@ -42,7 +43,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
-        self.metrics_file = self.path / "metrics.jsonl"
+        self.metrics_file, self.timeline_file = self.path / "metrics.jsonl", self.path / "timeline.jsonl"
 
     def hold(self) -> None:
         """Makes the folder, and keeps every other process from writing here until `release`, or the end of this one.
@@ -118,9 +119,10 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forgets every row and episode file after `step`, and what a kill left half-written."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
         with self.writing():
-            write_atomically(self.metrics_file, "".join(_line(row) for row in rows))
+            for table in (self.metrics_file, self.timeline_file):
+                rows = [row for row in _rows(table) if row["step"] <= step]
+                write_atomically(table, "".join(_line(row) for row in rows))
             for file in (self.path / "episodes").glob("*.jsonl*"):
                 if file.suffix != ".jsonl" or int(file.stem.split("_")[1]) > step:
                     file.unlink()
@@ -133,14 +135,16 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows written so far; a last line cut by a kill is ignored."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return _rows(self.metrics_file)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends one row; values that JSON has no number for become null."""
         with self.writing(), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def log_timeline(self, row: Mapping[str, Any]) -> None:
+        """Appends one row to the timeline."""
+        with self.writing(), self.timeline_file.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
     def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
@@ -264,6 +268,9 @@ class NonZeroRankRunFolder(RunFolder):
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def log_timeline(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def write_episodes(self, name: str, episodes: Iterable[Episode]) -> None:
         """Goes through them: those played here are sent to the process that writes (see `distributed.groups`)."""
         deque(episodes, maxlen=0)
@@ -312,6 +319,12 @@ def write_atomically(file: Path, text: str | Iterable[str]) -> None:
 
 def _partial(final: Path) -> Path:
     return final.with_name(f".partial-{final.name}")
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table; a last line cut by a kill is ignored."""
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def _line(row: Mapping[str, Any]) -> str:
