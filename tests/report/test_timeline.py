@@ -56,7 +56,7 @@ def test_groups_beyond_the_last_lane_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_it_where_rollouts_were_ahead(tmp_path: Path) -> None:
-    ahead = folder(tmp_path, [row(1, [(0, 101.0, 101.4)])])
+    ahead = folder(tmp_path / "a", [row(1, [(0, 101.0, 101.4)])])
     assert "Rollouts and learning" in report.write(ahead).read_text("utf-8")
-    waits = folder(tmp_path, [row(1, [])])
+    waits = folder(tmp_path / "b", [row(1, [])])
     assert "Rollouts and learning" not in report.write(waits).read_text("utf-8")
