@@ -35,6 +35,10 @@ BASE = "base.json"
 type of the `numbers` that its 4 bits stood for."""
 ADAPTER = "adapter_config.json"
 
+# bitsandbytes, which comes with peft, advises a faster kernel for 4 bits when it is imported: before every run with an
+# adapter, whatever that is held in. All that imports peft imports this module first.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+
 
 # A trained model
 

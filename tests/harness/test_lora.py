@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,10 @@ def test_a_run_with_the_built_in_engine_and_its_resume(kind: str, base: str, syn
     again.train()
     a, b = (t.model.state_dict() for t in (whole, again))
     assert all(torch.equal(t, b[n]) for n, t in a.items() if "lora_" in n)
+
+
+def test_nothing_is_advised_where_adapters_are_made() -> None:
+    """bitsandbytes, imported with peft, speaks of a faster kernel for 4 bits; once, so this takes a process of its own."""
+    code = "from llm_gym.harness.model.loading import LoraConfig, load_model; load_model(lora=LoraConfig(rank=2))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

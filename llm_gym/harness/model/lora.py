@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -108,11 +107,6 @@ class LoraConfig:
         require("bitsandbytes" if self.base == "nf4" else None, f"lora.base: {self.base!r}")
 
 
-def _not_of_kernels(record: logging.LogRecord) -> bool:
-    """Not the advice to install a faster kernel for 4 bits, which comes with every adapter."""
-    return "kernels-community" not in str(record.msg)
-
-
 def check_targets(model: Any, lora: LoraConfig) -> None:
     """Looks whether a model (of no weights, perhaps) has every layer that is asked for by name.
 
@@ -153,7 +147,6 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
             targets = sorted(found - {name.rpartition(".")[2] for name in unfit})
         elif isinstance(targets, str):
             targets = [targets]
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)  # peft imports it
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
