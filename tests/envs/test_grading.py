@@ -220,6 +220,8 @@ BOX = "\\boxed{%s}"
         ("x \\ge 5", "so $5 \\le x$"),
         ("2x + 4y = 3", BOX % "y = -\\frac12 x + \\frac34"),
         ("\\{1, 2\\}", BOX % "2, 1"),
+        ("{1, 2, 3}", "{3, 2, 1}"),
+        ("{3, 1}", BOX % "{1, 3}"),
         ("1 \\pm \\sqrt 2", BOX % "1-\\sqrt2, 1+\\sqrt2"),
         ("(2, 1), (1, 2)", "\\boxed{(1, 2)} and \\boxed{(2, 1)}"),
         ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", BOX % "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
