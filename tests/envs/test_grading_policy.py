@@ -11,6 +11,7 @@ import pytest
 
 from llm_gym.envs.dataset import Dataset
 from llm_gym.envs.grading import Grade, verify, verify_many
+from llm_gym.envs.gsm8k import GSM8K
 from llm_gym.envs.tools.python_tool import PythonTool
 
 HERE = Path(__file__).parent
@@ -21,7 +22,7 @@ def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
 
 
-def say(env: Dataset | PythonTool, text: str) -> float:
+def say(env: Dataset | GSM8K | PythonTool, text: str) -> float:
     return env.step(env.chat.encode_reply(text))[1]
 
 
@@ -150,6 +151,19 @@ def test_a_column_of_numbers_is_graded_as_numbers(tmp_path):
                 for text, score in ((equation, 0), (BOX % f"\\sqrt{{({answer})^2}}", 0), (f"Answer: {answer}", 1)):
                     env.reset(options={"task": task})
                     assert say(env, text) == score, (equation, text)
+
+
+def test_environments_that_ask_for_numbers_take_them_behind_their_calculation(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps({"question": "What is 28 + 32?", "answer": "28 + 32 = <<28+32=60>>60\n#### 60"}) + "\n")
+    with closing(GSM8K(dataset=str(path))) as env:
+        for end, score in ((60, 1), (61, 0)):
+            env.reset(options={"task": 0})
+            assert say(env, f"The answer is 28 + 32 = {end}.") == score
+    with closing(PythonTool()) as tool:
+        _, info = tool.reset(seed=1)
+        calculation = info["messages"][-1]["content"].removeprefix("What is ").removesuffix("?")
+        assert say(tool, f"The answer is {calculation} = {eval(calculation)}.") == 1
 
 
 def test_a_column_with_anything_else_is_graded_as_mathematics(tmp_path):
