@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -19,7 +22,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llm_gym.errors import ConfigError
+from llm_gym import hub
+from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness.batching.packing import MicroBatch, pack
 from llm_gym.harness.model.attention import Layout
 from llm_gym.harness.model.loading import (
@@ -32,6 +36,7 @@ from llm_gym.harness.model.loading import (
     new_model,
     prepare,
 )
+from llm_gym.tokenizer import load_tokenizer
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -294,6 +299,26 @@ def test_an_unknown_hub_id_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="neither a model folder nor a hub id") as error:
         load_model("nobody/no-such-model-here")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_where_no_name_resolves_the_hub_is_not_asked_again_and_again(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client tries five times for each file, with a line and a longer pause each time."""
+    asked = []
+
+    def unresolved(host: str, *args: object, **kwargs: object) -> None:
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(SettingError, match="'no-such-model-here'") as error:
+        load("no-such-model-here")
+    assert "\n" not in str(error.value)
+    assert len(asked) == 1
 
 
 def test_new_models_are_a_function_of_the_seed() -> None:
