@@ -13,7 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from llm_gym.errors import ConfigError
 from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner.learner import Learner
+from llm_gym.harness.learner.optimizers import OptimizerConfig
 from llm_gym.harness.model import checkpointing as saving
+from llm_gym.harness.model import prefix_attention
 from llm_gym.harness.model.checkpointing import Keep, elsewhere
 from llm_gym.harness.model.layers import decoder_layers
 from llm_gym.harness.model.loading import LoraConfig, prepare
@@ -78,6 +80,16 @@ def test_checkpointing_gives_the_same_bits(kind: str, layout: str, every: int) -
     assert got
     assert all(torch.equal(g, want[n]) for n, g in got.items())
     assert max(float(g.abs().max()) for g in got.values()) > 1e-4
+
+
+def test_kernels_may_be_tried_out_within_a_layer_that_is_run_again() -> None:
+    """As they are in a run whose first forward has gradients and is in bfloat16."""
+    model = model_of("whole", MemoryConfig(checkpointing=1)).float()
+    learner = Learner(model, OptimizerConfig(dtype="bfloat16"))
+    prefix_attention.tried.cache_clear()
+    learner.backward(batches()["packed"].micro[0], 1.0)
+    assert prefix_attention.tried.cache_info().misses == 1
+    assert len(gradients(model)) > 0
 
 
 @pytest.mark.parametrize(("every", "layers"), [(0, 4), (1, 8), (2, 6), (3, 5)])

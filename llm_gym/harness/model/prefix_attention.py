@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from llm_gym.harness.model.flash import CPUFlash, CUDAFlash, Kernel
 
@@ -283,8 +284,9 @@ def works(query: Tensor, key: Tensor, value: Tensor) -> bool:
 @lru_cache
 def tried(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int, value_size: int) -> bool:
     """What `works` has found out, once for tensors of a kind."""
+    as_it_is = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # checkpointing would count them
     try:
-        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+        with torch.autocast(device.type, enabled=False), torch.enable_grad(), as_it_is:
             gap = _gap(device, dtype, (heads, groups, groups), (size, size, value_size))
     except RuntimeError as error:  # no kernel on this device, or none for this kind of tensors
         why = str(error).splitlines()[0]
