@@ -18,12 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import argparse
 import statistics
 import tempfile
-import time
 import warnings
 
 import torch
 import transformers
 from datasets import Dataset
+from head import clock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from llm_gym.embedded import PATH
@@ -38,14 +38,15 @@ PROMPTS, GROUP, TOKENS, LR = 16, 8, 40, 1e-7
 
 
 class StepClock(TrainerCallback):
-    """CPU time at the end of every step of TRL's trainer."""
+    """The time at the end of every step of TRL's trainer."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
         self.ends: list[float] = []
         self.lengths: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.process_time())
+        self.ends.append(clock(self.device))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "completions/mean_length" in logs:
@@ -69,11 +70,11 @@ def score(completions, answer, **kwargs) -> list[float]:
     return [float(verify(gold, c[0]["content"]).score) for c, gold in zip(completions, answer, strict=True)]
 
 
-def trl_block(steps: int, data: Dataset, model: str) -> tuple[float, float]:
-    """CPU-seconds per step and tokens per completion of a fresh GRPOTrainer."""
+def trl_block(steps: int, data: Dataset, model: str, device: str = "cpu") -> tuple[float, float]:
+    """Seconds (of `head.clock`) per step and tokens per completion of a fresh GRPOTrainer."""
     from trl import GRPOConfig, GRPOTrainer
 
-    watch = StepClock()
+    watch = StepClock(device)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -85,7 +86,7 @@ def trl_block(steps: int, data: Dataset, model: str) -> tuple[float, float]:
             beta=0.0,
             temperature=1.0,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             bf16=False,
             save_strategy="no",
             logging_steps=1,
@@ -107,24 +108,26 @@ def trl_block(steps: int, data: Dataset, model: str) -> tuple[float, float]:
 
 
 class RowClock(Observer):
-    """CPU time at every row of ours."""
+    """The time at every row of ours."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
         self.ends: list[float] = []
         self.lengths: list[float] = []
 
     def on_row(self, row) -> None:
-        self.ends.append(time.process_time())
+        self.ends.append(clock(self.device))
         self.lengths.append(row["tokens/generated"] / (PROMPTS * GROUP))
 
 
-def our_block(steps: int, model: str) -> tuple[float, float]:
-    """CPU-seconds per step and tokens per completion of a fresh Trainer, run folder included."""
-    watch = RowClock()
+def our_block(steps: int, model: str, device: str = "cpu") -> tuple[float, float]:
+    """Seconds (of `head.clock`) per step and tokens per completion of a fresh Trainer, run folder included."""
+    watch = RowClock(device)
     with tempfile.TemporaryDirectory() as folder:
         config = load(
             TrainConfig,
             model=model,
+            device=device,
             steps=steps,
             prompts_per_step=PROMPTS,
             group_size=GROUP,

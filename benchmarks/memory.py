@@ -66,7 +66,7 @@ def child(folder: str, fields: dict[str, dict[str, Any]], tokens: int, repeats: 
     """Bytes held and at the peak, and CPU seconds, of one row."""
     from llm_gym.harness.learner.learner import Learner
     from llm_gym.harness.learner.optimizers import OptimizerConfig
-    from llm_gym.harness.learner.token_budget import _probe
+    from llm_gym.harness.learner.token_budget import probe
     from llm_gym.harness.model.loading import LoraConfig, load_model
     from llm_gym.harness.model.memory import MemoryConfig
 
@@ -76,8 +76,8 @@ def child(folder: str, fields: dict[str, dict[str, Any]], tokens: int, repeats: 
     lora = LoraConfig(**fields["lora"]) if "lora" in fields else None
     model = load_model(folder, lora=lora, memory=MemoryConfig(**fields.get("memory", {})))
     learner = Learner(model, OptimizerConfig(**fields.get("optimizer", {})), total_steps=repeats + 1)
-    learner.step(_probe(learner, 128))
-    batch, seconds, peaks = _probe(learner, tokens), [], []
+    learner.step(probe(learner, 128))
+    batch, seconds, peaks = probe(learner, tokens), [], []
     for _ in range(repeats):
         gc.collect()
         memory_probe._trim()

@@ -112,11 +112,11 @@ class Way:
         body, batch = self.backbone, self.batch
         if self.name == "padded":
             body.causal.set_attn_implementation("sdpa")
-            hidden = body._padded(batch)
+            hidden = torch.cat(list(body.of(torch.split(batch.tokens, list(batch.lengths)), "padded")))
         else:
             body.causal.set_attn_implementation("llm_gym")
             body.form = "cat" if self.name == "cat" else "merge"
-            hidden = body._packed(batch)
+            hidden = body.hidden(batch)
         picked = hidden.index_select(0, batch.streams["source"])
         order = batch.streams["target"].argsort()  # the same rows whatever the layout (targets of random rows differ)
         (picked.index_select(0, order) * self.weight).sum().backward()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,16 +51,38 @@ BY_SERVER = [("server", "file", 0), ("server", "adapter", 16), ("server", "merge
 """Engine, mode, rank of the adapter."""
 
 
-def measure(model: str | None, engine: str, mode: str, rank: int, updates: int, servers: list[str]) -> str:
-    """A row of the table."""
+def measure(
+    model: str | None,
+    engine: str,
+    mode: str,
+    rank: int,
+    updates: int,
+    servers: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    **vllm: Any,
+) -> dict[str, float]:
+    """Seconds of an update, of its proof and of sampling.
+
+    Raises:
+        SyncError: the weights did not arrive.
+    """
     config = load(
         TrainConfig,
         model=model,
+        device=device,
         lora={"rank": rank} if rank else None,
-        policy={"engine": engine, "sync": mode, "servers": servers, "vllm": {"max_model_len": 256}},
+        optimizer={"dtype": dtype},
+        policy={
+            "engine": engine,
+            "sync": mode,
+            "servers": list(servers),
+            "vllm": {"max_model_len": 256, **vllm} if engine == "vllm" else {},
+        },
     )
     torch.manual_seed(0)
-    learner = Learner(load_model(model, lora=config.lora))
+    learner = Learner(load_model(model, lora=config.lora, device=device), config.optimizer)
     ids = list(np.random.default_rng(0).integers(0, 500, (16, 32)).astype(np.int32))
     times: dict[str, list[float]] = {"update": [], "proof": [], "sampling": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +98,13 @@ def measure(model: str | None, engine: str, mode: str, rank: int, updates: int, 
             times["proof"].append(row["time/proof"])
             times["sampling"].append(took["sampling"])
         sync.close()
-    cells = [f"{min(values):.3f}" for values in times.values()]
-    return f"| {engine} | {mode} | {rank or '-'} | " + " | ".join(cells) + " |"
+    return {name: min(values) for name, values in times.items()}
+
+
+def line(model: str | None, engine: str, mode: str, rank: int, updates: int, servers: Sequence[str] = ()) -> str:
+    """A row of the table."""
+    found = measure(model, engine, mode, rank, updates, servers)
+    return f"| {engine} | {mode} | {rank or '-'} | " + " | ".join(f"{value:.3f}" for value in found.values()) + " |"
 
 
 def move(learner: Learner) -> None:
@@ -103,7 +132,7 @@ def main() -> None:
         for name, model in (("embedded, 0.9M", None), ("random, 30M", random_model(Path(folder)))):
             print(f"\n{name}\n\n| engine | mode | rank | update s | proof s | sampling s |\n|---|---|---|---|---|---|")
             for engine, mode, rank in IN_PROCESS:
-                print(measure(model, engine, mode, rank, options.updates, []), flush=True)
+                print(line(model, engine, mode, rank, options.updates), flush=True)
             if options.server:
                 through_server(model, options.updates)
 
@@ -117,7 +146,7 @@ def through_server(model: str | None, updates: int) -> None:
         server = stack.enter_context(ServerProcess(model, settings=settings))
         server.wait()
         for engine, mode, rank in BY_SERVER:
-            print(measure(model, engine, mode, rank, updates, [server.url]), flush=True)
+            print(line(model, engine, mode, rank, updates, [server.url]), flush=True)
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ def run(learner: Learner, batch: Batch) -> None:
             learner.dry_run(micro.to(learner.device))
 
 
-def probe(learner: Learner, tokens: int) -> Batch:
-    """One micro-batch of random tokens, all of them trained."""
+def probe(learner: Learner, tokens: int, row: int = ROW) -> Batch:
+    """One micro-batch of random tokens, all of them trained, in rows of `row` at most."""
     config: Any = learner.backbone.config
-    length = min(ROW, getattr(config, "max_position_embeddings", None) or ROW)
+    length = min(row, getattr(config, "max_position_embeddings", None) or row)
     rng = np.random.default_rng(0)
     rows = []
     for number in range(max(1, tokens // length)):
