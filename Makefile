@@ -1,5 +1,6 @@
-# Two commands: `make demo` (install and train) and `make test` (install and check everything); and `make soak`, hours
-# of what is too long for CI, whose dated results stand in docs/benchmarks.md. `make mutations` is a part of it.
+# Two commands: `make demo` (install and train) and `make test` (install and check everything); `make soak`, hours
+# of what is too long for CI, whose dated results stand in docs/benchmarks.md (`make mutations` is a part of it); and
+# `make gpu`, what only a GPU can show, whose results stand in docs/gpu.md.
 # Each makes .venv if there is none; uv is used where it is installed, pip otherwise.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # Images often set it. The tests start hundreds of processes: without it torch is compiled once, not in each of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test mutations soak lint clean
+.PHONY: demo test mutations soak gpu lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) llmgym train
@@ -22,6 +23,13 @@ test: $(VENV)/.test lint
 # Every planted bug; CI plants those of changed files and a sample (tests/planted.py).
 mutations: $(VENV)/.test
 	$(RUN) LLM_GYM_MUTANTS=all python -m pytest tests/heavy/test_mutations.py
+
+# Within 12 minutes on one GPU; `make gpu DEVICE=cpu` is a small form of the same.
+# ARGS: `--part 1`, `--row head`, `--resume` ...
+DEVICE ?= cuda
+
+gpu: $(VENV)/.demo
+	$(RUN) python benchmarks/gpu.py --device $(DEVICE) $(ARGS)
 
 SOAK := $(wildcard $(addprefix benchmarks/,defaults.py bfloat16_runs.py models.py random_runs.py))
 

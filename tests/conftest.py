@@ -50,7 +50,7 @@ def _own_environment() -> Iterator[None]:
 
 
 LONGEST = """
-test_vllm_server test_nproc test_vllm_train test_python_sandbox test_nproc_engines test_export_chain test_mutations
+test_gpu_form test_vllm_server test_nproc test_vllm_train test_python_sandbox test_nproc_engines test_export_chain test_mutations
 test_interrupt test_loops_nproc test_sandbox test_ranks test_vllm_loops test_vllm_lora test_vllm_models
 test_grading_workers test_examples test_sandbox_moments test_vllm_policy test_doctor_vllm test_sandbox_cases
 test_distill_learns test_vllm_adapter test_resume test_packaging test_vllm_exit test_parallel test_tool_formats

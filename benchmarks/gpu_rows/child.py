@@ -72,7 +72,8 @@ class Child:
             shutil.rmtree(folder, ignore_errors=True)
         result["seconds"] = round(time.monotonic() - began, 1)
         if result["wrong"]:
-            result["log"] = self.log.read_text("utf-8", "replace")[start:][-TAIL:]
+            said = self.log.read_text("utf-8", "replace")[start:].splitlines()
+            result["log"] = "\n".join(line for line in said if not line.startswith("Extension modules:"))[-TAIL:]
         return result
 
     def kill(self) -> None:
@@ -129,6 +130,7 @@ def _main(row: Row, pipe: Connection, log: str, parent: int) -> None:
     pipe.send("ready")
     setting, limit = pipe.recv()
     print(f"\n== {row.name} on {setting.device}", flush=True)
+    faulthandler.enable(sys.__stderr__)  # a crash says where it was; so does a hang:
     faulthandler.dump_traceback_later(max(0.1, limit - NOTICE), file=sys.__stderr__)
 
     def tell(figure: str, value: Value, wrong: str) -> None:
