@@ -45,8 +45,6 @@ class Children:
     def __init__(self, device: str, log: Path) -> None:
         self.device, self.log = device, log
         self.next: Child | None = None
-        if device == "cpu":
-            preload()
 
     def run(self, row: Row, limit: float, following: Row | None) -> Result:
         """Runs a row; `following` is likely to be the next."""
@@ -74,7 +72,9 @@ class Children:
         return self._start(row)
 
     def _start(self, row: Row) -> Child:
-        return Child(row, "fork" if self.device == "cpu" and not row.fresh else "spawn", self.log)
+        if self.device == "cpu":
+            preload(row)  # once, in the process that others are forked from
+        return Child(row, "fork" if self.device == "cpu" else "spawn", self.log)
 
 
 def run(

@@ -47,8 +47,8 @@ def hangs(setting: Setting, found: Found) -> None:
     threading.Event().wait()
 
 
-def row(name: str, needs: tuple[str, ...] = (), *, fresh: bool = False) -> Row:
-    return Row(name, "1a", name, f"made_up_rows:{name}", 2, needs, fresh=fresh)
+def row(name: str) -> Row:
+    return Row(name, "1a", name, f"made_up_rows:{name}", 2)
 
 
 ROWS = [
@@ -57,7 +57,7 @@ ROWS = [
     row("raises"),
     Row("wants", "1b", "a package", "made_up_rows:passes", 2, ("no such package",)),
     row("crashes"),
-    row("hangs", fresh=True),
+    row("hangs"),
     Row("again", "1b", "comes after all of them", "made_up_rows:passes", 2),
 ]
 

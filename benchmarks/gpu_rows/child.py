@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,10 +35,13 @@ Result = dict[str, Any]
 """`verdict` (`pass`, `fail` or `needs`), `seconds`, `date`, `figures` by name, and `wrong`: sentences."""
 
 
-def preload() -> None:
-    """Imports what nearly every row needs; touches no device."""
+def preload(row: Row) -> Callable[[Setting, Found], None]:
+    """The row's function; what nearly every row needs is imported. Touches no device."""
     for name in PRELOAD:
         importlib.import_module(name)
+    module, _, function = row.run.partition(":")
+    found: Callable[[Setting, Found], None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 class Child:
@@ -45,7 +49,7 @@ class Child:
 
     Args:
         row: the row.
-        method: `spawn`, or `fork`: quicker, from a process that has imported everything; never where CUDA is used.
+        method: `spawn`, or `fork`: quicker, from a process that has imported all of it; never where CUDA is used.
         log: file that takes what it writes.
     """
 
@@ -64,9 +68,10 @@ class Child:
         result: Result = {"verdict": "fail", "date": date.today().isoformat(), "figures": {}, "wrong": []}
         start = self.log.stat().st_size if self.log.exists() else 0
         try:
-            if self._listen(Setting(device, folder), limit, result):
+            left = self._listen(Setting(device, folder), limit, result)
+            if left > 0:
                 self.pipe.send(None)  # it may leave
-                self.process.join(LEAVING)
+                self.process.join(min(left, LEAVING))
         finally:
             self.kill()
             shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +82,9 @@ class Child:
         return result
 
     def kill(self) -> None:
-        """Ends it, and its process group, at once."""
+        """Ends it, and its process group, at once; may be called twice."""
+        if self.pipe.closed:
+            return
         if self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -85,12 +92,12 @@ class Child:
         self.process.join()
         self.pipe.close()
 
-    def _listen(self, setting: Setting, limit: float, result: Result) -> bool:
-        """Whether the row came to its end."""
+    def _listen(self, setting: Setting, limit: float, result: Result) -> float:
+        """Seconds that are left when the row has come to its end; 0 if it has not."""
         try:
             if not self.pipe.poll(STARTING):
                 result["wrong"].append(f"its imports took more than {STARTING:g} s")
-                return False
+                return 0.0
             self.pipe.recv()
             end = time.monotonic() + limit
             self.pipe.send((setting, limit))
@@ -99,16 +106,16 @@ class Child:
                 if kind == "end":
                     result["wrong"] += said
                     result["verdict"] = "fail" if result["wrong"] else "pass"
-                    return True
+                    return end - time.monotonic()
                 name, value, wrong = said
                 result["figures"][name] = value
                 result["wrong"] += [wrong] if wrong else []
         except (EOFError, OSError):
             self.process.join(5)
             result["wrong"].append(f"the process ended ({_how(self.process.exitcode)})")
-            return False
+            return 0.0
         result["wrong"].append(f"no end after {limit:g} s")
-        return False
+        return 0.0
 
 
 def _how(code: int | None) -> str:
@@ -124,9 +131,7 @@ def _main(row: Row, pipe: Connection, log: str, parent: int) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    preload()
-    name, _, function = row.run.partition(":")
-    module = importlib.import_module(name)
+    run = preload(row)
     pipe.send("ready")
     setting, limit = pipe.recv()
     print(f"\n== {row.name} on {setting.device}", flush=True)
@@ -138,7 +143,7 @@ def _main(row: Row, pipe: Connection, log: str, parent: int) -> None:
         pipe.send(("figure", figure, value, wrong))
 
     try:
-        getattr(module, function)(setting, Found(tell))
+        run(setting, Found(tell))
         said: tuple[str, ...] = ()
     except Exception as error:
         traceback.print_exc()

@@ -27,7 +27,9 @@ from llm_gym.policies.vllm.policy import VLLMPolicy, check
 from llm_gym.rollouts.driver import Driver
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "heavy"))
-check({})  # imports vLLM, with its environment as the policy wants it
+check({})  # imports half of vLLM, with its environment as the policy wants it
+import vllm.v1.engine.llm_engine  # noqa: E402, F401  # the other half; it starts no thread
+
 CONTEXT = 512
 
 
@@ -123,7 +125,7 @@ def sleep(setting: Setting, found: Found) -> None:
     gaps = parity.measure(Learner(model, OptimizerConfig(dtype="bfloat16")), policy, dtype="bfloat16", tokens=256)
     found.add("mean gap afterwards", gaps.mean, most=gaps.limits[0])
     policy.close()
-    sets = ["policy.engine=vllm", "policy.sleep=true", "steps=2", "eval.episodes=0", f"device={setting.device}"]
+    sets = ["policy.engine=vllm", "policy.sleep=true", "steps=2", "eval.episodes=0", "optimizer.dtype=bfloat16"]
     config = load(TrainConfig, sets=[*sets, *(f"policy.vllm.{k}={v}" for k, v in arguments(setting).items())])
     rows = Trainer(config, out=setting.folder / "run", observer=object()).train()
     found.add("steps of a run that sleeps", rows[-1]["step"], least=2)

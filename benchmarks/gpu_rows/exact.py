@@ -18,7 +18,7 @@ from llm_gym.harness.batching.packing import pack
 from llm_gym.harness.learner import memory_probe
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.learner.optimizers import OptimizerConfig
-from llm_gym.harness.learner.token_budget import Budget, measure, probe
+from llm_gym.harness.learner.token_budget import SHARE, Budget, measure, probe
 from llm_gym.harness.model.attention import Layout, concatenated
 from llm_gym.harness.model.devices import device_of
 from llm_gym.harness.model.loading import load_model
@@ -166,7 +166,10 @@ def head(setting: Setting, found: Found) -> None:
 
 
 def planner(setting: Setting, found: Found) -> None:
-    """What `token_budget=auto` promises, against what a step takes; and a step of as many tokens as it allows."""
+    """What `token_budget=auto` promises, against what a step takes; and a step of as many tokens as it allows.
+
+    It may take more than was promised by the share of memory that a budget leaves free.
+    """
     mine, where = learner("0.6B", setting), torch.device(setting.device)
     mine.step(probe(mine, 1024))  # the optimizer's state is there from now on
     _, fixed, each = measure(mine)
@@ -176,7 +179,7 @@ def planner(setting: Setting, found: Found) -> None:
     peak = memory_probe.peak(where, lambda: mine.step(batch))
     found.add("kB a token", each / 1e3)
     found.add("promised MB of 8,192 tokens", promised / 1e6)
-    found.add("taken over promised", peak / promised, least=0.5, most=1.15)
+    found.add("taken over promised", peak / promised, least=0.5, most=1 / SHARE[setting.device])
     said: list[str] = []
     budget = Budget("auto", mine, said.append)
     found.add("budget", said[0])

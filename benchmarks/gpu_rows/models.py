@@ -113,5 +113,6 @@ def seconds(device: str, run: Callable[[], object]) -> float:
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """|a - b| relative to |b|; infinite if one is not finite."""
-    gap = float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    gap = float((a - b).norm() / b.norm())
     return gap if gap == gap else float("inf")

@@ -111,9 +111,7 @@ def main(out: str, device: str) -> None:
     found = {}
     for strategy in STRATEGIES:
         world = connect(ParallelConfig(strategy, timeout=60), device)
-        where = str(world.device)
-        with torch.device(where):
-            found[strategy] = two_steps(Setting(device, Path(out).parent), world)
+        found[strategy] = two_steps(Setting(device, Path(out).parent), world)
         if world.rank == 0:
             Path(out).write_text(json.dumps(found), "utf-8")
         world.close()

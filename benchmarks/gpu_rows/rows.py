@@ -41,8 +41,6 @@ class Row:
     """Seconds on a GPU."""
     needs: tuple[str, ...] = ()
     """Keys of `NEEDS`."""
-    fresh: bool = False
-    """Whether its process must have imported nothing before (vLLM starts threads)."""
 
 
 class Found:

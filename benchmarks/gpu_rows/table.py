@@ -29,7 +29,7 @@ ROWS = (
     Row("adamw8bit", "1b", "same gradient, peak, time", "gpu_rows.speed:optimizer_in_8_bits", 20, ("bitsandbytes",)),
     Row("demo", "1c", "30 steps of `llmgym train`: the usual curve", "gpu_rows.speed:demo", 45),
     Row("TRL", "1c", "a GRPO step beside TRL's", "gpu_rows.speed:beside_trl", 45, ("trl",)),
-    Row("vLLM exact", "2a", "engine against learner, both types", "gpu_rows.engines:exact", 35, ("vllm",), fresh=True),
+    Row("vLLM exact", "2a", "engine against learner, both types", "gpu_rows.engines:exact", 35, ("vllm",)),
     Row(
         "vLLM updates",
         "2a",
@@ -37,11 +37,8 @@ ROWS = (
         "gpu_rows.engines:updates",
         25,
         ("vllm",),
-        fresh=True,
     ),
-    Row(
-        "vLLM sync", "2a", "every mode, proven; LoRA hot swap", "gpu_rows.engines:every_sync", 80, ("vllm",), fresh=True
-    ),
+    Row("vLLM sync", "2a", "every mode, proven; LoRA hot swap", "gpu_rows.engines:every_sync", 80, ("vllm",)),
     Row(
         "vLLM sleep",
         "2b",
@@ -49,11 +46,8 @@ ROWS = (
         "gpu_rows.engines:sleep",
         30,
         ("CUDA", "vllm"),
-        fresh=True,
     ),
-    Row(
-        "vLLM rollout", "2b", "episodes against the bare engine", "gpu_rows.engines:rollout", 40, ("vllm",), fresh=True
-    ),
+    Row("vLLM rollout", "2b", "episodes against the bare engine", "gpu_rows.engines:rollout", 40, ("vllm",)),
     Row("one rank", "3", "the collectives' backend, FSDP2 of one rank", "gpu_rows.ranks:one_process", 20),
     Row(
         "two ranks",
@@ -62,7 +56,6 @@ ROWS = (
         "gpu_rows.ranks:two_processes",
         40,
         ("2 GPUs",),
-        fresh=True,
     ),
-    Row("server", "3", "a served engine takes new weights", "gpu_rows.ranks:server", 70, ("vllm",), fresh=True),
+    Row("server", "3", "a served engine takes new weights", "gpu_rows.ranks:server", 70, ("vllm",)),
 )
