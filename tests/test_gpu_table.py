@@ -165,6 +165,9 @@ def test_what_never_ran_on_a_gpu_is_marked_so() -> None:
     wanting = {"verdict": "needs", "date": "2026-12-01", "figures": {}, "wrong": ["CUDA"]}
     page = results.table(rows, {"cuda": {"a": made, "b": wanting}, "cpu": {"c": {**made, "verdict": "pass"}}})
     a, b, c = page.splitlines()[2:]
+    empty = f"{results.BEGIN}{results.END}"
+    assert "**Nothing has run on a GPU so far.**" in results.renewed(empty, rows, {"cuda": {"b": wanting}})
+    assert "**1 of 3 rows have run on a GPU so far.**" in results.renewed(empty, rows, {"cuda": {"a": made}})
     assert a.endswith("| fail, 2026-12-01, 3 s: gap 0.5; **gap: 0.5 / 1** | never run |")
     assert b.endswith("| **never run** | never run |")
     assert c.endswith("| **never run** | pass, 2026-12-01 |")

@@ -89,4 +89,7 @@ def renewed(page: str, rows: Iterable[Row], results: Results) -> str:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     rows = list(rows)
-    return f"{before}{BEGIN}\n{table(rows, results)}\n\nSums of limits: {parts(rows)}.\n{END}{after}"
+    ran = sum(finished(results.get("cuda", {}).get(row.name)) for row in rows)
+    state = f"{ran} of {len(rows)} rows have run" if ran else "Nothing has run"
+    made = [f"**{state} on a GPU so far.**", table(rows, results), f"Sums of limits: {parts(rows)}."]
+    return f"{before}{BEGIN}\n" + "\n\n".join(made) + f"\n{END}{after}"
