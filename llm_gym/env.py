@@ -7,12 +7,10 @@ and only new messages are encoded, so nothing the policy sampled is ever tokenis
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +19,11 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from llm_gym.chat import Chat, load_chat, load_tokenizer
+from llm_gym.concurrency import finish, is_async, wait
 from llm_gym.core import Ids, Message, Messages, StopReason
 from llm_gym.errors import BadReply, ConfigError, LLMGymError, RewardError, SettingError, check_counts, unknown
+from llm_gym.rewards import checked_weights, finite
 from llm_gym.spaces import Tokens
-
-NUMBERS: tuple[Any, ...] = (float, int, Real, np.bool_)
-"""What a reward may be; the first two are there for speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Reply:
 
 
 class TextEnv(gymnasium.Env[Ids, Ids]):
-    """Base of text environments; subclasses write `open` and `reply`.
+    """Base of text environments; subclasses write `open` and `reply`, each of which may be `async def`.
 
     >>> class Echo(TextEnv):
     ...     def open(self):  # draws only from self.np_random, so the seed fixes the task
@@ -111,7 +108,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self.chat = self._load_chat(load_tokenizer(tokenizer, chat_template))
         self.max_turns, self.max_tokens, self.max_context = max_turns, max_tokens, max_context
         self.system_prompt, self.render_mode = system_prompt, render_mode
-        self.reward_weights = _checked_weights(reward_weights, self.reward_names)
+        self.reward_weights = checked_weights(reward_weights, self.reward_names)
         self.action_space = Tokens(self.chat.vocab_size, max_tokens, min_length=1)
         self.observation_space = Tokens(self.chat.vocab_size, max_context + max_tokens)
         self._stop_ids = frozenset(self.chat.stop_ids)
@@ -121,13 +118,33 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self._turn = 0
         self._cut = False
 
-    def open(self) -> Messages:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A `reply` of its own is what is awaited too, unless there is a `reply_async` beside it."""
+        super().__init_subclass__(**kwargs)
+        if "reply" in vars(cls) and "reply_async" not in vars(cls):
+            cls.reply_async = TextEnv.reply_async  # type: ignore[method-assign]
+
+    def open(self) -> Messages | Awaitable[Messages]:
         """The first messages of a new episode; every random draw comes from `self.np_random`."""
         raise NotImplementedError(f"{type(self).__name__} must define open().")
 
-    def reply(self, text: str) -> Reply:
+    def reply(self, text: str) -> Reply | Awaitable[Reply]:
         """What follows the completion `text`, of which only the final stop token was removed."""
         raise NotImplementedError(f"{type(self).__name__} must define reply().")
+
+    async def reply_async(self, text: str) -> Reply:
+        """`reply` as `step_async` awaits it; for kinds of environments that call further functions of a user's."""
+        return await wait(self.reply(text))
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a driver should await `reset_async` and `step_async`: some hook is `async def`."""
+        return is_async(self.open) or is_async(self.reply)
+
+    @property
+    def plain(self) -> Sequence[str]:
+        """Names of functions that run in a thread of the environment's own when it is awaited."""
+        return ()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Ids, dict[str, Any]]:
         """Starts an episode.
@@ -143,10 +160,23 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             SettingError: an unknown option, or `open` gave no chat messages.
             LLMGymError: the first context leaves no room in `max_context`.
         """
+        self._begin(seed, options)
+        return self._opened(finish(self._hooked(self.open)))
+
+    async def reset_async(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """`reset` for callers that await: while an `async def` hook waits, their event loop goes on."""
+        self._begin(seed, options)
+        return self._opened(await self._hooked_async(self.open))
+
+    def _begin(self, seed: int | None, options: dict[str, Any] | None) -> None:
+        """Forgets the last episode, and sets the random stream of the next."""
         super().reset(seed=None if seed is None else operator.index(seed))
         self.task = _task_option(options)
         self._context = None
-        self._messages = self._checked(self._hooked(self.open))
+
+    def _opened(self, messages: Messages) -> tuple[Ids, dict[str, Any]]:
+        """The first context and info, of what `open` gave."""
+        self._messages = self._checked(messages)
         if self.system_prompt is not None:
             rest = (
                 self._messages[1:] if self._messages[:1] and self._messages[0]["role"] == "system" else self._messages
@@ -173,6 +203,24 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
             SettingError: `reply` gave no `Reply`, or messages of another form.
             RewardError: it gave a reward that is no finite number.
         """
+        action, text = self._heard(action)
+        try:
+            reply = finish(self.reply(text))
+        except BadReply as error:
+            reply = bad_reply(error, dict.fromkeys(self.reward_names or (), 0.0))
+        return self._replied(action, reply)
+
+    async def step_async(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+        """`step` for callers that await: while an `async def` hook waits, their event loop goes on."""
+        action, text = self._heard(action)
+        try:
+            reply = await self.reply_async(text)
+        except BadReply as error:
+            reply = bad_reply(error, dict.fromkeys(self.reward_names or (), 0.0))
+        return self._replied(action, reply)
+
+    def _heard(self, action: Ids) -> tuple[Ids, str]:
+        """A completion as int32 ids, booked, and its text."""
         if self._context is None:
             raise ResetNeeded(f"{type(self).__name__}.step() was called before reset() or after the episode ended.")
         action = _ids(action)
@@ -180,10 +228,11 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self._messages.append({"role": "assistant", "content": text})
         self._turn += 1
         self._cut = int(action[-1]) not in self._stop_ids and len(action) >= self._room()
-        try:
-            reply = self.reply(text)
-        except BadReply as error:
-            reply = bad_reply(error, dict.fromkeys(self.reward_names or (), 0.0))
+        return action, text
+
+    def _replied(self, action: Ids, reply: Reply) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+        """What `step` returns, of what `reply` gave."""
+        assert self._context is not None
         if not isinstance(reply, Reply):
             raise SettingError(f"{self._name()}: reply() returned {reply!r:.80}, want a Reply.")
         reward = self._add_rewards(reply.reward)
@@ -225,6 +274,10 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
     def _hooked(self, hook: Callable[..., Any], **arguments: Any) -> Any:
         """Calls one of the author's hooks, where a kind of environment wants it called."""
         return hook(**arguments)
+
+    async def _hooked_async(self, hook: Callable[..., Any], **arguments: Any) -> Any:
+        """The same, awaited."""
+        return await wait(hook(**arguments))
 
     def _load_chat(self, tokenizer: Any) -> Chat:
         """The chat of this environment."""
@@ -313,17 +366,6 @@ def bad_reply(error: BadReply, rewards: Mapping[str, float]) -> Reply:
     return Reply(reward=rewards, done=True, stop_reason=StopReason.BAD_REPLY, error=f"BadReply: {error}")
 
 
-def finite(value: object) -> float | None:
-    """A number of any kind as a float; None if it is none, or not finite."""
-    if not isinstance(value, NUMBERS):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number beyond every float
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _copy(message: Message) -> Message:
     """A message that shares nothing with the original; most hold only strings."""
     if all(type(value) is str for value in message.values()):
@@ -353,15 +395,3 @@ def _task_option(options: Mapping[str, Any] | None) -> int | None:
         if name != "task":
             raise SettingError(unknown("options", name, ["task"]))
     return operator.index(options["task"])
-
-
-def _checked_weights(weights: Mapping[str, Any] | None, names: Sequence[str] | None) -> dict[str, float]:
-    """The reward weights as a dict of floats, names checked where they are known."""
-    if not isinstance(weights, Mapping | None):
-        raise ConfigError(f"reward_weights: got {weights!r:.80}, want a weight by name, such as {{'format': 0.1}}.")
-    for name, weight in (weights or {}).items():
-        if names is not None and name not in names:
-            raise ConfigError(unknown("reward_weights", name, names))
-        if not isinstance(weight, NUMBERS) or not math.isfinite(weight):
-            raise ConfigError(f"reward_weights: got {weight!r} for {name!r}, want a finite number.")
-    return {name: float(weight) for name, weight in (weights or {}).items()}

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat, TypeVar
 
 import gymnasium
 import numpy as np
@@ -19,11 +20,16 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from llm_gym.concurrency import Loop
 from llm_gym.core import Ids
 from llm_gym.envs import make
+from llm_gym.envs.asynchronous import reset_async, step_async, way_of
 from llm_gym.errors import ConfigError, unknown
 
 MAX_THREADS = 64
+T = TypeVar("T")
+Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
+"""What `step` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +50,8 @@ class Result:
 class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]]):
     """Several copies of one environment.
 
-    Observations are a tuple of int32 arrays of different lengths. Environments that declare
-    `metadata["blocking"]` step in threads, the others in the caller's.
+    Observations are a tuple of int32 arrays of different lengths. Environments that declare `metadata["blocking"]` step
+    in threads, those that are awaited (`TextEnv.asynchronous`) in one event loop, the others in the caller's thread.
 
     Args:
         env: a registered id or a function that makes one environment.
@@ -82,8 +88,9 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         self._ended = np.zeros(num_envs, np.bool_)
         self._pending: set[int] = set()
         self._done: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
-        blocking = bool(first.metadata.get("blocking", False))
-        self._pool = ThreadPoolExecutor(min(num_envs, MAX_THREADS), "llm_gym-env") if blocking else None
+        way = way_of(first)
+        self._pool = ThreadPoolExecutor(min(num_envs, MAX_THREADS), "llm_gym-env") if way == "thread" else None
+        self._loop = Loop("llm_gym-envs") if way == "awaited" else None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -102,8 +109,9 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         options = dict(options or {})
         chosen = _masked(options.pop("reset_mask", None), self.num_envs)
 
-        def one(i: int) -> tuple[Ids, dict[str, Any]]:
-            return self.envs[i].reset(seed=seeds[i], options=options or None)
+        def one(i: int) -> Any:
+            call = self.envs[i].reset if self._loop is None else partial(reset_async, self.envs[i])
+            return call(seed=seeds[i], options=options or None)
 
         infos: dict[str, Any] = {}
         for i, (obs, info) in zip(chosen, self._map(one, chosen), strict=True):
@@ -126,7 +134,8 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         every = list(actions)
         if len(every) != self.num_envs:
             raise ValueError(f"actions: got {len(every)}, want one for each of {self.num_envs} environments.")
-        results = self._map(lambda i: self._advance(i, every[i]), range(self.num_envs))
+        advance = self._advance if self._loop is None else self._advance_async
+        results = self._map(lambda i: advance(i, every[i]), range(self.num_envs))
         infos: dict[str, Any] = {}
         for result in results:
             infos = self._add_info(infos, result.info, result.index)
@@ -147,10 +156,12 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
             if index in self._pending:
                 raise ValueError(f"indices: environment {index} has a step under way; recv() it first.")
             self._pending.add(index)
-            if self._pool is None:
-                self._work(index, action)
-            else:
+            if self._loop is not None:
+                self._loop.submit(self._work_async(index, action))
+            elif self._pool is not None:
                 self._pool.submit(self._work, index, action)
+            else:
+                self._work(index, action)
 
     def recv(self, timeout: float | None = None) -> list[Result]:
         """Finished steps: waits for one, and adds every other that is ready.
@@ -185,29 +196,52 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         return tuple(env.render() for env in self.envs)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Waits for steps under way, then closes every environment."""
+        """Waits for steps under way, or cancels those that are awaited, then closes every environment."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._loop is not None:
+            self._loop.stop()
         for env in self.envs:
             env.close()
 
     def _advance(self, index: int, action: Any) -> Result:
         """One step of one environment, the autoreset included."""
         env = self.envs[index]
-        if self._ended[index]:
-            if self.autoreset_mode is AutoresetMode.DISABLED:
-                raise gymnasium.error.ResetNeeded(f"Environment {index} ended; reset it with options['reset_mask'].")
-            self._obs[index], info = env.reset()
-            self._ended[index] = False
-            return Result(index, self._obs[index], 0.0, False, False, info)
-        obs, reward, terminated, truncated, info = env.step(action)
-        if terminated or truncated:
-            if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                final = {"final_obs": obs, "final_info": info}
-                obs, info = env.reset()
-                info = {**info, **final}
-            else:
-                self._ended[index] = True
+        if self._is_over(index):
+            return self._restarted(index, *env.reset())
+        step = env.step(action)
+        return self._stepped(index, step, env.reset() if self._is_reset_after(step) else None)
+
+    async def _advance_async(self, index: int, action: Any) -> Result:
+        """The same, awaited."""
+        env = self.envs[index]
+        if self._is_over(index):
+            return self._restarted(index, *await reset_async(env))
+        step = await step_async(env, action)
+        return self._stepped(index, step, await reset_async(env) if self._is_reset_after(step) else None)
+
+    def _is_over(self, index: int) -> bool:
+        """Whether an environment's episode has ended, so that a step resets it."""
+        if self._ended[index] and self.autoreset_mode is AutoresetMode.DISABLED:
+            raise gymnasium.error.ResetNeeded(f"Environment {index} ended; reset it with options['reset_mask'].")
+        return bool(self._ended[index])
+
+    def _is_reset_after(self, step: Step) -> bool:
+        """Whether the same step also begins the next episode."""
+        return (step[2] or step[3]) and self.autoreset_mode is AutoresetMode.SAME_STEP
+
+    def _restarted(self, index: int, obs: Ids, info: dict[str, Any]) -> Result:
+        self._obs[index], self._ended[index] = obs, False
+        return Result(index, obs, 0.0, False, False, info)
+
+    def _stepped(self, index: int, step: Step, fresh: tuple[Ids, dict[str, Any]] | None) -> Result:
+        """The result of a step, and of the reset that came with it."""
+        obs, reward, terminated, truncated, info = step
+        if fresh is not None:
+            final = {"final_obs": obs, "final_info": info}
+            obs, info = fresh[0], {**fresh[1], **final}
+        else:
+            self._ended[index] = terminated or truncated
         self._obs[index] = obs
         return Result(index, obs, float(reward), terminated, truncated, info)
 
@@ -218,9 +252,19 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
         except BaseException as error:  # in a thread of the pool nobody else would hear of it
             self._done.put((index, error))
 
+    async def _work_async(self, index: int, action: Any) -> None:
+        """The same, awaited."""
+        self._done.put((index, await _outcome(self._advance_async(index, action))))
+
     def _map(self, function: Callable[[int], Any], indices: Iterable[int]) -> list[Any]:
-        """`function` of each index, in threads if the environments block."""
-        return list(self._pool.map(function, indices) if self._pool is not None else map(function, indices))
+        """`function` of each index, awaited all together or in threads if the environments wait."""
+        if self._loop is None:
+            return list(self._pool.map(function, indices) if self._pool is not None else map(function, indices))
+        outcomes = self._loop.run(_all(map(function, indices)))
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return outcomes
 
     def _observations(self) -> tuple[Ids, ...]:
         """The contexts, as copies that the caller may keep and change."""
@@ -241,6 +285,22 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
     def _refuse_if_pending(self, what: str) -> None:
         if self._pending:
             raise ValueError(f"{what} was called with steps under way in {sorted(self._pending)}; recv() them first.")
+
+
+async def _outcome(awaitable: Awaitable[T]) -> T | BaseException:
+    """What it comes to, or raises: SystemExit would end the event loop."""
+    try:
+        return await awaitable
+    except BaseException as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        return error
+
+
+async def _all(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException]:
+    """The outcome of each, in order; nobody waits for anybody."""
+    return await asyncio.gather(*map(_outcome, awaitables))
 
 
 def _mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         "an environment takes a cut completion for an answer",
-        "env.py::TextEnv.step",
+        "env.py::TextEnv._heard",
         "len(action) >= self._room()",
         "len(action) > self._room()",
         ("test_env.py::test_a_cut_completion_is_graded_and_ends_the_episode",),
@@ -366,7 +366,7 @@ MUTANTS = (
     ),
     Mutant(
         "a reward that is not finite reaches the gradient",
-        "env.py::finite",
+        "rewards.py::finite",
         "    return number if math.isfinite(number) else None\n",
         "    return number\n",
         ("harness/test_mixture.py::test_a_failing_reward_costs_its_episodes_and_is_counted[nan]",),
@@ -429,20 +429,20 @@ MUTANTS = (
     Mutant(
         "a call that blocks holds up every other episode",
         "rollouts/env_pool.py::EnvPool.take",
-        'self._blocking = bool(slot.env.metadata.get("blocking", False))',
-        "self._blocking = False",
+        "self._way = way_of(env)",
+        'self._way = "inline"',
         ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
     ),
     Mutant(
         "the seed is accepted and ignored",
-        "env.py::TextEnv.reset",
+        "env.py::TextEnv._begin",
         "super().reset(seed=None if seed is None else operator.index(seed))",
         "super().reset(seed=None)",
         ("test_env.py::test_the_task_is_fixed_by_the_seed_or_named_by_the_options",),
     ),
     Mutant(
         "the terminal observation is lost on autoreset",
-        "vector.py::TextVectorEnv._advance",
+        "vector.py::TextVectorEnv._stepped",
         'final = {"final_obs": obs, "final_info": info}',
         'final = {"final_obs": None, "final_info": info}',
         ("test_vector.py::test_the_last_observation_and_info_survive_a_reset_in_the_same_step",),

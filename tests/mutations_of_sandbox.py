@@ -38,7 +38,7 @@ SANDBOX = (
     Mutant(
         "an episode is opened in one thread and its tools are called in another",
         "envs/tools/env.py::ToolEnv._hooked",
-        "return self._runner.call(hook, None, **arguments) if self._threaded else hook(**arguments)",
+        "return self._runner.call(hook, None, **arguments) if threaded else hook(**arguments)",
         "return hook(**arguments)",
         ("envs/test_tool_env.py::test_what_open_makes_is_used_by_tools_and_final_in_its_own_thread[False]",),
     ),

@@ -1,5 +1,9 @@
-"""Threads, event loops and retries."""
+"""Threads, event loops, what may be awaited, and retries."""
 
+from llm_gym.concurrency.awaiting import at_once as at_once
+from llm_gym.concurrency.awaiting import finish as finish
+from llm_gym.concurrency.awaiting import is_async as is_async
+from llm_gym.concurrency.awaiting import wait as wait
 from llm_gym.concurrency.loops import Loop as Loop
 from llm_gym.concurrency.loops import Stopped as Stopped
 from llm_gym.concurrency.loops import run_here as run_here
@@ -11,3 +15,4 @@ from llm_gym.concurrency.threads import Overdue as Overdue
 from llm_gym.concurrency.threads import Runner as Runner
 from llm_gym.concurrency.threads import Thread as Thread
 from llm_gym.concurrency.threads import Worker as Worker
+from llm_gym.concurrency.threads import within as within

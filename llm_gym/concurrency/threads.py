@@ -7,8 +7,8 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +52,55 @@ class Thread(threading.Thread):
             super().join()
 
 
+class WaitingLoop:
+    """The event loop that waits for a call in a worker's thread, which may have something awaited there."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._left = loop, threading.Event()
+        self._asked: Future[Any] | None = None
+
+    def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What `coroutine` returns or raises there; called in the thread.
+
+        Raises:
+            CancelledError: of `concurrent.futures`; nobody waits for the call any more.
+        """
+
+        async def outcome() -> tuple[list[T], BaseException | None]:
+            try:
+                return [await coroutine], None
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # SystemExit would end the loop
+                return [], error
+
+        if self._left.is_set():
+            coroutine.close()
+            raise CancelledError
+        asked: Future[tuple[list[T], BaseException | None]]
+        asked = self._asked = asyncio.run_coroutine_threadsafe(outcome(), self._loop)
+        if self._left.is_set():  # meanwhile
+            asked.cancel()
+        value, failed = asked.result()
+        if failed is not None:
+            raise failed
+        return value[0]
+
+    def leave(self) -> None:
+        """Waits no more: what the call has asked for is cancelled."""
+        self._left.set()
+        if self._asked is not None:
+            self._asked.cancel()
+
+
+_here = threading.local()
+
+
+def waiting_loop() -> WaitingLoop | None:
+    """The one that waits for what is under way in this thread, if one does."""
+    return getattr(_here, "loop", None)
+
+
 class Worker:
     """A daemon thread that runs one call after another: a blocking environment's, all in the same thread."""
 
@@ -65,22 +114,29 @@ class Worker:
         """Whether the thread runs; in a forked child it does not."""
         return self._thread.is_alive()
 
-    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    async def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
         loop = asyncio.get_running_loop()
+        waiting = WaitingLoop(loop)
         future: asyncio.Future[tuple[list[T], BaseException | None]] = loop.create_future()
 
         def call() -> None:
             value: list[T] = []
             failed: BaseException | None = None
+            _here.loop = waiting
             try:
                 value.append(function(*args, **kwargs))
             except BaseException as error:  # a future takes not each as its own: it would never hear of StopIteration
                 failed = error
+            _here.loop = None
             _tell(loop, future, (value, failed))
 
         self._calls.put(call)
-        value, failed = await future
+        try:
+            value, failed = await future
+        except asyncio.CancelledError:
+            waiting.leave()
+            raise
         if failed is not None:
             raise failed
         return value[0]
@@ -136,15 +192,19 @@ class Runner:
         Raises:
             Overdue: it took more than `timeout` seconds; never, if that is None.
         """
-        if self._worker is None or not self._worker.alive:
-            self._worker = Worker("llm_gym-tool")
-            weakref.finalize(self, self._worker.stop)  # an environment that nobody closed leaves no thread
-        future = self._worker.submit(function, **arguments)
+        future = self._ready().submit(function, **arguments)
         if not wait([future], timeout).done:
-            self._worker.stop()  # should the call come back, its thread ends
-            self._worker = None
+            self._abandon()
             raise Overdue
         return future.result()
+
+    async def run(self, function: Callable[..., T], timeout: float | None, /, **arguments: Any) -> T:
+        """`call` for who awaits; a call that is cancelled is abandoned too."""
+        try:
+            return await within(timeout, self._ready().run(function, **arguments))
+        except (Overdue, asyncio.CancelledError):
+            self._abandon()
+            raise
 
     def close(self) -> None:
         """Ends the thread; it has nothing to do, so it ends at once."""
@@ -152,6 +212,35 @@ class Runner:
             self._worker.stop()
             self._worker.join()
         self._worker = None
+
+    def _ready(self) -> Worker:
+        """The thread, begun if there is none."""
+        if self._worker is None or not self._worker.alive:
+            self._worker = Worker("llm_gym-tool")
+            weakref.finalize(self, self._worker.stop)  # an environment that nobody closed leaves no thread
+        return self._worker
+
+    def _abandon(self) -> None:
+        """Leaves the call under way to itself; should it come back, its thread ends."""
+        if self._worker is not None:
+            self._worker.stop()
+        self._worker = None
+
+
+async def within(seconds: float | None, awaitable: Awaitable[T]) -> T:
+    """What `awaitable` comes to.
+
+    Raises:
+        Overdue: not in so many seconds; never, if that is None.
+    """
+    clock = asyncio.timeout(seconds)
+    try:
+        async with clock:
+            return await awaitable
+    except TimeoutError:
+        if clock.expired():
+            raise Overdue from None
+        raise
 
 
 def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], outcome: T) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from llm_gym.concurrency import Runner, finish, is_async, wait
 from llm_gym.core import Messages
 from llm_gym.env import Reply, TextEnv, bad_reply
 from llm_gym.envs.grading import verify
@@ -28,8 +31,9 @@ from llm_gym.errors import (
 
 FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
 """Replies that a reward is tried on."""
-RewardFunction = Callable[[str, Row], float | Mapping[str, float]]
-"""`score(text, row)`: the reply's text and the whole row -> a number, or named components."""
+Score = float | Mapping[str, float]
+RewardFunction = Callable[[str, Row], Score | Awaitable[Score]]
+"""`score(text, row)`: the reply's text and the whole row -> a number, or named components. May be `async def`."""
 
 
 class Dataset(TextEnv):
@@ -42,6 +46,8 @@ class Dataset(TextEnv):
             reward function `score(text, row)`: `package.module:function` or the function itself. Several: a mapping of
             component name -> function, or a list (each named after its function).
             A function may also return a mapping of component names to numbers.
+            In a rollout none holds up another episode: those that are `async def` are awaited, all together; others are
+            called in a thread of the episode's environment, and several threads may be in one at the same time.
         prompt: the column that holds the question, a string or a list of chat messages.
         answer: the column that holds the reference, for `reward=math` and `number`: an answer, or a solution that
             ends in one (`\\boxed{...}`, `#### ...`).
@@ -70,6 +76,7 @@ class Dataset(TextEnv):
         **kwargs: Any,
     ) -> None:
         graded = next((kind for kind in GRADED if kind == reward), None)
+        self._given, self._runner = graded is None, Runner()
         self._functions = {"correct": answers(answer, where, graded)} if graded else reward_functions(reward)
         super().__init__(**kwargs)
         self.prompt = prompt
@@ -93,17 +100,43 @@ class Dataset(TextEnv):
 
     def reply(self, text: str) -> Reply:
         """Scores the reply; the episode is over."""
+        return self._paid(self._scores(text))
+
+    async def reply_async(self, text: str) -> Reply:
+        """Scores the reply, all functions at once; other episodes go on."""
+        calls = [self._score_async(name, function, text) for name, function in self._functions.items()]
+        return self._paid(await asyncio.gather(*calls, return_exceptions=True))
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether there are reward functions of a user's: nobody knows how long they take."""
+        return self._given or super().asynchronous
+
+    @property
+    def plain(self) -> Sequence[str]:
+        """Reward functions that are no `async def`, beside others that are."""
+        plain = [_called(name, function) for name, function in self._functions.items() if not is_async(function)]
+        return plain if len(plain) < len(self._functions) else ()
+
+    def _paid(self, scores: Iterable[dict[str, float] | BaseException]) -> Reply:
+        """What the scores of all functions add up to; raises the first error that is not the reply's."""
         parts: dict[str, float] = {}
         bad = None
-        for name, function in self._functions.items():
-            try:
-                named = self._score(name, function, text)
-            except BadReply as error:
-                bad, named = error, {}  # a component that is missing counts as 0
+        for named in scores:
+            if isinstance(named, BadReply):
+                bad = named  # a component that is missing counts as 0
+                continue
+            if isinstance(named, BaseException):
+                raise named
             if twice := parts.keys() & named.keys():
                 raise RewardError(f"{self._name()}: two reward functions give the component {min(twice)!r}.")
             parts.update(named)
         return bad_reply(bad, parts) if bad else Reply(reward=parts, done=True)
+
+    def close(self) -> None:
+        """Ends the thread of plain reward functions."""
+        self._runner.close()
+        super().close()
 
     def rehearse(self) -> None:
         """Tries the reward on row 0, with a reply that gives what stands in the row, in several usual forms.
@@ -118,7 +151,7 @@ class Dataset(TextEnv):
             for cell in reversed(cells):  # the reference most often stands last
                 try:
                     for name, function in self._functions.items():
-                        self._score(name, function, form % cell)
+                        self._rehearsed(name, function, form % cell)
                     return
                 except RewardError as error:
                     first = first or error
@@ -131,6 +164,21 @@ class Dataset(TextEnv):
         where = f" ({place(functions[0], cause)})" if functions else ""
         raise ConfigError(f"reward: tried on row 0 before the run, it fails on every reply{where}: {first}") from first
 
+    def _rehearsed(self, name: str, function: RewardFunction, text: str) -> None:
+        """Calls a reward function as a rollout will: in a thread, where not all works that does in the main one."""
+        if not self._given or is_async(function):
+            self._score(name, function, text)
+            return
+        with closing(Runner()) as thread:
+            thread.call(self._score, None, name=name, function=function, text=text)
+
+    def _scores(self, text: str) -> Iterator[dict[str, float] | BadReply]:
+        for name, function in self._functions.items():
+            try:
+                yield self._score(name, function, text)
+            except BadReply as error:
+                yield error
+
     def _score(self, name: str, function: RewardFunction, text: str) -> dict[str, float]:
         """What a reward function gives for a reply, by component.
 
@@ -138,16 +186,42 @@ class Dataset(TextEnv):
             RewardError: it raised, or gave what is no reward; an error of this package (a grader that cannot
                 start) passes as it is.
         """
-        called = getattr(function, "__name__", name)
         try:
-            value = function(text, self._row)
+            value: Any = finish(function(text, self._row))
         except LLMGymError:
             raise
         except FAULTS as error:
-            what = f"raised {described(error)} at {self._place()}"
-            raise RewardError(f"{self._name()}: reward function {called!r} {what}.") from error
+            raise self._fault(name, function, error) from error
+        return self._named(name, function, value)
+
+    async def _score_async(self, name: str, function: RewardFunction, text: str) -> dict[str, float]:
+        """The same, awaited."""
+        try:
+            value: Any = await wait(function(text, self._row) if is_async(function) else self._aside(function, text))
+        except LLMGymError:
+            raise
+        except FAULTS as error:
+            raise self._fault(name, function, error) from error
+        return self._named(name, function, value)
+
+    async def _aside(self, function: RewardFunction, text: str) -> Score:
+        """What a plain function gives, in the environment's own thread."""
+        return await wait(await self._runner.run(partial(function, text, self._row), None))
+
+    def _fault(self, name: str, function: RewardFunction, error: BaseException) -> RewardError:
+        """A reward function's exception, with its name and the episode's."""
+        what = f"raised {described(error)} at {self._place()}"
+        return RewardError(f"{self._name()}: reward function {_called(name, function)!r} {what}.")
+
+    def _named(self, name: str, function: RewardFunction, value: Score) -> dict[str, float]:
+        """A score by component."""
         named = value if isinstance(value, Mapping) else {name: value}
-        return {part: self._number(part, number, f" of function {called!r}") for part, number in named.items()}
+        giver = f" of function {_called(name, function)!r}"
+        return {part: self._number(part, number, giver) for part, number in named.items()}
+
+
+def _called(name: str, function: RewardFunction) -> str:
+    return str(getattr(function, "__name__", name))
 
 
 GRADED: tuple[Kind, ...] = ("math", "number")

@@ -19,9 +19,9 @@ import numpy as np
 
 from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Episode, Ids, Message, Sampling, StopReason
-from llm_gym.env import finite
 from llm_gym.errors import FAULTS, RewardError, SettingError, boundary, described
 from llm_gym.policies import Abilities, Completer, TextPolicy
+from llm_gym.rewards import finite
 from llm_gym.rollouts.env_pool import Env, EnvPool, EnvSlot
 from llm_gym.trajectories import TrajectoryBuilder
 
@@ -245,7 +245,7 @@ class Driver:
         slot = state.slot
         assert slot is not None
         options = {} if job.row is None else {"options": {"task": job.row}}
-        context, info = await slot.call(slot.env.reset, seed=job.seed, **options)
+        context, info = await slot.call(slot.reset, seed=job.seed, **options)
         done = False
         while not done:
             state.messages, state.error = info.get("messages", ()), info.get("error")
@@ -258,7 +258,7 @@ class Driver:
             else:
                 completion = await self.policy.complete(prompt, sampling, seed=request_seed)
             state.asking = False
-            context, reward, terminated, truncated, info = await slot.call(slot.env.step, completion.tokens)
+            context, reward, terminated, truncated, info = await slot.call(slot.step, completion.tokens)
             earned = self._reward("reward", reward, job)
             state.builder.add(prompt, completion, earned, temperature=sampling.temperature)
             cut = completion.finish_reason == "length"

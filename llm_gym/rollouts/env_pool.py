@@ -1,4 +1,4 @@
-"""Where episodes are played: environments kept for reuse, those that block each in a thread of its own."""
+"""Where episodes are played: environments kept for reuse; those that wait are awaited, or each has a thread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import gymnasium
 
 from llm_gym import envs
 from llm_gym.concurrency import Worker
+from llm_gym.envs.asynchronous import awaited, way_of
 from llm_gym.errors import FAULTS, SettingError, described
 
 Env = gymnasium.Env[Any, Any]
@@ -26,22 +27,38 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class EnvSlot:
-    """An environment, and the thread its calls run in if they block."""
+    """An environment, and how its calls are made."""
 
     env: Env
+    reset: Callable[..., Any]
+    step: Callable[..., Any]
+    inline: bool
+    """Whether they never wait. If not, they run in a thread, or are awaited where there is none."""
     worker: Worker | None
     abandoned: bool = False
     """Whether a call was left unfinished."""
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`function(*args, **kwargs)`, in the thread if there is one; cancelling it leaves the call unfinished."""
-        if self.worker is None:
+        """What `reset` or `step` returns; cancelling it leaves the call unfinished."""
+        if self.inline:
             return function(*args, **kwargs)
         try:
-            return await self.worker.run(function, *args, **kwargs)
-        except asyncio.CancelledError:
-            self.abandoned = True
+            result = await (self.worker.run(function, *args, **kwargs) if self.worker else function(*args, **kwargs))
+        except BaseException as error:
+            self._look_for_a_cancellation(error)
             raise
+        self._look_for_a_cancellation(None)
+        return result
+
+    def _look_for_a_cancellation(self, raised: BaseException | None) -> None:
+        """Sees to it that a cancelled call ends as such, whatever a hook made of it; and that no other does."""
+        task = asyncio.current_task()
+        cancelled = task is not None and task.cancelling() > 0
+        self.abandoned = cancelled or isinstance(raised, asyncio.CancelledError)
+        if cancelled:
+            raise asyncio.CancelledError from raised
+        if self.abandoned:
+            raise RuntimeError("A hook was cancelled, and not by its driver.") from raised
 
 
 class EnvPool:
@@ -64,7 +81,7 @@ class EnvPool:
             )
         self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._make, self._args, self._name = env, dict(args), name
-        self._blocking: bool | None = None  # not known before the first environment was made
+        self._way: str | None = None  # not known before the first environment was made
         self._free: list[EnvSlot] = []
         self._every: set[EnvSlot] = set()
         self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
@@ -73,14 +90,14 @@ class EnvPool:
         """An environment nobody plays in; a new one if there is none."""
         if self._free:
             return self._free.pop()
-        if self._blocking is None:
-            slot = EnvSlot(self._first(), None)
-            self._blocking = bool(slot.env.metadata.get("blocking", False))
-            slot.worker = Worker() if self._blocking else None
-        elif self._blocking:
+        if self._way is None:
+            env = self._first()
+            self._way = way_of(env)
+            slot = _slot(env, self._way, Worker() if self._way == "thread" else None)
+        elif self._way == "thread":
             slot = await self._make_in_thread()
         else:
-            slot = EnvSlot(self._new(), None)
+            slot = _slot(self._new(), self._way)
         self._every.add(slot)
         return slot
 
@@ -110,7 +127,7 @@ class EnvPool:
         except BaseException:  # if cancelled, the environment may yet appear
             self._end(worker, lambda: _close(*made), BRIEF)
             raise
-        return EnvSlot(made[0], worker)
+        return _slot(made[0], "thread", worker)
 
     def _first(self) -> Env:
         """The first environment: if it cannot be made, none can."""
@@ -139,6 +156,11 @@ class EnvPool:
         """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
         worker.stop(last)
         self._ending.append((worker, patience))
+
+
+def _slot(env: Env, way: str, worker: Worker | None = None) -> EnvSlot:
+    reset, step = awaited(env) if way == "awaited" else (env.reset, env.step)
+    return EnvSlot(env, reset, step, way == "inline", worker)
 
 
 def _close(*every: Env) -> None:

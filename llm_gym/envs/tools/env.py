@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import isawaitable
 from typing import Any, ClassVar
 
 from llm_gym.chat import Chat
-from llm_gym.concurrency import Overdue, Runner
+from llm_gym.concurrency import Overdue, Runner, at_once, finish, is_async, wait, within
 from llm_gym.core import Message, StopReason
 from llm_gym.env import Reply, TextEnv
 from llm_gym.envs.tools.parsers import formats
@@ -118,42 +119,48 @@ class ToolEnv(TextEnv):
         self._format_name = tool_format
         self._schemas = {name: tool.parameters for name, tool in self.tools.items()}
         self._runner = Runner()
-        self._threaded = not all(tool.timed for tool in self.tools.values())
+        self._threaded = not all(tool.timed or is_async(tool.run) for tool in self.tools.values())
         self._calls = self._made = 0
         super().__init__(
             max_turns=max_calls + 2 if max_turns is None else max_turns,
             reward_weights={**self.default_weights, **(reward_weights or {})},
             **kwargs,
         )
+        if self.asynchronous:  # what is no `async def` is waited for in the thread that tools run in
+            self._threaded = not all(is_async(tool.run) for tool in self.tools.values())
+            self.metadata = {**self.metadata, "blocking": False}
 
-    def final(self, text: str) -> Reply:
+    def final(self, text: str) -> Reply | Awaitable[Reply]:
         """What follows a reply that calls no tool; `text` as in `TextEnv.reply`."""
         raise NotImplementedError(f"{type(self).__name__} must define final().")
 
     def reply(self, text: str) -> Reply:
         """Runs the calls of a reply, or hands it to `final`."""
-        calls = [] if self._cut else self._read(text)
+        calls = self._calls_of(text)
         if not calls:
-            return _with_parts(self._hooked(self.final, text=text), self._parts(0, 0))
-        calls = [self._checked_call(call) for call in calls]
-        self._messages[-1] = self._said(text, calls)
-        before, results, failure = self._calls, [], None
-        for call in calls:
-            try:
-                output = self._answer(call)
-            except ToolFailure as error:
-                output = failure = f"Error: {error}"
-            results.append(self._result(call, output))
-            if failure:
-                break
-        parts = self._parts(self._calls - before, sum(bool(call.error) for call in calls))
-        stop = StopReason.TOOL_FAILURE if failure else None
-        return Reply(results, parts, stop_reason=stop)
+            return _with_parts(finish(self._hooked(self.final, text=text)), self._parts(0, 0))
+        return at_once(self._answers(calls, self._run))
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """As `TextEnv.reset`; the info also has `tools`, the schemas shown to the model."""
+    async def reply_async(self, text: str) -> Reply:
+        """The same: what is `async def` is awaited, the rest is waited for in the thread that tools run in."""
+        calls = self._calls_of(text)
+        if not calls:
+            return _with_parts(await self._hooked_async(self.final, text=text), self._parts(0, 0))
+        return await self._answers(calls, self._run_async)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a driver should await the episodes: a hook or a tool is `async def`."""
+        return super().asynchronous or any(map(is_async, (self.final, *(tool.run for tool in self.tools.values()))))
+
+    @property
+    def plain(self) -> Sequence[str]:
+        """Tools that are no `async def`."""
+        return [name for name, tool in self.tools.items() if not is_async(tool.run)]
+
+    def _begin(self, seed: int | None, options: dict[str, Any] | None) -> None:
         self._calls = self._made = 0
-        return super().reset(seed=seed, options=options)
+        super()._begin(seed, options)
 
     def close(self) -> None:
         """Ends the thread that tools run in."""
@@ -191,6 +198,14 @@ class ToolEnv(TextEnv):
         closing = open_thinking(self.chat.text(self._context[-16:]))
         return formats.read(self.format, text, closing, self._schemas)
 
+    def _calls_of(self, text: str) -> list[ToolCall]:
+        """The calls of a reply, checked and booked; none if it was cut."""
+        calls = [] if self._cut else self._read(text)
+        calls = [self._checked_call(call) for call in calls]
+        if calls:
+            self._messages[-1] = self._said(text, calls)
+        return calls
+
     def _checked_call(self, call: ToolCall) -> ToolCall:
         """The call with an id, its arguments converted where that is safe, or the reason why it is refused."""
         self._made += 1
@@ -205,7 +220,22 @@ class ToolEnv(TextEnv):
 
     # Running them
 
-    def _answer(self, call: ToolCall) -> str:
+    async def _answers(self, calls: Sequence[ToolCall], run: Callable[..., Any]) -> Reply:
+        """The results of calls, one after another; `run` gives a tool's, or an awaitable of it."""
+        before, results, failure = self._calls, [], None
+        for call in calls:
+            try:
+                output = await self._answer(call, run)
+            except ToolFailure as error:
+                output = failure = f"Error: {error}"
+            results.append(self._result(call, output))
+            if failure:
+                break
+        parts = self._parts(self._calls - before, sum(bool(call.error) for call in calls))
+        stop = StopReason.TOOL_FAILURE if failure else None
+        return Reply(results, parts, stop_reason=stop)
+
+    async def _answer(self, call: ToolCall, run: Callable[..., Any]) -> str:
         """The text of one call's result.
 
         Raises:
@@ -217,7 +247,8 @@ class ToolEnv(TextEnv):
             return f"Error: no calls are left (the limit is {self.max_calls}); give the final answer."
         self._calls += 1
         try:
-            return shorten(as_text(self._run(self.tools[call.name], call.arguments)), self.max_output)
+            output = run(self.tools[call.name], call.arguments)
+            return shorten(as_text(await output if isawaitable(output) else output), self.max_output)
         except ToolFailure:
             raise
         except Overdue:
@@ -228,13 +259,30 @@ class ToolEnv(TextEnv):
             return shorten(f"Error: {as_text(described(error))}", self.max_output)
 
     def _run(self, tool: Tool, arguments: dict[str, Any]) -> Any:
+        """A tool's result; waits for it."""
+        if is_async(tool.run):
+            return finish(within(self._deadline(tool), tool.run(**arguments)))
         if tool.timed:
-            return self._hooked(tool.run, **arguments)
-        return self._runner.call(tool.run, self.call_timeout, **arguments)
+            return finish(self._hooked(tool.run, **arguments))
+        return finish(self._runner.call(tool.run, self.call_timeout, **arguments))
+
+    async def _run_async(self, tool: Tool, arguments: dict[str, Any]) -> Any:
+        """A tool's result, awaited, or waited for in the thread."""
+        if is_async(tool.run):
+            return await within(self._deadline(tool), tool.run(**arguments))
+        return await wait(await self._runner.run(tool.run, self._deadline(tool), **arguments))
+
+    def _deadline(self, tool: Tool) -> float | None:
+        return None if tool.timed else self.call_timeout
 
     def _hooked(self, hook: Callable[..., Any], **arguments: Any) -> Any:
         """In the thread that tools run in: what `open` makes, they may use, though it be bound to its thread."""
-        return self._runner.call(hook, None, **arguments) if self._threaded else hook(**arguments)
+        threaded = self._threaded and not is_async(hook)
+        return self._runner.call(hook, None, **arguments) if threaded else hook(**arguments)
+
+    async def _hooked_async(self, hook: Callable[..., Any], **arguments: Any) -> Any:
+        threaded = self._threaded and not is_async(hook)
+        return await wait(await self._runner.run(hook, None, **arguments) if threaded else hook(**arguments))
 
     # What is said
 

@@ -27,6 +27,11 @@ class Questions(Protocol):
         """Rows of the data set; None: questions are drawn."""
         ...
 
+    @property
+    def kind(self) -> Kind:
+        """How answers are compared; `math` may wait for a worker."""
+        ...
+
     def draw(self, env: TextEnv) -> tuple[str, str]:
         """The question and the reference answer of a new episode of `env`."""
         ...
@@ -73,6 +78,7 @@ class Arithmetic:
     """
 
     size = None
+    kind: Kind = "number"
 
     def __init__(self, operations: str, digits: tuple[int, int], split: str) -> None:
         for op in operations or " ":
@@ -163,6 +169,8 @@ class QuestionEnv(ToolEnv):
         self._questions = questions(dataset, split, (question, answer), operations, (digits_min, digits_max))
         self.num_tasks = self._questions.size
         super().__init__(tools, **kwargs)
+        if self.asynchronous and self._questions.kind == "math":
+            self._threaded = True
 
     def release(self) -> None:
         """Ends what the tools hold for the episode; called when it is over, before the next, and at the end."""
@@ -182,6 +190,13 @@ class QuestionEnv(ToolEnv):
         result = super().step(action)
         if result[2] or result[3]:
             self._hooked(self.release)
+        return result
+
+    async def step_async(self, action: Ids) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+        """As `TextEnv.step_async`."""
+        result = await super().step_async(action)
+        if result[2] or result[3]:
+            await self._hooked_async(self.release)
         return result
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import gymnasium
 
 from llm_gym.core import Episode, Sampling, StopReason
 from llm_gym.envs import make, resolve
+from llm_gym.envs.asynchronous import reset_async
 from llm_gym.envs.parameters import environment_class
 from llm_gym.errors import FAULTS, ConfigError, LLMGymError, SettingError, described, place
 from llm_gym.harness.bounds import Within
@@ -243,8 +244,15 @@ class _RowBySeed(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Resets to the seed's row."""
+        return self.env.reset(seed=seed, options=self._row(seed, options))
+
+    async def reset_async(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """The same, awaited."""
+        return await reset_async(self.env, seed=seed, options=self._row(seed, options))
+
+    def _row(self, seed: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
         assert seed is not None
-        return self.env.reset(seed=seed, options={**(options or {}), "task": seed - EVAL_SEED})
+        return {**(options or {}), "task": seed - EVAL_SEED}
 
 
 def _number(value: float | None) -> float:

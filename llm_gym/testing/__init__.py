@@ -8,6 +8,7 @@ found. It needs no model and takes well under a second for a cheap environment.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
 import multiprocessing
@@ -17,11 +18,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -29,17 +30,19 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.utils.seeding import np_random
 
+from llm_gym.concurrency import run_here
 from llm_gym.core import Ids, StopReason
 from llm_gym.envs import make, resolve
+from llm_gym.envs.asynchronous import lacking
 from llm_gym.spaces import Tokens
+from llm_gym.testing.episodes import WORDS as WORDS
+from llm_gym.testing.episodes import Step, difference, play, play_async
+from llm_gym.testing.episodes import scripted_action as scripted_action
 
 Env = gymnasium.Env[Any, Any]
 SEEDS = tuple(range(16))
-STEP_LIMIT = 500
-"""An episode must end within so many steps."""
 GRACE_SECONDS = 5.0
 """How long what `close` stops may take to disappear."""
-WORDS = ("42", "Answer: 7", "no idea", "I think it is 50.", "#### 12", "\\boxed{3}", "", "50", "25", "75")
 
 
 def check_environment(env: str | Env | Callable[..., Env], /, **kwargs: Any) -> None:
@@ -63,17 +66,6 @@ def check_environment(env: str | Env | Callable[..., Env], /, **kwargs: Any) -> 
             raise AssertionError(f"{subject.name}: {label}: {said}") from error
 
 
-class Step(NamedTuple):
-    """One call of `reset` (no action) or `step`, as a copy of what it returned."""
-
-    action: Ids | None
-    obs: Ids
-    reward: Any
-    terminated: bool
-    truncated: bool
-    info: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class _Subject:
     """What is being checked."""
@@ -85,39 +77,6 @@ class _Subject:
         """One whole episode of a new environment."""
         with closing(self.make()) as env:
             return play(env, seed)
-
-
-def play(env: Env, seed: int, *, spoil: bool = False) -> list[Step]:
-    """One scripted episode: the reset and every step until the end.
-
-    The seed is that of the reset and, with the turn, of the script. `spoil` overwrites every observation and info after
-    recording it, as a careless caller would.
-    """
-    obs, info = env.reset(seed=seed)
-    steps = [copy.deepcopy(Step(None, obs, 0.0, False, False, info))]
-    while not (steps[-1].terminated or steps[-1].truncated):
-        if len(steps) > STEP_LIMIT:
-            raise AssertionError(f"an episode of seed {seed} did not end within {STEP_LIMIT} steps.")
-        if spoil:
-            _spoil(obs, info)
-        action = scripted_action(env, seed, len(steps))
-        obs, reward, terminated, truncated, info = env.step(action.copy())
-        steps.append(copy.deepcopy(Step(action, obs, reward, terminated, truncated, info)))
-    return steps
-
-
-def scripted_action(env: Env, seed: int, turn: int) -> Ids:
-    """The script's completion: one of a few sentences (or an environment's own `example_replies`), now and then
-    random tokens; a function of its arguments."""
-    rng = np.random.default_rng([seed, turn])
-    chat = getattr(env.unwrapped, "chat", None)
-    if chat is None or rng.random() < 0.25:
-        env.action_space.seed(int(rng.integers(2**31)))
-        return np.asarray(env.action_space.sample())
-    examples = getattr(env.unwrapped, "example_replies", ())
-    words = examples if examples and rng.random() < 0.5 else WORDS
-    reply: Ids = chat.encode_reply(words[rng.integers(len(words))])
-    return reply[-getattr(env.unwrapped, "max_tokens", len(reply)) :]
 
 
 def check_gymnasium(subject: _Subject) -> None:
@@ -199,7 +158,7 @@ def check_seeds(subject: _Subject) -> None:
                 if steps[-1].terminated or steps[-1].truncated:
                     break
                 steps.append(Step(step.action, *env.step(step.action)))
-            if _difference(script, steps) is not None:
+            if difference(script, steps) is not None:
                 return
         left, fresh = env.unwrapped.np_random, np_random(SEEDS[-1])[0]
     drew = not data_equivalence(left.bit_generator.state, fresh.bit_generator.state)  # and all alike by chance
@@ -252,6 +211,22 @@ def check_order(subject: _Subject) -> None:
     env.close()
 
 
+def check_awaited(subject: _Subject) -> None:
+    """`reset_async` and `step_async`, where they are, play the same episodes, several at once in one event loop."""
+    with closing(subject.make()) as env:
+        if lacking(env):
+            return
+
+    async def every() -> list[list[Step]]:
+        return await asyncio.gather(*(play_async(env, seed) for seed, env in envs.items()))
+
+    with ExitStack() as stack:
+        envs = {seed: stack.enter_context(closing(subject.make())) for seed in SEEDS[:4]}
+        together = run_here(every())
+    for seed, steps in zip(envs, together, strict=True):
+        _same(subject.played(seed), steps, f"seed {seed}, awaited")
+
+
 def check_length_limit(subject: _Subject) -> None:
     """A completion of `max_tokens` tokens without a stop token is graded, and ends the episode as cut."""
     with closing(subject.make()) as env:
@@ -293,7 +268,7 @@ def check_close(subject: _Subject) -> None:
 
 CHECKS: tuple[Callable[[_Subject], None], ...] = (
     check_gymnasium, check_spaces, check_append_only, check_info, check_determinism, check_seeds, check_task_option,
-    check_fresh_data, check_independence, check_order, check_length_limit, check_spec, check_close,
+    check_fresh_data, check_independence, check_awaited, check_order, check_length_limit, check_spec, check_close,
 )  # fmt: skip
 
 
@@ -361,28 +336,8 @@ def _check_step(step: Step, where: str) -> None:
 
 
 def _same(one: list[Step], two: list[Step], what: str) -> None:
-    difference = _difference(one, two)
-    _require(difference is None, f"{what}, the episode differs: {difference}.")
-
-
-def _difference(one: list[Step], two: list[Step]) -> str | None:
-    """Where two episodes first differ."""
-    for i, (a, b) in enumerate(zip(one, two, strict=False)):
-        for name, left, right in zip(Step._fields, a, b, strict=True):
-            if not data_equivalence(left, right, exact=True):
-                return f"step {i}, {name}: {left!r:.120} and {right!r:.120}"
-    return None if len(one) == len(two) else f"{len(one) - 1} and {len(two) - 1} steps"
-
-
-def _spoil(obs: Ids, info: dict[str, Any]) -> None:
-    """Overwrites everything a caller could reach."""
-    obs[:] = 0
-    for message in info.get("messages", ()):
-        message.clear()
-    for value in info.values():
-        if isinstance(value, list | dict):
-            value.clear()
-    info.clear()
+    where = difference(one, two)
+    _require(where is None, f"{what}, the episode differs: {where}.")
 
 
 def _held() -> set[str]:
