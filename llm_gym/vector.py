@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -20,14 +20,13 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llm_gym.concurrency import Loop
+from llm_gym.concurrency import Loop, Outcome, settled
 from llm_gym.core import Ids
 from llm_gym.envs import make
 from llm_gym.envs.asynchronous import reset_async, step_async, way_of
 from llm_gym.errors import ConfigError, unknown
 
 MAX_THREADS = 64
-T = TypeVar("T")
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 """What `step` returns."""
 
@@ -254,17 +253,14 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
 
     async def _work_async(self, index: int, action: Any) -> None:
         """The same, awaited."""
-        self._done.put((index, await _outcome(self._advance_async(index, action))))
+        outcome = await settled(self._advance_async(index, action))
+        self._done.put((index, outcome.error or outcome.get()))
 
     def _map(self, function: Callable[[int], Any], indices: Iterable[int]) -> list[Any]:
         """`function` of each index, awaited all together or in threads if the environments wait."""
         if self._loop is None:
             return list(self._pool.map(function, indices) if self._pool is not None else map(function, indices))
-        outcomes = self._loop.run(_all(map(function, indices)))
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return outcomes
+        return [outcome.get() for outcome in self._loop.run(_all(map(function, indices)))]
 
     def _observations(self) -> tuple[Ids, ...]:
         """The contexts, as copies that the caller may keep and change."""
@@ -287,20 +283,9 @@ class TextVectorEnv(VectorEnv[tuple[Ids, ...], Sequence[Ids], npt.NDArray[Any]])
             raise ValueError(f"{what} was called with steps under way in {sorted(self._pending)}; recv() them first.")
 
 
-async def _outcome(awaitable: Awaitable[T]) -> T | BaseException:
-    """What it comes to, or raises: SystemExit would end the event loop."""
-    try:
-        return await awaitable
-    except BaseException as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        return error
-
-
-async def _all(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException]:
-    """The outcome of each, in order; nobody waits for anybody."""
-    return await asyncio.gather(*map(_outcome, awaitables))
+async def _all(calls: Iterable[Awaitable[Any]]) -> list[Outcome[Any]]:
+    """What every call comes to; nobody waits for anybody."""
+    return await asyncio.gather(*map(settled, calls))
 
 
 def _mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import inspect
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from llm_gym.concurrency.threads import Thread
+from llm_gym.concurrency.threads import Thread, settled, waiting_loop
 from llm_gym.errors import PolicyError
 
 T = TypeVar("T")
@@ -135,6 +136,47 @@ def _in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     if errors:
         raise errors[0]
     return outcome[0]
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function is `async def`, as a method, in a `partial`, or as the `__call__` of an object."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def wait(outcome: T | Awaitable[T]) -> T:
+    """What a function that may be `async def` returned, awaited if need be."""
+    return await outcome if isinstance(outcome, Awaitable) else outcome
+
+
+def finish(outcome: T | Awaitable[T]) -> T:
+    """`wait` for callers that cannot await.
+
+    In a thread that an event loop waits for, it is awaited there, so that all episodes share one loop, and may share
+    what is bound to it (the connections of a client); elsewhere by `run_here`.
+
+    >>> async def double(number: int) -> int:
+    ...     return 2 * number
+    >>> finish(double(3)), finish(7)
+    (6, 7)
+    """
+    if not hasattr(outcome, "__await__"):  # asked at every step
+        return outcome
+    loop = waiting_loop()
+    return run_here(settled(outcome)).get() if loop is None else loop.ask(wait(outcome))
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that never has to wait; no event loop is needed.
+
+    Raises:
+        RuntimeError: it has to.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return cast(T, end.value)
+    coroutine.close()
+    raise RuntimeError(f"{coroutine!r} waits for something, where nothing can be awaited.")
 
 
 class Stopped(PolicyError):

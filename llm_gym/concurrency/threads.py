@@ -9,7 +9,8 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -52,6 +53,32 @@ class Thread(threading.Thread):
             super().join()
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """What a call came to, as a value: what it raised is nobody's but the caller's."""
+
+    value: list[T]
+    """What it returned; empty if it raised."""
+    error: BaseException | None = None
+
+    def get(self) -> T:
+        """What it returned; raises what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value[0]
+
+
+async def settled(awaitable: Awaitable[T]) -> Outcome[T]:
+    """What `awaitable` comes to, as a value: SystemExit, raised in a task, would end its loop."""
+    try:
+        return Outcome([await awaitable])
+    except BaseException as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        return Outcome([], error)
+
+
 class WaitingLoop:
     """The event loop that waits for a call in a worker's thread, which may have something awaited there."""
 
@@ -66,25 +93,14 @@ class WaitingLoop:
             CancelledError: of `concurrent.futures`; nobody waits for the call any more.
         """
 
-        async def outcome() -> tuple[list[T], BaseException | None]:
-            try:
-                return [await coroutine], None
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # SystemExit would end the loop
-                return [], error
-
         if self._left.is_set():
             coroutine.close()
             raise CancelledError
-        asked: Future[tuple[list[T], BaseException | None]]
-        asked = self._asked = asyncio.run_coroutine_threadsafe(outcome(), self._loop)
+        asked: Future[Outcome[T]]
+        asked = self._asked = asyncio.run_coroutine_threadsafe(settled(coroutine), self._loop)
         if self._left.is_set():  # meanwhile
             asked.cancel()
-        value, failed = asked.result()
-        if failed is not None:
-            raise failed
-        return value[0]
+        return asked.result().get()
 
     def leave(self) -> None:
         """Waits no more: what the call has asked for is cancelled."""
@@ -118,28 +134,24 @@ class Worker:
         """`function(*args, **kwargs)` in the thread; a cancelled call runs on, its result unseen."""
         loop = asyncio.get_running_loop()
         waiting = WaitingLoop(loop)
-        future: asyncio.Future[tuple[list[T], BaseException | None]] = loop.create_future()
+        future: asyncio.Future[Outcome[T]] = loop.create_future()
 
         def call() -> None:
-            value: list[T] = []
-            failed: BaseException | None = None
             _here.loop = waiting
             try:
-                value.append(function(*args, **kwargs))
+                outcome = Outcome([function(*args, **kwargs)])
             except BaseException as error:  # a future takes not each as its own: it would never hear of StopIteration
-                failed = error
+                outcome = Outcome([], error)
             _here.loop = None
-            _tell(loop, future, (value, failed))
+            _tell(loop, future, outcome)
 
         self._calls.put(call)
         try:
-            value, failed = await future
+            outcome = await future
         except asyncio.CancelledError:
             waiting.leave()
             raise
-        if failed is not None:
-            raise failed
-        return value[0]
+        return outcome.get()
 
     def submit(self, function: Callable[..., T], /, **kwargs: Any) -> Future[T]:
         """`function(**kwargs)` in the thread, for a caller that waits outside any event loop."""
