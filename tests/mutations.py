@@ -434,6 +434,13 @@ MUTANTS = (
         ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
     ),
     Mutant(
+        "a slow reward function holds up every other episode",
+        "envs/dataset.py::Dataset._aside",
+        "await self._runner.run(partial(function, text, self._row), None)",
+        "function(text, self._row)",
+        ("envs/test_async_rewards.py::TestRewards::test_a_plain_one_stops_no_other_episode[object]",),
+    ),
+    Mutant(
         "the seed is accepted and ignored",
         "env.py::TextEnv._begin",
         "super().reset(seed=None if seed is None else operator.index(seed))",

@@ -17,6 +17,7 @@ from llm_gym import Reply, StopReason
 from llm_gym.core import Episode
 from llm_gym.envs.dataset import Dataset
 from llm_gym.envs.tools import ToolEnv
+from llm_gym.envs.tools.questions import QuestionEnv
 from llm_gym.envs.tools.schema import Tool
 from llm_gym.errors import BadReply, ConfigError, ToolError, ToolFailure
 from llm_gym.policies.scripted import ScriptedPolicy
@@ -352,6 +353,30 @@ class TestTools:
         said = [r.getMessage() for r in caplog.records]
         assert said == ["Mixed: every episode keeps a thread, because count is no `async def`."]
         assert set(threading.enumerate()) <= before
+
+    def test_questions_with_async_tools_are_graded_and_released_off_the_loop(self, tmp_path: Path) -> None:
+        """To grade mathematics may wait for a worker."""
+        (tmp_path / "qa.jsonl").write_text('{"question": "?", "answer": "x + 1"}\n', encoding="utf-8")
+        where = []
+
+        async def look() -> str:
+            "Looks it up."
+            return "x + 1"
+
+        class Asked(QuestionEnv):
+            def final(self, text: str) -> Any:
+                where.append(threading.current_thread().name)
+                return super().final(text)
+
+            def release(self) -> None:
+                where.append(threading.current_thread().name)
+
+        def env() -> Asked:
+            return Asked([look], dataset=str(tmp_path / "qa.jsonl"))
+
+        (episode,) = rollout(env, ScriptedPolicy(["It is \\boxed{1 + x}."], CHAT), seeds=[1])
+        assert (episode.stop_reason, episode.reward) == (StopReason.ANSWERED, 1.0)
+        assert set(where) == {"llm_gym-tool"}
 
     def test_they_conform(self) -> None:
         async def double(number: int) -> int:

@@ -63,7 +63,7 @@ class ToolEnv(TextEnv):
     answered with a sentence that says so, as that call's result. A reply that was cut runs no calls.
 
     Args:
-        tools: functions with type hints, or `Tool`s.
+        tools: functions with type hints, plain or `async def`, or `Tool`s.
         tool_format: how the model writes calls, by name (see `formats.FORMATS`); None: as its template writes them, or
             if that has no tools, as JSON in <tool_call> (a tool that runs code: as a fenced block of Python).
         max_calls: calls in an episode; those beyond it are refused.
@@ -75,7 +75,7 @@ class ToolEnv(TextEnv):
 
     `open`, every call and `final` run in one thread of the environment's own, so a tool may use what is bound to the
     thread that made it (a connection of sqlite); make it in `open`, not in `__init__`. Where every tool keeps its own
-    deadline (`Tool.timed`), they run in the caller's.
+    deadline (`Tool.timed`) or is `async def`, they run in the caller's. What is `async def` runs in its event loop.
 
     Reward components, besides those of `final`: `tool_calls`, the calls that ran (weight 0 unless given another:
     a cost, or a curve to plot), and `format`, -1 for each reply with a call that was refused (weight 0.1).
