@@ -92,7 +92,6 @@ class WaitingLoop:
         Raises:
             CancelledError: of `concurrent.futures`; nobody waits for the call any more.
         """
-
         if self._left.is_set():
             coroutine.close()
             raise CancelledError
