@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Test files run at once. More need more memory: each may start an engine.
-JOBS ?= 3
+JOBS ?= 4
 RUN := . $(VENV)/bin/activate &&
 # uv does not read pip's find-links setting.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

@@ -14,7 +14,7 @@ import click
 
 from llm_gym.cli.group import settings
 from llm_gym.cli.options import chat_template_option, env_args_option, env_option, parse_args, to_write
-from llm_gym.errors import SettingError
+from llm_gym.errors import SettingError, TrainingError
 
 if TYPE_CHECKING:
     from llm_gym.core import Episode, Sampling
@@ -112,6 +112,9 @@ def command(
     click.echo("\n".join(shown(plan, found)))
     if out is not None:
         out.write_text(json.dumps(plan.to_dict() | {"seed": seed, **found}, indent=2) + "\n", "utf-8")
+    if "reward" not in found:
+        first = next(iter(found["errors"]), "no reason was given")
+        raise TrainingError(f"eval: each of the {plan.problems * plan.k:,} episodes failed: {first}")
 
 
 def make_plan(

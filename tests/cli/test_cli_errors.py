@@ -388,3 +388,22 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Guess-v0" in str(done.exception)
     assert done.exc_info is not None
     assert done.exc_info[0].__name__ == "SettingError"
+
+
+def test_an_evaluation_without_a_sound_episode_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alwaysbroken.py").write_text(
+        "import gymnasium, llm_gym\n"
+        "class Broken(llm_gym.TextEnv):\n"
+        "    def open(self):\n"
+        "        return [{'role': 'user', 'content': '1+1?'}]\n"
+        "    def reply(self, text):\n"
+        "        raise RuntimeError('no database')\n"
+        "gymnasium.register('broken/All-v0', entry_point=Broken)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["eval", "--env", "alwaysbroken:broken/All-v0", "--episodes", "3", "--out", str(tmp_path / "said.json")]
+    done = CliRunner().invoke(llmgym, words)
+    assert done.exit_code == 2
+    assert "each of the 3 episodes failed: RuntimeError: no database" in done.stderr
+    assert "env_error 3" in done.stdout
+    assert (tmp_path / "said.json").exists()
