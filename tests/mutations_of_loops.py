@@ -279,14 +279,14 @@ LOOPS = (
     ),
     Mutant(
         "a resumed run keeps rows of steps that it takes again",
-        "harness/runs/run_folder.py::RunFolder.rewind.rows",
-        'rows = [row for row in self.metrics() if row["step"] <= step]',
-        "rows = self.metrics()",
+        "harness/runs/run_folder.py::RunFolder.rewind",
+        'rows = [row for row in _rows(table) if row["step"] <= step]',
+        "rows = _rows(table)",
         ("harness/test_checkpoint.py::test_rewind_forgets_later_rows_and_episodes",),
     ),
     Mutant(
         "a row cut by a kill stops every later start",
-        "harness/runs/run_folder.py::RunFolder.metrics",
+        "harness/runs/run_folder.py::_rows",
         "for line in lines[:-1]]",
         "for line in lines if line]",
         ("harness/test_checkpoint.py::test_rewind_forgets_later_rows_and_episodes",),
