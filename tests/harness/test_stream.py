@@ -63,6 +63,16 @@ class Slow:
         return Group(task, tuple(episodes))
 
 
+class Picky(Slow):
+    """Of the first environment two groups of three have no spread, of the others every one has."""
+
+    def _group(self, task: Task, born: int) -> Group:
+        made = super()._group(replace(task, seed=1), born)
+        flat = task.env == 0 and task.seed % 3
+        episodes = made.episodes[:1] * 2 if flat else made.episodes
+        return Group(task, tuple(replace(episode, seed=task.seed) for episode in episodes))
+
+
 def stream(bound: int, *, steps: int = 12, count: int = 4, world: World | None = None, **options: Any) -> Stream:
     return Stream(Tasks(7), count, bound, steps, world=world, **options)
 
@@ -130,8 +140,8 @@ def test_without_oversampling_a_step_trains_on_fewer() -> None:
 
 def test_each_environment_keeps_its_weight_among_what_is_trained_on() -> None:
     tasks = Tasks(7, weights=(3.0, 1.0), curricula=(None, None), pass_rewards=(1.0, 1.0))
-    made = Stream(tasks, 4, 2, 40, {"spread": 0}, OversampleConfig(4.0), names=("a", "b"))
-    batches = train(made, Slow(), range(40))
+    made = Stream(tasks, 4, 2, 40, {"spread": 0}, OversampleConfig(8.0), names=("a", "b"))
+    batches = train(made, Picky(), range(40))
     trained = [group.task.env for batch in batches for group in batch.groups]
     assert len(trained) == 160
     assert abs(trained.count(0) - 120) <= 2 * 4
@@ -188,10 +198,13 @@ def test_ranks_train_on_what_one_process_would(tmp_path: Path) -> None:
         made, player = stream(2, world=world, **options), Slow(world.rank)
         player.version = 3
         made.restore(tmp_path)
-        return seeds(train(made, player, range(3, 12)))
+        batches = train(made, player, range(3, 12))
+        return seeds(batches), [group.episodes[0].whole for batch in batches for group in batch.groups]
 
-    for told in in_ranks(2, go_on):
+    again = in_ranks(2, go_on)
+    for told, _ in again:
         assert found[0][0] + told == alone
+    assert [sum(flags) for flags in zip(*(whole for _, whole in again), strict=True)] == [1] * len(again[0][1])
 
 
 @pytest.mark.parametrize(
