@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,14 @@ itself is not sent. Whether an update has arrived is proven by checksums."""
 @click.command("serve", short_help="Start a vLLM server that training and eval can use.")
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
+@click.option(
+    "--token",
+    envvar="LLM_GYM_TOKEN",
+    show_envvar=True,
+    metavar="SECRET",
+    help="What requests must carry; a must where others than this machine reach the server.",
+)
 @click.option(
     "--set",
     "sets",
@@ -37,11 +46,12 @@ itself is not sent. Whether an update has arrived is proven by checksums."""
     help="Argument of vLLM's server (max_model_len=4096, tensor_parallel_size=2 ...); may be repeated.",
 )
 @click.option("--verbose", is_flag=True, help="Show everything that the server writes.")
-def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) -> None:
+def command(model: str | None, port: int, host: str, token: str | None, sets: tuple[str, ...], verbose: bool) -> None:
     """Starts a vLLM server in this terminal, and ends it, with every process it started, at Ctrl-C.
 
-    It listens on 127.0.0.1 only: whoever reaches it can load files into it. To use one on another machine,
-    forward the port (`ssh -L 8000:127.0.0.1:8000 machine`), and share a folder for the weights.
+    Unless --host says otherwise it listens on 127.0.0.1 only: whoever reaches it can load files into it. A trainer on
+    another machine needs --host and --token there, and the same LLM_GYM_TOKEN where it runs; it uploads the weights.
+    Nothing is encrypted: in a network that is not yours forward the port (`ssh -L 8000:127.0.0.1:8000 machine`).
     """
     from rich.console import Console
 
@@ -49,7 +59,8 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path
     from llm_gym.models.plain import plain_folder
-    from llm_gym.policies.vllm_server.process import ServerProcess
+    from llm_gym.policies.vllm_server.addresses import loopback
+    from llm_gym.policies.vllm_server.process import ServerProcess, url_of
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     up = False
@@ -62,11 +73,11 @@ def command(model: str | None, port: int, sets: tuple[str, ...], verbose: bool) 
         config_of(model_path(model))
     with settings(), _signals(), plain_folder(model_path(model)) as path:
         arguments = parse_args(sets, "--set")
-        server = ServerProcess(path, port=port, settings=arguments, echo=echo)
+        server = ServerProcess(path, port=port, host=host, token=token, settings=arguments, echo=echo)
         try:
             _wait(server, console, f"starting vLLM on {model or 'the embedded model'}")
             up = True
-            _tell(server.url, model)
+            _tell(server.url if loopback(host) else url_of(named(host), server.port), model)
             server.join()
             raise PolicyError(f"the vLLM server ended: {server.last_error()}")
         finally:
@@ -91,12 +102,17 @@ def _wait(server: ServerProcess, console: Console, what: str) -> None:
     server.wait(on_wait)
 
 
+def named(host: str) -> str:
+    """What other machines call a host that listens there."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host
+
+
 def _tell(url: str, model: str | None) -> None:
-    named = f" --model {model}" if model else ""
+    by_name = f" --model {model}" if model else ""
     train = f"llmgym train --set policy.servers=[{url}]" + (f" --set model={model}" if model else "")
     click.echo(f"serving on {url}; Ctrl-C ends it")
     click.echo(f"  {train}")
-    click.echo(f"  llmgym eval{named} --policy server --option servers={url}")
+    click.echo(f"  llmgym eval{by_name} --policy server --option servers={url}")
     sys.stdout.flush()
 
 

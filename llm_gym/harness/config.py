@@ -25,7 +25,7 @@ from llm_gym.harness.model.memory import MemoryConfig
 from llm_gym.harness.rates import Rates, hidden_size, rates
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.runs.loggers import LogConfig
-from llm_gym.harness.settings import checked
+from llm_gym.harness.settings import SECRET, checked
 from llm_gym.templates import read_template
 
 
@@ -65,8 +65,8 @@ class PolicyConfig:
     """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_model_len` ...)."""
     servers: tuple[str, ...] = ()
     """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one."""
-    server: Mapping[str, Any] = field(default_factory=dict)
-    """How servers are used (`folder` for weights where memory is not shared, `retry_seconds`, `max_context` ...)."""
+    server: Mapping[str, Any] = field(default_factory=dict, metadata={SECRET: ("token",)})
+    """How servers are used (`token`, `folder` for weights on a shared disk, `retry_seconds`, `max_context` ...)."""
 
 
 @checked("distill")

@@ -34,6 +34,8 @@ PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (Real, float),
 )
 """Kinds of values -> what YAML has for them: paths, and the numbers of NumPy."""
+SECRET = "secret"
+"""In the metadata of a field that holds a mapping: its keys that are never written down."""
 GIVEN = "given in Python: "
 """Begins what stands in YAML for an object that no import finds again."""
 
@@ -123,12 +125,16 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "", over: T | 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The plain form of a configuration, complete, ready for YAML or JSON."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """The plain form of a configuration, ready for YAML or JSON: complete, but for a field's keys that are `SECRET`."""
+    given = {f.name: (getattr(config, f.name), f.metadata.get(SECRET, ())) for f in dataclasses.fields(config)}
+    return {
+        name: _plain({key: held for key, held in value.items() if key not in secret} if secret else value)
+        for name, (value, secret) in given.items()
+    }
 
 
 def dump(config: Any) -> str:
-    """YAML that `load` reads back to an equal configuration."""
+    """YAML that `load` reads back to an equal configuration, but for what is `SECRET`."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 

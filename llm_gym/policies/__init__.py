@@ -100,6 +100,8 @@ class WeightReceiver(Policy, Protocol):
     """Type of its weights."""
     max_context: int
     """Most tokens of context and completion together."""
+    update_seconds: Mapping[str, float]
+    """What the last new weights took, where that is measured: `pause` (requests were held), `transfer` (before it)."""
 
     def load_adapter(
         self, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], *, version: int

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +16,8 @@ from llm_gym.errors import PolicyError
 KEPT = 2.0
 """Seconds that an idle connection is used again: less than the 5 after which vLLM closes it. A request that crosses
 that end on its way has no answer, and the server seems lost."""
+PIECE = 1 << 20
+"""Bytes of a file that are sent at a time."""
 PASSING = frozenset({408, 425, 429})
 """Client errors that another try may not meet: timeouts and rate limits."""
 
@@ -51,7 +56,7 @@ class Remote:
         """The answer's JSON, or None for an empty answer; cancelling closes the connection.
 
         Args:
-            method: `GET` or `POST`.
+            method: `GET`, `POST` or `DELETE`.
             path: behind the server's URL.
             body: sent as JSON unless None.
             params: the query string.
@@ -64,16 +69,53 @@ class Remote:
         try:
             timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=10)
             async with self._open().request(method, self.url + path, json=body, params=params, timeout=timeout) as got:
-                text = await got.text()
-                status = got.status
+                text = await self._text(got, path)
         except TimeoutError as error:
             raise RemoteError(f"{self.url} did not answer in time") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise RemoteError(f"{self.url}: {type(error).__name__}: {error}") from error
-        if status >= 400:
-            raise RemoteError(f"{self.url}{path} answered {status}: {message(text)}", status)
-        if plain:
-            return text
+        return text if plain else self._json(text, path)
+
+    async def upload(
+        self, path: str, file: Path, *, params: Mapping[str, str] | None = None, stall: float
+    ) -> tuple[Any, str]:
+        """Sends a file as the body of a PUT: the answer's JSON, and the SHA-256 of what was sent.
+
+        The body follows once the server asks for it, so that one that is refused is not sent at all.
+
+        Args:
+            path: behind the server's URL.
+            file: read as it goes.
+            params: the query string.
+            stall: seconds in which the next `PIECE` must have gone.
+
+        Raises:
+            RemoteError: as `call`, or nothing moved for `stall` seconds.
+        """
+        loop, digest = asyncio.get_running_loop(), hashlib.sha256()
+        headers = {"Content-Length": str(file.stat().st_size), "Content-Type": "application/octet-stream"}
+        try:
+            async with asyncio.timeout(stall) as limit:
+                body = _pieces(file, digest.update, lambda: limit.reschedule(loop.time() + stall))
+                options: dict[str, Any] = {"data": body, "params": params, "headers": headers, "expect100": True}
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+                async with self._open().put(self.url + path, timeout=timeout, **options) as got:
+                    text = await self._text(got, path)
+        except TimeoutError as error:
+            raise RemoteError(f"{self.url} took nothing more of {file.name} for {stall:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise RemoteError(
+                f"{self.url}: {file.name} did not get through: {type(error).__name__}: {error}"
+            ) from error
+        return self._json(text, path), digest.hexdigest()
+
+    async def _text(self, got: aiohttp.ClientResponse, path: str) -> str:
+        text = await got.text()
+        if got.status >= 400:
+            raise RemoteError(f"{self.url}{path} answered {got.status}: {message(text)}", got.status)
+        return text
+
+    def _json(self, text: str, path: str) -> Any:
         try:
             return json.loads(text) if text else None
         except ValueError as error:
@@ -90,6 +132,21 @@ class Remote:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEPT)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=self._proxies)
         return self._session
+
+
+async def _pieces(file: Path, seen: Callable[[bytes], None], moved: Callable[[], None]) -> AsyncIterator[bytes]:
+    """A file's bytes; `moved` is called whenever those before have gone."""
+
+    def read() -> bytes:
+        piece = opened.read(PIECE)
+        seen(piece)
+        return piece
+
+    with file.open("rb") as opened:
+        while piece := await asyncio.to_thread(read):
+            moved()
+            yield piece
+    moved()
 
 
 def message(text: str) -> str:

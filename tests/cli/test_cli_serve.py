@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 from click.testing import CliRunner
 
 from llm_gym.cli.group import llmgym
@@ -19,6 +20,34 @@ def test_it_is_a_command() -> None:
     code, said = run("--help")
     assert code == 0
     assert "127.0.0.1 only" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu7", "127.0.0.1.example.org"])
+def test_others_than_this_machine_need_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLM_GYM_TOKEN", raising=False)
+    code, said = run("--host", host)
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith(f"Error: --host: got '{host}' without a token")
+    assert "--token SECRET or set LLM_GYM_TOKEN" in line
+
+
+@pytest.mark.parametrize("given", [["--token", "s3cret"], []])
+def test_with_a_token_the_next_thing_is_looked_at(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_GYM_TOKEN", "s3cret")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, said = run("--host", "0.0.0.0", "--port", str(port), *given)
+    assert (code, said.startswith(f"Error: --port: cannot use {port} on 0.0.0.0")) == (2, True)
+
+
+def test_an_address_of_another_machine_is_one_sentence() -> None:
+    code, said = run("--host", "192.0.2.1", "--token", "s3cret")
+    (line,) = said.splitlines()
+    assert code == 2
+    assert line.startswith("Error: --port: cannot use 8000 on 192.0.2.1")
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:

@@ -36,6 +36,14 @@ def test_any_values_survive_yaml(steps: int, lr: float, env_args: dict[str, int]
     assert config.optimizer.lr == lr
 
 
+def test_a_secret_is_not_written_down() -> None:
+    """config.yaml lies in the run folder, and goes to loggers."""
+    config = load(TrainConfig, sets=["policy.server.token=s3cret", "policy.server.retry_seconds=5"])
+    assert config.policy.server == {"token": "s3cret", "retry_seconds": 5}
+    assert "s3cret" not in dump(config)
+    assert from_dict(TrainConfig, yaml.safe_load(dump(config))).policy.server == {"retry_seconds": 5}
+
+
 def test_file_then_given_then_sets(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("steps: 3\nseed: 3\nloss: {clip_low: 0.3, clip_high: 0.3}\n")

@@ -26,6 +26,7 @@ import torch
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Sampling
@@ -33,8 +34,9 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies import make_policy
 from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import state
+from llm_gym.policies.vllm_server.addresses import addresses
 from llm_gym.policies.vllm_server.labels import Weights, new_run, read
-from llm_gym.policies.vllm_server.policy import ServerPolicy, addresses
+from llm_gym.policies.vllm_server.policy import ServerPolicy
 from llm_gym.policies.vllm_server.process import reserved
 
 MODEL = "a/model"
@@ -47,6 +49,10 @@ class Fake:
 
     def __init__(self) -> None:
         self.label, self.version, self.paused = "", "default", False
+        self.sees = True
+        """Whether it is on the trainer's machine."""
+        self.read: list[dict[str, torch.Tensor]] = []
+        """The tensors of every file that it was told to load."""
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.fail: deque[str] = deque()
@@ -96,7 +102,9 @@ class Fake:
             self.loading = body["method"] == "llm_gym_load_file"
             while self.loading and self.holding == "load":
                 await asyncio.sleep(0.01)
-            return web.json_response({"results": [self.method(body["method"], body["args"])]})
+            found = self.method(body["method"], body["args"])
+            plain = found is None or isinstance(found, dict | list)  # of anything else vLLM sends the text
+            return web.json_response({"results": [found if plain else str(found)]})
         if path == "/update_weight_version":
             self.version = body["new_version"]
         if path in ("/pause", "/resume"):
@@ -108,12 +116,19 @@ class Fake:
         return web.json_response({"success": True})
 
     def method(self, name: str, args: list[Any]) -> Any:
-        if name == "llm_gym_load_file":
-            assert Path(args[0]).exists()
+        if name in ("llm_gym_load_file", "llm_gym_load_adapter_file"):
+            path = Path(args[0])
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+            self.read.append({k: v for file in files for k, v in load_file(file).items()})
         if name == "llm_gym_set_label":
             self.label = args[0]
         checksums = {"received": {}, "held": {}, "meant": {}, "together": []}
-        known = {"llm_gym_label": self.label, "llm_gym_dtype": "torch.float32", "llm_gym_checksums": checksums}
+        known: dict[str, Any] = {
+            "llm_gym_seen": args[0] if self.sees and args else [],
+            "llm_gym_label": self.label,
+            "llm_gym_dtype": "torch.float32",
+            "llm_gym_checksums": checksums,
+        }
         return known.get(name)
 
     async def generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
+import itertools
 import os
 import socket
 import subprocess
@@ -10,12 +13,13 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sandbox_tiers import within
 
-from llm_gym.errors import SettingError
+from llm_gym.errors import ConfigError, SettingError
 from llm_gym.policies.vllm_server import process
 from llm_gym.policies.vllm_server.process import HOST, ServerProcess, environment, flag, healthy, last_error, reserved
 
@@ -33,6 +37,38 @@ from llm_gym.policies.vllm_server.process import HOST, ServerProcess, environmen
 )
 def test_flags(value: object, words: list[str]) -> None:
     assert flag("max_len", value) == words
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="of the installed vLLM's arguments")
+def test_nothing_is_outside_the_gate() -> None:
+    """vLLM puts each middleware around those before it."""
+    line = process.command("a/model", 1, {"middleware": "my.own"}, "0.0.0.0")
+    named = [after for word, after in itertools.pairwise(line) if word == "--middleware"]
+    assert named == ["my.own", process.GATE]
+    assert line[line.index("--host") + 1] == "0.0.0.0"
+    module, _, name = process.GATE.rpartition(".")
+    assert inspect.isclass(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("name", ["host", "port", "api_key"])
+def test_what_has_an_option_of_its_own(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set: {name} is set by llmgym; use --"):
+        ServerProcess(settings={name: "x"})
+
+
+def test_the_token_and_the_folders_reach_the_server_and_go_with_it(running) -> None:
+    """By the environment: a command line can be read by everybody."""
+    heard: list[str] = []
+    script = "import os, time; print(os.environ['LLM_GYM_TOKEN'], os.environ['LLM_GYM_UPLOADS'], flush=True); time.sleep(600)"
+    with running(script, echo=heard.append, token="s3cret") as server:
+        assert within(60, lambda: bool(heard))
+        token, named = heard[0].split()
+        folders = [Path(name) for name in named.split(os.pathsep)]
+        assert token == "s3cret"
+        assert len(folders) == 2
+        assert all(folder.is_dir() for folder in folders)
+        assert "s3cret" not in Path(f"/proc/{server.pid}/cmdline").read_text()
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_the_environment_is_the_servers_own() -> None:
@@ -73,9 +109,9 @@ def test_a_port_is_held_for_the_server_alone() -> None:
 def running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerProcess]:
     """`running(script)`: a process of ours in the place of vLLM's server."""
 
-    def start(script: str, **options: Callable[[str], None]) -> ServerProcess:
+    def start(script: str, **options: Any) -> ServerProcess:
         monkeypatch.setattr(process, "command", lambda *_: [sys.executable, "-c", script])
-        return ServerProcess(**options)  # type: ignore[arg-type]
+        return ServerProcess(**options)
 
     return start
 

@@ -27,7 +27,7 @@ from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import config_of
 from llm_gym.harness.runs.lineage import model_path
 from llm_gym.harness.types import Batch, MicroBatch, TokenStreams
-from llm_gym.policies.vllm_server.policy import addresses
+from llm_gym.policies.vllm_server.addresses import addresses
 from llm_gym.tokenizer import load_tokenizer
 
 NO_TEACHER = (

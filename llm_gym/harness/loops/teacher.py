@@ -23,6 +23,7 @@ from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Backbone, load_model
 from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.http import Remote, RemoteError
+from llm_gym.policies.vllm_server.addresses import bearing, token_of
 from llm_gym.tokenizer import load_tokenizer
 
 UNKNOWN = -100.0
@@ -107,6 +108,8 @@ class UniformTeacher:
 class ServedTeacher:
     """A model behind vLLM servers: they score token ids that they are given (`prompt_logprobs`).
 
+    A token for them is the environment's LLM_GYM_TOKEN.
+
     A row must be shorter than the server's context by one token. Servers read at temperature 1.
 
     Args:
@@ -119,7 +122,7 @@ class ServedTeacher:
     """
 
     def __init__(self, servers: str, tokenizer: Any, *, k: int = 0) -> None:
-        self._servers = [Remote(url.strip()) for url in servers.split(",")]
+        self._servers = [Remote(url.strip(), headers=bearing(token_of(None))) for url in servers.split(",")]
         self._loop = Loop("llm_gym-teacher")
         self._turn = itertools.count()
         try:

@@ -45,12 +45,14 @@ def _check_vllm(config: TrainConfig, world: World) -> None:
 
 
 def _check_servers(config: TrainConfig, world: World) -> None:
-    from llm_gym.policies.vllm_server.policy import ServerPolicy, addresses
+    from llm_gym.policies.vllm_server.addresses import addresses, token_of
+    from llm_gym.policies.vllm_server.policy import ServerPolicy
 
     addresses(config.policy.servers)
     known = inspect.signature(ServerPolicy).parameters.keys() - {"model", "servers", "version", "on_wait", "ranks"}
     for name in config.policy.server.keys() - known:
         raise ConfigError(unknown("policy.server option", name, known))
+    token_of(config.policy.server.get("token"), "policy.server.token")
 
 
 def _always(config: TrainConfig) -> bool:

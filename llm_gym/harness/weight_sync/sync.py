@@ -89,7 +89,8 @@ class Sync:
             with clock(times, "time/proof"):
                 found = self.proof(sent, version=version, how=f"sync {self.mode!r} after step {version}")
         canaries = {"sync/canary_gap_max": found.worst, "sync/canary_share": found.share}
-        return {"sync/mode": self.mode, **canaries, **times}
+        took = {f"sync/{name}": seconds for name, seconds in self.policy.update_seconds.items()}
+        return {"sync/mode": self.mode, **took, **canaries, **times}
 
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:

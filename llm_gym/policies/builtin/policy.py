@@ -78,6 +78,7 @@ class TransformersPolicy:
         check_counts({"prefill_tokens": prefill_tokens})
         self.model = model if isinstance(model, nn.Module) else load_for_inference(model, device, dtype)
         self.dtype = next(self.model.parameters()).dtype
+        self.update_seconds: dict[str, float] = {}
         self.version, self.max_rows = version, max_rows
         self.stop_ids = stop_ids_of(self.model, tokenizer)
         self._vocabulary = vocabulary_of(self.model)

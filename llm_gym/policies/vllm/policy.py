@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class VLLMPolicy:
             self._settings |= lora_settings(lora_rank)
         self._settings |= engine_args
         self._adapter: Any = None
+        self.update_seconds: dict[str, float] = {}
         self._asleep: set[str] = set()
         self._start(str(model or PATH))
 
@@ -211,6 +213,7 @@ class VLLMPolicy:
         def change(engine: Any) -> None:
             if "weights" in self._asleep:
                 raise PolicyError("The engine's weights are asleep: wake(['weights']) before they are written.")
+            began = time.monotonic()
             _drain(self.thread, engine)
             try:
                 engine.collective_rpc(method, args=args)
@@ -223,6 +226,7 @@ class VLLMPolicy:
                 self._adapter = _adapter(version)
             for request in self.thread.requests.values():
                 request.update(version)
+            self.update_seconds = {"pause": time.monotonic() - began}
 
         self.thread.call(change).result()
 

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import weight_files
+from llm_gym.policies.vllm_server.addresses import addresses, same_model, token_of
 from llm_gym.policies.vllm_server.labels import Weights, new_run
 from llm_gym.policies.vllm_server.routing import choose, pieces
 from llm_gym.policies.vllm_server.state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server
@@ -48,8 +48,9 @@ class ServerPolicy:
         servers: their URLs, a sequence or one string with commas.
         version: version of the weights in `model`.
         max_context: most tokens of context and completion together; None: the servers' own limit.
-        folder: where weights are handed over, seen by the servers under the same path; None: shared memory, or
-            where there is none the folder for temporary files.
+        folder: where weights are handed over; None: shared memory, or where there is none the folder for temporary
+            files. A server that does not see it under the same path gets them as an upload.
+        token: what the servers ask for; None: the environment's LLM_GYM_TOKEN.
         start_seconds: how long to wait for servers that are not up yet.
         retry_seconds: how long a request waits for a server to come back before it fails.
         on_wait: hears what is waited for, and how much longer.
@@ -69,12 +70,13 @@ class ServerPolicy:
         version: int = 0,
         max_context: int | None = None,
         folder: str | Path | None = None,
+        token: str | None = None,
         start_seconds: float = 5.0,
         retry_seconds: float = 300.0,
         on_wait: Callable[[str], None] = log.warning,
         ranks: Ranks | None = None,
     ) -> None:
-        urls = addresses(servers)
+        urls, self._token = addresses(servers), token_of(token)
         rank, size = (ranks.rank, ranks.size) if ranks is not None else (0, 1)
         self._ranks, self._leads, self._alone = ranks, rank == 0, size == 1
         urls = urls[rank % len(urls) :] + urls[: rank % len(urls)]  # equally busy servers are taken in this order
@@ -82,6 +84,7 @@ class ServerPolicy:
         self.max_context = 0
         self.dtype: torch.dtype
         self._model, self.retry_seconds = str(model or PATH), retry_seconds
+        self.update_seconds: dict[str, float] = {}
         self._updates = itertools.count(1)
         self.want = Weights(new_run(), update=0, base=0, version=version)
         self._files = weight_files.new_folder(folder) if self._leads else None
@@ -236,7 +239,9 @@ class ServerPolicy:
         number, before = next(self._updates), self.want
         path = self._files / str(number)
         path.mkdir()
+        began = time.monotonic()
         write(path)
+        written = time.monotonic() - began
         if adapter:
             weights = replace(before, update=number, version=version, adapter=path)
         else:
@@ -244,6 +249,9 @@ class ServerPolicy:
         self._loop.run(self._update(weights))
         for old in {before.source, before.adapter} - {None, weights.source}:
             shutil.rmtree(str(old), ignore_errors=True)
+        took = [server.seconds for server in self.servers]
+        self.update_seconds = {name: max(each.get(name, 0.0) for each in took) for name in ("transfer", "pause")}
+        self.update_seconds["transfer"] += written
         return weights
 
     async def _update(self, weights: Weights) -> None:
@@ -277,7 +285,7 @@ class ServerPolicy:
     async def _connect(self, urls: Sequence[str], start_seconds: float, on_wait: Callable[[str], None]) -> Weights:
         self._any = asyncio.Event()
         role: Role = "alone" if self._alone else "leader" if self._leads else "follower"
-        self.servers = [Server(url, lambda: self.want, self._changed, role) for url in urls]
+        self.servers = [Server(url, lambda: self.want, self._changed, role, self._token) for url in urls]
         limits = await asyncio.gather(*(self._greet(server, start_seconds, on_wait) for server in self.servers))
         self.max_context = min(limits)
         self.dtype = await self._dtype()
@@ -304,6 +312,8 @@ class ServerPolicy:
         except ConfigError:
             raise
         except RemoteError as error:
+            if error.status == 401:
+                raise ConfigError(f"token: {error}.") from error
             raise ConfigError(f"servers: {url} cannot take new weights ({error}); {_START}.") from error
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"servers: {url} does not answer as a vLLM server does ({error!r}); {_START}.") from error
@@ -368,27 +378,3 @@ def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None)
         "detokenize": False,
     }
     return {"token_ids": context.tolist(), "sampling_params": params}
-
-
-def addresses(servers: Sequence[str] | str, where: str = "servers") -> list[str]:
-    """The servers' URLs.
-
-    Args:
-        servers: in a sequence, or separated by commas.
-        where: the setting, for the error.
-
-    Raises:
-        ConfigError: none, one twice, or something that is no URL.
-    """
-    found = [url.strip().rstrip("/") for url in (servers.split(",") if isinstance(servers, str) else servers)]
-    for url in found:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{where}: got {url!r}, want a URL such as 'http://127.0.0.1:8000'.")
-    if not found or len(set(found)) < len(found):
-        raise ConfigError(f"{where}: got {found}, want at least one URL, and each once; `llmgym serve` starts one.")
-    return found
-
-
-def same_model(served: str, wanted: str) -> bool:
-    """Whether two names mean one model: the same folder however written, or the same hub id."""
-    return served == wanted or os.path.realpath(served) == os.path.realpath(wanted)

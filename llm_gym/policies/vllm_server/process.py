@@ -30,9 +30,15 @@ from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, SettingError, ended, unknown
 from llm_gym.policies.vllm.models import like_transformers
 from llm_gym.policies.vllm.start import defaults
+from llm_gym.policies.vllm_server import weight_files
+from llm_gym.policies.vllm_server.addresses import TOKEN, loopback, token_of
+from llm_gym.policies.vllm_server.gate import FOLDERS
 
 HOST = "127.0.0.1"
-"""Whoever reaches the server can load any file into it: it must never be public."""
+"""Whoever reaches the server can load any file into it: elsewhere it asks for a token."""
+_OWN_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where this machine reaches what listens on all of its addresses."""
+GATE = "llm_gym.policies.vllm_server.gate.Gate"
 EXTENSION = "llm_gym.policies.vllm_server.worker.ServerWorkerExtension"
 PATIENCE = 15.0
 """Seconds that the server has to end by itself."""
@@ -42,7 +48,13 @@ _FIXED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process may have set it to 0
 }
 _DEFAULT = {"VLLM_LOGGING_LEVEL": "WARNING"}
-_OWN = ("host", "port", "model", "worker_extension_cls")
+_OWN = {
+    "host": "use --host",
+    "port": "use --port",
+    "model": "use --model",
+    "api_key": "use --token",
+    "worker_extension_cls": "leave it",
+}
 _PR_SET_PDEATHSIG = 1
 _ERROR = re.compile(r"\b(?P<kind>\w*(?:Error|Exception)|Value error)[:,] (?P<text>.+?)(?: \[type=.*)?$")
 """Python's form, and pydantic's, whose own first line only counts the errors."""
@@ -60,11 +72,14 @@ class ServerProcess:
     Args:
         model: folder or hub id; None: the embedded model.
         port: 0 takes a free one.
+        host: the address to listen on.
+        token: what requests must carry, unless only this machine reaches it; None: the environment's LLM_GYM_TOKEN.
         settings: arguments of vLLM's server by their Python names (`max_model_len`, `tensor_parallel_size` ...).
         echo: called with every line that the server writes; an `OSError` of it is nothing.
 
     Raises:
-        SettingError: an argument that this vLLM does not have, or a port that is taken.
+        SettingError: an argument that this vLLM does not have, a port that is taken, or no token for an address that
+            others reach.
     """
 
     def __init__(
@@ -72,19 +87,25 @@ class ServerProcess:
         model: str | Path | None = None,
         *,
         port: int = 0,
+        host: str = HOST,
+        token: str | None = None,
         settings: Mapping[str, Any] | None = None,
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
+        secret = checked_token(host, token)
         arguments = like_transformers(str(model or PATH), checked(settings or {}))
-        self._port = reserved(port)
-        self._scratch = tempfile.mkdtemp(prefix="llmgym-")
+        self._port = reserved(port, host)
+        self._scratch = tempfile.mkdtemp(prefix="llmgym-")  # what a signal leaves there goes with it
+        self._uploads = [weight_files.new_folder(None), Path(self._scratch) / "weights"]
+        self._uploads[1].mkdir()
         self.port = int(self._port.getsockname()[1])
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = url_of(_OWN_ADDRESS.get(host, host), self.port)
+        own = {"TMPDIR": self._scratch, TOKEN: secret, FOLDERS: os.pathsep.join(map(str, self._uploads))}
         self._process = subprocess.Popen(
-            command(str(model or PATH), self.port, arguments),
-            env=environment(os.environ) | {"TMPDIR": self._scratch},  # what a signal leaves there goes with it
+            command(str(model or PATH), self.port, arguments, host),
+            env=environment(os.environ) | own,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -151,7 +172,8 @@ class ServerProcess:
                 time.sleep(0.01)
             self._process.wait()
             self._port.close()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            for folder in (Path(self._scratch), *self._uploads):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -177,7 +199,7 @@ def running(group: int) -> bool:
     return False
 
 
-def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
+def command(model: str, port: int, settings: Mapping[str, Any], host: str = HOST) -> list[str]:
     """The command line; `settings` win over the defaults that exact log-probabilities need.
 
     Without a GPU the server computes in float32, whatever type the model was saved in.
@@ -186,14 +208,14 @@ def command(model: str, port: int, settings: Mapping[str, Any]) -> list[str]:
 
     # `vllm serve` asks for the package "vllm", which builds for a CPU do not have.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    own = {"model": model, "host": HOST, "port": port, "worker_extension_cls": EXTENSION}
+    own = {"model": model, "host": host, "port": port, "worker_extension_cls": EXTENSION}
     quiet = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning"}
     exact = {k: v for k, v in defaults().items() if k != "disable_log_stats"}  # else /metrics is empty
     scale_out = {"enable_scale_out": True} if "enable_scale_out" in known_arguments() else {}  # always on in older ones
     kind = {} if torch.cuda.is_available() else {"dtype": "float32"}  # as the engine in process, and the learner
     for name, value in (exact | quiet | scale_out | kind | own | dict(settings)).items():
         line += flag(name, value)
-    return line
+    return [*line, "--middleware", GATE]  # the last one is the outermost
 
 
 def flag(name: str, value: Any) -> list[str]:
@@ -226,7 +248,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in settings:
         if name in _OWN:
-            raise ConfigError(f"--set: {name} is set by llmgym; use --model and --port.")
+            raise ConfigError(f"--set: {name} is set by llmgym; {_OWN[name]}.")
         if name not in known_arguments():
             raise ConfigError(unknown("--set", name, known_arguments()))
     return dict(settings)
@@ -256,22 +278,43 @@ def known_arguments() -> frozenset[str]:
     return frozenset(fields)
 
 
-def reserved(port: int) -> socket.socket:
+def url_of(host: str, port: int) -> str:
+    """The address of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def checked_token(host: str, token: str | None) -> str:
+    """The token of a server on `host`.
+
+    Raises:
+        ConfigError: none, though others than this machine reach it.
+    """
+    found = token_of(token, "--token")
+    if not found and not loopback(host):
+        raise ConfigError(
+            f"--host: got {host!r} without a token, but whoever reaches the server can load files into it; give "
+            f"--token SECRET or set {TOKEN}, or listen on {HOST!r}."
+        )
+    return found
+
+
+def reserved(port: int, host: str = HOST) -> socket.socket:
     """A socket that holds `port`, or a free one for 0, until it is closed; nobody can reach it.
 
     A server that allows for addresses in use, as vLLM does, can listen there all the same, at any later time;
     who asks for a free port never gets it.
 
     Raises:
-        SettingError: it is taken.
+        SettingError: it is taken, or the address is none of this machine's.
     """
-    held = socket.socket()
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((HOST, port))
+        held.bind((host, port))
     except (OSError, OverflowError) as error:
         held.close()
-        raise SettingError(f"--port: cannot use {port}: {ended(error)}") from error
+        where = "" if host == HOST else f" on {host}"
+        raise SettingError(f"--port: cannot use {port}{where}: {ended(error)}") from error
     return held
 
 

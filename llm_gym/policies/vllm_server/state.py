@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -20,6 +20,8 @@ from llm_gym.concurrency import tries
 from llm_gym.core import Completion
 from llm_gym.errors import ConfigError
 from llm_gym.policies.http import Remote, RemoteError
+from llm_gym.policies.vllm_server.addresses import bearing
+from llm_gym.policies.vllm_server.delivery import Delivery
 from llm_gym.policies.vllm_server.labels import Weights, owner, read
 from llm_gym.policies.vllm_server.routing import Prefixes
 
@@ -69,12 +71,18 @@ class Server:
         want: what it must serve now.
         changed: called when `ready` changes.
         role: whether this process gives it weights.
+        token: what it asks for; empty: nothing.
     """
 
     def __init__(
-        self, url: str, want: Callable[[], Weights], changed: Callable[[], None], role: Role = "alone"
+        self,
+        url: str,
+        want: Callable[[], Weights],
+        changed: Callable[[], None],
+        role: Role = "alone",
+        token: str = "",
     ) -> None:
-        self.remote, self.role = Remote(url), role
+        self.remote, self.role = Remote(url, headers=bearing(token)), role
         self.ready = False
         self.taken: Taken | None = None
         """Why it will not be ready again."""
@@ -85,7 +93,11 @@ class Server:
         self.prefixes = Prefixes()
         self.reason = "it has not answered yet"
         """What the last failure was."""
+        self.seconds: dict[str, float] = {}
+        """What the last new weights took: `transfer`, until it could read them; `pause`, while requests were held."""
+        self._paused = 0.0
         self._want, self._changed = want, changed
+        self._delivery = Delivery(self.remote, self.rpc, want().run.partition(".")[0])
         self._lock = asyncio.Lock()
         self._gone = asyncio.Event()
         self._revival: asyncio.Task[None] | None = None
@@ -118,7 +130,8 @@ class Server:
         try:
             return await self._unless_gone(body)
         except RemoteError as error:
-            if error.status == 404 and "model" in body:  # it restarted, and does not know the adapter any more
+            # It restarted, with another token, or does not know the adapter any more.
+            if error.status == 401 or (error.status == 404 and "model" in body):
                 raise RemoteError(str(error)) from error
             raise
         finally:
@@ -172,6 +185,8 @@ class Server:
                     await self._change(want, held)
                     sent = sent or bool(held or want.update)
                 await self._post("/resume")  # also where nothing was sent: whoever paused it may be dead
+                if self._paused:
+                    self.seconds["pause"], self._paused = time.monotonic() - self._paused, 0.0
             self._heard = time.monotonic()
             self._ours = True
             return sent
@@ -193,41 +208,54 @@ class Server:
             )
 
     async def _change(self, want: Weights, held: str) -> None:
-        """Replaces weights under a pause, which ends only here if that fails."""
-        await self._post("/pause", params={"mode": "keep"})
+        """Replaces weights under a pause, which ends only here if that fails; what has to travel does so before it."""
+        base = () if want.on(held) else (want.source,)
         try:
-            await self._replace(want, held)
-        except BaseException:
-            with contextlib.suppress(RemoteError):
-                await self._post("/resume")  # what is sampled now carries no label that counts
-            raise
+            began = time.monotonic()
+            places = await self._delivery.deliver(filter(None, (*base, want.adapter)))
+            self._paused = time.monotonic()
+            self.seconds = {"transfer": self._paused - began}
+            await self._post("/pause", params={"mode": "keep"})
+            try:
+                await self._replace(want, held, places)
+            except BaseException:
+                with contextlib.suppress(RemoteError):
+                    await self._post("/resume")  # what is sampled now carries no label that counts
+                raise
+        finally:
+            await self._delivery.remove()
 
-    async def _replace(self, want: Weights, held: str) -> None:
+    async def _replace(self, want: Weights, held: str, places: Mapping[Path, Path]) -> None:
         await self._mark(f"{want.run}:{CHANGING}")
         if not want.on(held):
             if want.source is None:
                 await self.rpc("llm_gym_load_start", seconds=LOADING)
             else:
-                await self.rpc("llm_gym_load_file", str(want.source), seconds=LOADING)
+                await self.rpc("llm_gym_load_file", str(places[want.source]), seconds=LOADING)
         if want.adapter is not None:
-            await self._load_adapter(want.adapter)
+            await self._load_adapter(want.adapter, places[want.adapter])
         done = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
         if not done["success"]:
             raise RemoteError(f"{self.remote.url} could not reset its prefix cache after a weight update", 500)
         self.prefixes.clear()
         await self._mark(want.label)
 
-    async def _load_adapter(self, folder: Path) -> None:
-        """Makes the adapter's name known the first time (vLLM gives it number 1), then loads its tensors in place."""
+    async def _load_adapter(self, folder: Path, place: Path) -> None:
+        """Makes the adapter's name known the first time (vLLM gives it number 1), then loads its tensors in place.
+
+        Args:
+            folder: PEFT's, here.
+            place: the same where the server reads it.
+        """
         cards = (await self.remote.call("GET", "/v1/models", seconds=CONTROL))["data"]
         names = [card["id"] for card in cards if card.get("parent")]
         if any(name != ADAPTER for name in names):
             raise RemoteError(f"{self.remote.url} serves adapters of its own, {names}; it must have none", 409)
         if not names:
-            named = {"lora_name": ADAPTER, "lora_path": str(folder)}
+            named = {"lora_name": ADAPTER, "lora_path": str(place)}
             await self._post("/v1/load_lora_adapter", named, seconds=LOADING, plain=True)
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        await self.rpc("llm_gym_load_adapter_file", str(folder / "adapter_model.safetensors"), config, seconds=LOADING)
+        await self.rpc("llm_gym_load_adapter_file", str(place / "adapter_model.safetensors"), config, seconds=LOADING)
 
     async def _mark(self, label: str) -> None:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llm_gym.policies.vllm.worker import WorkerExtension, refresh_tied_head
 
 
@@ -21,6 +23,10 @@ class ServerWorkerExtension(WorkerExtension):
     def llm_gym_dtype(self) -> str:
         """What the engine computes in."""
         return str(self.model_config.dtype)
+
+    def llm_gym_seen(self, paths: list[str]) -> list[str]:
+        """Those of the trainer's paths that are there for this worker too; they hold names that nobody else makes."""
+        return [path for path in paths if Path(path).exists()]
 
     def llm_gym_load_start(self) -> None:
         """Loads the weights that the server was started with."""
