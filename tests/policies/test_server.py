@@ -402,6 +402,19 @@ def test_a_next_turn_goes_where_its_beginning_is_cached(fake: Fake) -> None:
     other.stop()
 
 
+def test_a_group_goes_where_its_prompt_is_computed(fake: Fake) -> None:
+    """Its members ask at the same moment, before any has an answer; the groups are shared out."""
+    other = Fake()
+    policy = ServerPolicy(MODEL, servers=[fake.url, other.url])
+    groups = [np.full(40, number, np.int32) for number in range(1, 5)]
+    policy.generate([prompt for prompt in groups for _ in range(4)], Sampling(max_tokens=4))
+    at = [[body["token_ids"][0] for body in server.bodies] for server in (fake, other)]
+    assert [len(each) for each in at] == [8, 8]
+    assert not set(at[0]) & set(at[1])
+    policy.close()
+    other.stop()
+
+
 def test_closing_fails_what_is_under_way(policy: ServerPolicy, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """And waits for a server that hangs no longer than for any other at the end."""
     monkeypatch.setattr(state, "LEAVING", 0.05)

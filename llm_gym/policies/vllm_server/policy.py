@@ -189,6 +189,7 @@ class ServerPolicy:
         since, faults = None, 0
         async for _ in tries():
             server = await self._pick(keys, since)
+            server.prefixes.add(keys)  # at once: those of a group come together
             try:
                 named = {"model": ADAPTER} if self.want.adapter is not None else {}
                 completion = await server.ask(body | named)
