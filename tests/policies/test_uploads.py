@@ -196,6 +196,18 @@ def test_nothing_travels_on_one_host(policy: ServerPolicy, host: Host, fake: Fak
     assert host.carried < MEGABYTE
 
 
+def test_a_server_here_and_one_elsewhere(host: Host, fake: Fake) -> None:
+    """Each gets the weights its own way."""
+    near = Fake()
+    policy = ServerPolicy(MODEL, servers=[near.url, host.url], token=SECRET)
+    policy.load(WEIGHTS.items(), version=1)
+    assert same(near.read[-1], fake.read[-1])
+    assert near.label == fake.label == policy.want.label
+    assert 4 * MEGABYTE < host.carried < 5 * MEGABYTE
+    policy.close()
+    near.stop()
+
+
 @pytest.mark.parametrize("fault", ["cut", "flip", "stall"])
 def test_an_upload_that_fails_in_the_middle_is_repeated(
     policy: ServerPolicy, host: Host, fake: Fake, monkeypatch, caplog, fault: str
