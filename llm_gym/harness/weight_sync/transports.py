@@ -40,6 +40,10 @@ def _load(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> No
     policy.load(seen(as_saved(model, plain_tensors(model))), version=version)
 
 
+def _broadcast(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
+    policy.load_broadcast(seen(as_saved(model, plain_tensors(model))), version=version)
+
+
 def _load_adapter(model: Any, policy: Any, version: int, folder: Path, seen: Seen) -> None:
     tensors, config = adapter_tensors(model)
     policy.load_adapter(list(seen(tensors.items())), config, version=version)
@@ -123,6 +127,7 @@ MODES = {
     "merged": Mode(
         _load, ("vllm", "server"), "as `tensors` or `file`, the adapter folded in", adapters=True, automatic=True
     ),
+    "nccl": Mode(_broadcast, ("server",), "vLLM's own broadcast from GPU to GPU (not verified)", sharded=False),
     "disk": Mode(_load_folder, ("vllm", "server"), "a checkpoint is written, and loaded again", sharded=False),
     "restart": Mode(
         _restart, ("vllm",), "a checkpoint is written, and a new engine started on it", sharded=False, in_flight=False

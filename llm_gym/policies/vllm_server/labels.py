@@ -1,4 +1,4 @@
-"""Labels of weights: what a server's workers keep, what marks the tokens that they sample, and whose they are."""
+"""What servers are asked and answer, and labels of weights: which ones workers keep, and whose they are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_gym.core import Completion, FinishReason
+from llm_gym.core import Completion, FinishReason, Ids, Sampling
 from llm_gym.policies.http import RemoteError
+
+if TYPE_CHECKING:
+    from llm_gym.policies.vllm_server.broadcast import Transfer
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -33,6 +36,8 @@ class Weights:
     """A safetensors file, or a folder of them; None: what the server was started with."""
     adapter: Path | None = None
     """A PEFT folder."""
+    transfer: Transfer | None = None
+    """The broadcast that brings them; then they have no source."""
 
     @property
     def label(self) -> str:
@@ -69,6 +74,24 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None) -> dict[str, Any]:
+    """The body for `/inference/v1/generate`."""
+    stops = sampling.stop_token_ids
+    params = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "max_tokens": max_tokens,
+        "stop_token_ids": None if stops is None else list(stops),
+        "ignore_eos": stops is not None,
+        "seed": None if seed is None else seed % 2**63,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    return {"token_ids": context.tolist(), "sampling_params": params}
 
 
 def read(answer: Any, only: Weights | None, run: str) -> Completion:

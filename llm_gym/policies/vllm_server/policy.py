@@ -23,7 +23,8 @@ from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import weight_files
 from llm_gym.policies.vllm_server.addresses import addresses, same_model, token_of
-from llm_gym.policies.vllm_server.labels import Weights, new_run
+from llm_gym.policies.vllm_server.broadcast import Group, Transfer, nccl
+from llm_gym.policies.vllm_server.labels import Weights, new_run, request
 from llm_gym.policies.vllm_server.routing import choose, pieces
 from llm_gym.policies.vllm_server.state import ADAPTER, CONTROL, LOADING, Ranks, Role, Server
 
@@ -88,6 +89,7 @@ class ServerPolicy:
         self._updates = itertools.count(1)
         self.want = Weights(new_run(), update=0, base=0, version=version)
         self._files = weight_files.new_folder(folder) if self._leads else None
+        self._group: Group | None = None
         self._loop = Loop("llm_gym-servers")
         try:
             self.want = self._first(lambda: self._loop.run(self._connect(urls, start_seconds, on_wait)))
@@ -132,6 +134,18 @@ class ServerPolicy:
         if not self._leads:
             deque(tensors, maxlen=0)  # those of a split model must be gathered by all processes
         self._switch(version, lambda path: weight_files.write(path / "model.safetensors", tensors))
+
+    def load_broadcast(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """The same over NCCL, from this process's GPU to those of all servers; a server that is lost ends the run.
+
+        Raises:
+            PolicyError: not every server is there, or has them within `retry_seconds`.
+            SettingError: there is no CUDA device.
+        """
+        weights = self._first(lambda: self._loop.run(self._broadcast(list(tensors), version)))
+        if not self._leads:
+            self._loop.run(self._update(weights))
+        self.version = version
 
     def load_folder(self, folder: str | Path, *, version: int) -> None:
         """The same from the safetensors files of a model folder, which may be deleted afterwards."""
@@ -248,12 +262,26 @@ class ServerPolicy:
         else:
             weights = Weights(before.run, number, number, version, path)
         self._loop.run(self._update(weights))
-        for old in {before.source, before.adapter} - {None, weights.source}:
+        self._forget(before)
+        self.update_seconds["transfer"] += written
+        return replace(weights, transfer=None)
+
+    def _forget(self, before: Weights) -> None:
+        """What was wanted before is wanted no more; notes what the new weights took."""
+        for old in {before.source, before.adapter} - {None, self.want.source}:
             shutil.rmtree(str(old), ignore_errors=True)
         took = [server.seconds for server in self.servers]
         self.update_seconds = {name: max(each.get(name, 0.0) for each in took) for name in ("transfer", "pause")}
-        self.update_seconds["transfer"] += written
-        return weights
+
+    async def _broadcast(self, tensors: list[tuple[str, torch.Tensor]], version: int) -> Weights:
+        self._group = self._group or Group(nccl())
+        number = next(self._updates)
+        sent = [(name, tensor.detach().to(self.dtype)) for name, tensor in tensors]
+        transfer = Transfer(sent, len(self.servers))
+        before, self.want = self.want, Weights(self.want.run, number, number, version, transfer=transfer)
+        await self._group.send(self.servers, sent, transfer, self.retry_seconds)
+        self._forget(before)
+        return replace(self.want, transfer=None)
 
     async def _update(self, weights: Weights) -> None:
         self.want = weights
@@ -361,21 +389,3 @@ class ServerPolicy:
             self._any.set()
         else:
             self._any.clear()
-
-
-def request(context: Ids, sampling: Sampling, max_tokens: int, seed: int | None) -> dict[str, Any]:
-    """The body for `/inference/v1/generate`."""
-    stops = sampling.stop_token_ids
-    params = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or -1,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "max_tokens": max_tokens,
-        "stop_token_ids": None if stops is None else list(stops),
-        "ignore_eos": stops is not None,
-        "seed": None if seed is None else seed % 2**63,
-        "logprobs": 0,
-        "detokenize": False,
-    }
-    return {"token_ids": context.tolist(), "sampling_params": params}

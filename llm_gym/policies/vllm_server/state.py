@@ -228,7 +228,9 @@ class Server:
     async def _replace(self, want: Weights, held: str, places: Mapping[Path, Path]) -> None:
         await self._mark(f"{want.run}:{CHANGING}")
         if not want.on(held):
-            if want.source is None:
+            if want.transfer is not None:
+                await want.transfer.receive(self)
+            elif want.source is None:
                 await self.rpc("llm_gym_load_start", seconds=LOADING)
             else:
                 await self.rpc("llm_gym_load_file", str(places[want.source]), seconds=LOADING)
