@@ -179,6 +179,10 @@ def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError(f"{coroutine!r} waits for something, where nothing can be awaited.")
 
 
+ENDING = (KeyboardInterrupt, SystemExit)
+"""What asyncio lets through a loop when a task raises it; whoever waits for the task is told too."""
+
+
 class Stopped(PolicyError):
     """A `Loop` was asked after its end, or ended meanwhile."""
 
@@ -290,17 +294,31 @@ class Loop:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
-            while left := asyncio.all_tasks(self._loop):  # what ends may begin something
-                for task in left:
-                    task.cancel()
-                ended, late = self._loop.run_until_complete(asyncio.wait(left, timeout=self._patience))
-                for task in ended:
-                    if not task.cancelled():
-                        task.exception()  # seen: nobody else will ask
-                if late:
-                    break
+            while not self._halted:
+                with contextlib.suppress(*ENDING):
+                    self._loop.run_forever()
+            self._end_tasks()
             if self._last is not None:
-                self._loop.run_until_complete(self._last())
+                self._finish(self._last())
         finally:
             self._loop.close()
+
+    def _end_tasks(self) -> None:
+        """Cancels what is still running, and what that begins, and lets it clean up."""
+        while left := asyncio.all_tasks(self._loop):
+            for task in left:
+                task.cancel()
+            ended, late = self._finish(asyncio.wait(left, timeout=self._patience))
+            for task in ended:
+                if not task.cancelled():
+                    task.exception()  # seen: nobody else will ask
+            if late:
+                break
+
+    def _finish(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs `coroutine` to its end, and its end alone."""
+        task = self._loop.create_task(coroutine)
+        while not task.done():
+            with contextlib.suppress(*ENDING):
+                self._loop.run_until_complete(task)
+        return task.result()

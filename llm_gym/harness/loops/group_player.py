@@ -82,7 +82,8 @@ class GroupPlayer:
         """The groups that were begun."""
         size = self.config.group_size
         self.observer.on_phase("rollout", len(begun) * size)
-        for done, _ in enumerate(as_completed(begun), 1):
+        for done, future in enumerate(as_completed(begun), 1):
+            future.result()  # what every episode would run into is told at once
             self.observer.on_progress(done * size)
         return [future.result() for future in begun]
 
