@@ -511,7 +511,13 @@ class Mute(Exception):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("env", [Counting, Blocking])
 @pytest.mark.parametrize(
-    ("error", "words"), [(StopIteration, "StopIteration"), (SystemExit, "SystemExit"), (Mute, "Mute")]
+    ("error", "words"),
+    [
+        (StopIteration, "StopIteration"),
+        (SystemExit, "SystemExit"),
+        (Mute, "Mute"),
+        (asyncio.CancelledError, "not by its driver"),
+    ],
 )
 def test_whatever_an_environment_raises_ends_its_episode_and_nothing_else(env, error, words):
     def fault(what, seed, turn):

@@ -40,9 +40,9 @@ class EnvSlot:
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `reset` or `step` returns; cancelling it leaves the call unfinished."""
-        if self.inline:
-            return function(*args, **kwargs)
         try:
+            if self.inline:
+                return function(*args, **kwargs)
             result = await (self.worker.run(function, *args, **kwargs) if self.worker else function(*args, **kwargs))
         except BaseException as error:
             self._look_for_a_cancellation(error)
