@@ -196,9 +196,11 @@ class Stream:
         self.owed = list(state["owed"])
         head, entries = state["head"], state["stream"]
         self.scheduler.head, self.scheduler.cursor = head, head + len(entries)
-        self.tasks.begin(*divmod(self.scheduler.cursor, self.count))
-        for entry in entries:
-            number, task = entry["number"], Task(**entry["task"])
+        begun = [Task(**entry["task"]) for entry in entries]
+        step, drawn = divmod(self.scheduler.cursor, self.count)
+        self.tasks.begin(step, drawn, begun[max(0, len(begun) - drawn) :])
+        for entry, task in zip(entries, begun, strict=True):
+            number = entry["number"]
             if entry["group"] is None:
                 self._again.append((number, task))
             else:

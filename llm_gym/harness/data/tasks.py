@@ -71,10 +71,12 @@ class Tasks:
         self._dealer = Dealer(weights)
         self.begin(0)
 
-    def begin(self, step: int, drawn: int = 0) -> None:
-        """A step begins: its seeds are counted from `drawn` on, and no row was drawn yet."""
+    def begin(self, step: int, drawn: int = 0, known: Iterable[Task] = ()) -> None:
+        """A step begins, or goes on: its seeds are counted from `drawn` on, and the rows of `known` were drawn."""
         self._step, self._drawn = step, drawn
         self._rows: list[set[int]] = [set() for _ in self.curricula]
+        for task in known:
+            self._rows[task.env] |= set() if task.row is None else {task.row}
 
     def slots(self, count: int) -> list[int]:
         """The environments of a step's groups, in order."""
