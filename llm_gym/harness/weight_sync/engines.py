@@ -45,11 +45,24 @@ def _check_vllm(config: TrainConfig, world: World) -> None:
 
 
 def _check_servers(config: TrainConfig, world: World) -> None:
-    from llm_gym.policies.vllm_server.addresses import addresses, token_of
     from llm_gym.policies.vllm_server.policy import ServerPolicy
 
+    _check_addresses(config, ServerPolicy)
+
+
+def _check_sglang(config: TrainConfig, world: World) -> None:
+    from llm_gym.policies.sglang import SGLangPolicy
+
+    _check_addresses(config, SGLangPolicy)
+    if world.size > 1:
+        raise ConfigError(f"policy.engine: 'sglang' samples for one training process, and there are {world.size}.")
+
+
+def _check_addresses(config: TrainConfig, engine: Callable[..., Any]) -> None:
+    from llm_gym.policies.vllm_server.addresses import addresses, token_of
+
     addresses(config.policy.servers)
-    known = inspect.signature(ServerPolicy).parameters.keys() - {"model", "servers", "version", "on_wait", "ranks"}
+    known = inspect.signature(engine).parameters.keys() - {"model", "servers", "version", "on_wait", "ranks"}
     for name in config.policy.server.keys() - known:
         raise ConfigError(unknown("policy.server option", name, known))
     token_of(config.policy.server.get("token"), "policy.server.token")
@@ -64,7 +77,11 @@ def _vllm_installed(config: TrainConfig) -> bool:
 
 
 def _servers_named(config: TrainConfig) -> bool:
-    return bool(config.policy.servers)
+    return bool(config.policy.servers) and config.policy.engine != "sglang"
+
+
+def _sglang_named(config: TrainConfig) -> bool:
+    return bool(config.policy.servers) and config.policy.engine == "sglang"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +100,8 @@ class Receiver:
     """Whether it serves a transformers module, that of the learner or another, rather than a folder."""
     shared: bool = False
     """Whether all ranks use the same one, to which rank 0 sends; else each has its own."""
+    addressed: bool = False
+    """Whether it is reached at addresses that the run names."""
     sleeps: bool = False
     """Whether it can give its memory back while the learner trains, on a CUDA device."""
     ties_by_folder: bool = False
@@ -110,8 +129,17 @@ RECEIVERS = {
         section="server",
         at_hand=_servers_named,
         shared=True,
+        addressed=True,
         untied="the servers must hold both, as with `llmgym serve MODEL --set load_format=dummy "
         "--set 'hf_overrides={tie_word_embeddings: false}'`",
+    ),
+    "sglang": Receiver(
+        _server_options,
+        _check_sglang,
+        section="server",
+        at_hand=_sglang_named,
+        addressed=True,
+        untied="the servers must hold both",
     ),
 }
 """Engine name -> what a run must know of it; engines that are not here cannot sample a training run."""
@@ -134,8 +162,9 @@ def engine_of(config: TrainConfig) -> str:
         raise ConfigError(unknown("policy.engine", name, ["auto", *ENGINES]))
     if name not in RECEIVERS:
         raise ConfigError(f"policy.engine: {name!r} cannot be given new weights, so it cannot sample a training run.")
-    if (name == "server") != bool(policy.servers):
-        want = "which needs addresses" if name == "server" else "but only 'server' has addresses; leave one of the two"
+    if (addressed := RECEIVERS[name].addressed) != bool(policy.servers):
+        able = " and ".join(repr(other) for other, receiver in RECEIVERS.items() if receiver.addressed)
+        want = "which needs addresses" if addressed else f"but only {able} have addresses; leave one of the two"
         raise ConfigError(f"policy.servers: got {list(policy.servers)} with engine {name!r}, {want}.")
     return name
 

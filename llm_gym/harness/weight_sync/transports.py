@@ -128,7 +128,9 @@ MODES = {
         _load, ("vllm", "server"), "as `tensors` or `file`, the adapter folded in", adapters=True, automatic=True
     ),
     "nccl": Mode(_broadcast, ("server",), "vLLM's own broadcast from GPU to GPU (not verified)", sharded=False),
-    "disk": Mode(_load_folder, ("vllm", "server"), "a checkpoint is written, and loaded again", sharded=False),
+    "disk": Mode(
+        _load_folder, ("vllm", "server", "sglang"), "a checkpoint is written, and loaded again", sharded=False
+    ),
     "restart": Mode(
         _restart, ("vllm",), "a checkpoint is written, and a new engine started on it", sharded=False, in_flight=False
     ),
