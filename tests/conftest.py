@@ -95,4 +95,4 @@ def _minutes(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _must_run(report: pytest.TestReport | pytest.CollectReport) -> bool:
-    return "heavy" in report.keywords or "tests/heavy" in report.nodeid
+    return ("heavy" in report.keywords or "tests/heavy" in report.nodeid) and "where_allowed" not in report.keywords

@@ -19,7 +19,7 @@ import pytest
 from llm_gym.errors import ConfigError
 from llm_gym.harness import TrainConfig, Trainer, load
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.where_allowed]
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 SECRET = "s3cret"

@@ -13,7 +13,7 @@ import torch
 from llm_gym.harness.model.loading import load_model
 from llm_gym.models.checksums import checksums
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.soak]
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 SPLIT = {"tensor_parallel_size": 2, "max_model_len": 256}
@@ -34,7 +34,7 @@ def as_a_server(stack: ExitStack) -> Any:
     return ServerPolicy(servers=process.url)
 
 
-@pytest.fixture(params=[in_process, pytest.param(as_a_server, marks=pytest.mark.soak)])
+@pytest.fixture(params=[in_process, as_a_server])
 def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     start: Callable[[ExitStack], Any] = request.param
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
