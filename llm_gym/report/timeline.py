@@ -39,8 +39,12 @@ class Timeline:
 
 
 def last_steps(run: Run) -> Timeline | None:
-    """The last steps of a run whose rollouts were ahead of the learner; None for one that waits, or an older one."""
-    rows = [row for row in run.timeline[-STEPS:] if row.get("groups")]
+    """The last steps of a run whose rollouts were ahead of the learner; None for one that waits, or an older one.
+
+    Where the run went on in another process, these are its steps alone: the clock is the process's own.
+    """
+    last = [row for row in run.timeline[-STEPS:] if row.get("since") == run.timeline[-1].get("since")]
+    rows = [row for row in last if row.get("groups")]
     if not rows:
         return None
     began = min(start for row in rows for start, _ in row["phases"].values())

@@ -47,6 +47,18 @@ def test_only_the_last_steps_are_drawn_and_nothing_lies_outside(tmp_path: Path) 
     assert max(bar.x + bar.width for bar in made.bars) <= RIGHT + 1
 
 
+def test_steps_of_another_process_have_another_clock(tmp_path: Path) -> None:
+    """The run went on a day later, or on a machine that was started anew."""
+    for apart in (-50.0, 86400.0):
+        later = row(4, [(4, 104.0 + apart, 104.4 + apart)]) | {"since": 3}
+        later["phases"] = {name: [at + apart for at in span] for name, span in later["phases"].items()}
+        before = [row(step, [(step, 99.0 + step, 100.5 + step)]) | {"since": 0} for step in range(1, 4)]
+        made = last_steps(read(folder(tmp_path / str(apart), [*before, later])))
+        assert made is not None
+        assert made.steps == [(LEFT, "4")]
+        assert "1.0 s" in made.note
+
+
 def test_groups_beyond_the_last_lane_are_counted(tmp_path: Path) -> None:
     many = [(number, 101.0, 101.5) for number in range(LANES + 3)]
     made = last_steps(read(folder(tmp_path, [row(1, many)])))

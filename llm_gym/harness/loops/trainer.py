@@ -60,6 +60,7 @@ class Trainer:
     ) -> None:
         started = start_run(config, out=out, resume=resume, observer=observer, learns=learns)
         self.world, self.observer, self.run, self.step = started.world, started.observer, started.run, started.step
+        self.since = self.step  # steps done before this process
         config, prepared = started.config, started.prepared
         self.env_specs, self.selection, self.loggers = prepared.env_specs, prepared.selection, started.loggers
         self.learning = group_learner_of(config)(config, prepared, self.world, self.observer, started.checkpoint)
@@ -125,7 +126,7 @@ class Trainer:
         if batch.dropped:
             self._write_episodes(f"dropped_{self.step:06d}", (e for g in batch.dropped for e in g.episodes))
         self._write(row)
-        self.run.log_timeline(timeline(self.step, times, batch.spans))
+        self.run.log_timeline(timeline(self.step, times, batch.spans, since=self.since))
         if self._due(self.config.checkpoint.every) or self._is_best():
             self.save()
         return row

@@ -102,16 +102,17 @@ def clock(times: dict[str, float], name: str) -> Iterator[None]:
             times.spans.append((name, started, ended))
 
 
-def timeline(step: int, times: Times, groups: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
+def timeline(step: int, times: Times, groups: Sequence[tuple[int, float, float]], *, since: int = 0) -> dict[str, Any]:
     """A step's row of timeline.jsonl, in seconds since the process began to look at the clock.
 
     Args:
         step: its number.
+        since: steps that were done when the process began: rows of one process have one clock.
         times: of its phases on this rank.
         groups: (number of a task, began, ended) of the groups that it took and that were played ahead.
     """
     phases = {name.removeprefix("time/"): [began, ended] for name, began, ended in times.spans}
-    return {"step": step, "phases": phases, "groups": [list(group) for group in groups]}
+    return {"step": step, "since": since, "phases": phases, "groups": [list(group) for group in groups]}
 
 
 def _known_mean(values: Sequence[float]) -> float:
