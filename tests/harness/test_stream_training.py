@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from llm_gym.core import Episode
-from llm_gym.errors import ConfigError
+from llm_gym.envs.arithmetic import Arithmetic
+from llm_gym.errors import ConfigError, TrainingError
 from llm_gym.harness import TrainConfig, Trainer
 from llm_gym.harness.loops.replay import replay
 from llm_gym.harness.runs.run_folder import RunFolder
@@ -85,11 +87,30 @@ def test_a_run_that_goes_on_ends_every_task_once(run: Path, tmp_path: Path) -> N
     train(out, 2, 3)
     rows = train(out, 2, 7, resume=True)
     assert [row["step"] for row in rows] == list(range(8))
+    times = [json.loads(line) for line in (out / "timeline.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["since"]) for row in times] == [(step, 0 if step < 4 else 3) for step in range(1, 8)]
     for step in range(1, 8):
         assert [(e.seed, e.member) for e in trained_on(out, step)] == [
             (e.seed, e.member) for e in trained_on(run, step)
         ]
         assert all(0 <= step - 1 - v <= 2 for e in trained_on(out, step) for v in versions(e))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_what_no_episode_of_could_be_played_is_played_again_where_the_run_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    out, more = tmp_path / "run", {"eval": {"episodes": 0}, "checkpoint": {"every": every}}
+    trainer = Trainer(config(2, 5, **more), out=out, observer=object())
+    trainer.train_step()
+    with monkeypatch.context() as broken:
+        broken.setattr(Arithmetic, "open", lambda self: [][0])
+        with pytest.raises(TrainingError, match="each of its 16 episodes failed"):
+            trainer.train()
+    rows = train(out, 2, 5, resume=True, **more)
+    assert [row["stream/ended"] for row in rows] == [4 * row["step"] for row in rows]
+    for step in range(1, 6):
+        assert [e.seed for e in trained_on(out, step)] == [e.seed for e in trained_on(run, step)]
 
 
 def test_weights_may_be_sent_every_few_steps(tmp_path: Path) -> None:

@@ -130,6 +130,9 @@ class Selection:
     def advance(self, step: int, player: Player) -> None:
         """New weights have reached the engine: nothing begins before it is waited for."""
 
+    def put_back(self) -> None:
+        """The step that was collected could not be played: its seeds are its own, so whoever goes on has them again."""
+
     def close(self) -> None:
         """Nothing is under way between two steps."""
 

@@ -96,10 +96,12 @@ class Stream:
         self._spans: dict[int, tuple[float, float]] = {}
         self._again: list[tuple[int, Task]] = []
         self._asked = math.nan
+        self._taken: dict[int, Task] = {}
 
     def collect(self, step: int, player: Player) -> StepBatch:
         """A step's groups, waited for; others begin in their place."""
         began, first = time.monotonic(), self.scheduler.head
+        self._taken.clear()
         trained: list[Group] = []
         dropped: list[Group] = []
         for number, task in self._again:  # what was under way when the run was interrupted
@@ -130,10 +132,20 @@ class Stream:
         """New weights have reached the engine: more may begin."""
         self._admit(step, player)
 
+    def put_back(self) -> None:
+        """The step that was collected could not be played: whoever goes on from here plays it again."""
+        for number, task in self._taken.items():
+            self.buffer.put(number, Entry(task, None))
+        self.scheduler.head -= len(self._taken)
+
     def save(self, folder: Path) -> None:
-        """Writes everything that later steps depend on, groups that wait included; every rank calls it."""
+        """Writes everything that later steps depend on, groups that wait included; every rank calls it.
+
+        A group none of whose episodes could be played is not kept: a run that a dead server has ended could not go on.
+        """
         entries = list(self.buffer)
-        mine = {number: entry.whole for number, entry in entries if entry.whole is not None}
+        waiting = ((number, entry.whole) for number, entry in entries)
+        mine = {number: group for number, group in waiting if group is not None and not fails(group)}
         shared = share_groups(self.world, mine, "saving")
         whole = {number: self._encoded(group) for number, group in shared.items()}
         if self.world.rank != 0:
@@ -184,6 +196,7 @@ class Stream:
         """The next groups, judged, in the order of their numbers; those of other ranks as outlines."""
         first = self.scheduler.head
         taken = {number: self.buffer.take(number) for number in range(first, first + count)}
+        self._taken |= {number: entry.task for number, entry in taken.items()}
         futures = {number: entry.group for number, entry in taken.items() if entry.group is not None}
         mine = dict(zip(futures, player.wait(list(futures.values())), strict=True))
         shared = share_groups(self.world, {n: judged(group, self.filters) for n, group in mine.items()}, "rollout")
@@ -229,7 +242,7 @@ class Stream:
         waiting = [entry.whole for _, entry in self.buffer if entry.whole is not None]
         return row | {
             "groups/played": float(len(played)),
-            "groups/failed": float(sum(all(e.stop_reason.failed for e in group.episodes) for group in played)),
+            "groups/failed": float(sum(map(fails, played))),
             "stream/ended": float(self.scheduler.head),
             "stream/buffer": float(self.buffer.waiting),
             "stream/under_way": float(self.buffer.under_way),
@@ -248,6 +261,11 @@ def staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
     if not len(ages):
         return {"stream/staleness_mean": math.nan, "stream/staleness_max": math.nan}
     return {"stream/staleness_mean": float(ages.mean()), "stream/staleness_max": float(ages.max())}
+
+
+def fails(group: Group) -> bool:
+    """Whether none of its episodes could be played."""
+    return all(episode.stop_reason.failed for episode in group.episodes)
 
 
 def length(groups: Sequence[Group]) -> float:

@@ -191,6 +191,7 @@ class Trainer:
     def _give_up(self, episodes: Sequence[Episode]) -> None:
         """Ends a run whose episodes all fail, with nothing lost: they are written, and what was learned before."""
         self._write_episodes(f"failed_{self.step + 1:06d}", episodes)
+        self.selection.put_back()
         if self.step and not self._due(self.config.checkpoint.every):
             self.save()
         first = episodes[0]
