@@ -172,7 +172,7 @@ class World:
     def reduce_max(self, row: Mapping[str, Any], what: str) -> dict[str, Any]:
         """A row of metrics with the largest number of any rank (the slowest time, the widest gap)."""
         rows = self.gather(dict(row), what)
-        return {k: max(r[k] for r in rows) if isinstance(v, float) else v for k, v in row.items()}
+        return {k: max(r[k] for r in rows if k in r) if isinstance(v, float) else v for k, v in row.items()}
 
     # Training
 
