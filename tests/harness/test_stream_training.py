@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from llm_gym.core import Episode
+from llm_gym.core import Episode, Group
 from llm_gym.envs.arithmetic import Arithmetic
 from llm_gym.errors import ConfigError, TrainingError
 from llm_gym.harness import TrainConfig, Trainer
@@ -162,6 +163,16 @@ def test_importance_corrections_see_each_tokens_own_version(tmp_path: Path) -> N
     gaps = [row["sampler/logprob_gap_mean"] for row in rows]
     assert gaps[0] < 1e-4
     assert np.nanmax(gaps[2:]) > 1e-3
+
+
+@pytest.mark.timeout(120)
+def test_what_one_group_runs_into_is_not_told_after_the_slowest(tmp_path: Path) -> None:
+    trainer = Trainer(config(1, 2, eval={"episodes": 0}), out=tmp_path / "run", observer=object())
+    never, wrong = Future[Group](), Future[Group]()
+    wrong.set_exception(ConfigError("env: it is gone"))
+    with pytest.raises(ConfigError, match="it is gone"):
+        trainer.playing.wait([never, wrong])
+    trainer.close()
 
 
 @pytest.mark.parametrize(
