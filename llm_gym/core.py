@@ -130,10 +130,7 @@ class Completion:
     @property
     def versions(self) -> Ids:
         """Version of the weights that sampled each token, int32 [n]."""
-        versions = np.full(len(self.tokens), self.version, np.int32)
-        for start, version in self.updates:
-            versions[start:] = version
-        return versions
+        return _versions(len(self.tokens), self.version, self.updates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +155,18 @@ class Span:
     """What the logits were divided by; 0: greedy."""
     trained: bool = True
     """Whether a step may train it."""
+
+    @property
+    def versions(self) -> Ids:
+        """Version of the weights that sampled each token, int32 [n]."""
+        return _versions(self.stop - self.start, self.version, self.updates)
+
+
+def _versions(count: int, first: int, updates: Iterable[tuple[int, int]]) -> Ids:
+    versions = np.full(count, first, np.int32)
+    for start, version in updates:
+        versions[start:] = version
+    return versions
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -317,7 +317,7 @@ MUTANTS = (
     ),
     Mutant(
         "versions are mixed inside a completion without notice",
-        "core.py::Completion.versions",
+        "core.py::_versions",
         "versions[start:] = version",
         "versions[start:] = self.version",
         ("test_core.py::test_every_token_has_the_version_that_sampled_it",),

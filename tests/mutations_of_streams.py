@@ -45,9 +45,9 @@ MUTANTS = (
     ),
     Mutant(
         "a token is as old as the first of its completion",
-        "harness/data/stream.py::_ages",
-        "for start, version in span.updates:",
-        "for start, version in ():",
+        "core.py::Span.versions",
+        "self.version, self.updates)",
+        "self.version, ())",
         (STREAM + "test_age_is_that_of_each_token",),
     ),
     Mutant(

@@ -15,7 +15,7 @@ class Entry:
 
     task: Task
     group: Future[Group] | None
-    """Its group, perhaps yet to come; None: another process plays it."""
+    """Its group, perhaps yet to come; None: another process plays it, or nobody any more."""
 
     @property
     def whole(self) -> Group | None:

@@ -110,7 +110,7 @@ def test_nothing_was_handed_over_by_a_path(server: str, network: tuple[str, str]
     """Its shared memory is its own, and empty again."""
     name, _ = network
     pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
-    seen = [Path(f"/proc/{pid}/root/dev/shm") for pid in pids]
+    seen = [Path("/proc", pid, "root", "dev", "shm") for pid in pids]
     assert seen
     for there in seen:
         assert not there.samefile("/dev/shm")

@@ -57,15 +57,20 @@ async def updated(policy: TransformersPolicy, versions: list[Any], start: list[A
     return list(done)
 
 
-@pytest.mark.parametrize(("family", "changes"), MODELS)
-def test_each_span_of_a_completion_matches_its_own_version(family: str, changes: dict[str, Any]) -> None:
-    model = tiny(family, **changes)
+def played(model: Any) -> tuple[list[Any], list[Completion], list[Any]]:
+    """Three versions of a model, completions through all of them, and these beside their contexts."""
     versions = [weights(model, seed) for seed in range(3)]
     policy = TransformersPolicy(model)
     policy.load(versions[0], version=0)
     start = contexts(6)
     done = asyncio.run(updated(policy, versions, start))
-    pairs = list(zip([*start[1:], start[0], start[0]], done, strict=True))
+    return versions, done, list(zip([*start[1:], start[0], start[0]], done, strict=True))
+
+
+@pytest.mark.parametrize(("family", "changes"), MODELS)
+def test_each_span_of_a_completion_matches_its_own_version(family: str, changes: dict[str, Any]) -> None:
+    model = tiny(family, **changes)
+    versions, done, pairs = played(model)
     assert sum(len(set(one.versions.tolist())) == 3 for one in done) >= 4
     assert {len(one.tokens) for one in done} == {24}
     assert gap_of_spans(model, versions, pairs) < 1e-4
@@ -74,12 +79,7 @@ def test_each_span_of_a_completion_matches_its_own_version(family: str, changes:
 def test_kept_keys_and_values_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "refill", lambda self: None)
     model = tiny("Llama")
-    versions = [weights(model, seed) for seed in range(3)]
-    policy = TransformersPolicy(model)
-    policy.load(versions[0], version=0)
-    start = contexts(6)
-    done = asyncio.run(updated(policy, versions, start))
-    pairs = list(zip([*start[1:], start[0], start[0]], done, strict=True))
+    versions, _, pairs = played(model)
     assert gap_of_spans(model, versions, pairs) > 1e-3
 
 

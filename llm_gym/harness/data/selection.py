@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -94,11 +94,7 @@ class Selection:
     ) -> None:
         self.tasks, self.count, self.names, self.world = tasks, count, list(names), world or World()
         self.filters, self.oversample = filters(chosen or {}), oversample or OversampleConfig()
-        if self.oversample.max_factor > 1 and not self.filters:
-            raise ConfigError(
-                "oversample.max_factor: there are no filters, so nothing is replaced; set filters.spread=0."
-            )
-        self.budget = math.floor(count * self.oversample.max_factor)
+        self.budget = budget_of(count, self.oversample, self.filters)
         self.rates = [1.0] * len(self.names)
         """Share of each environment's groups that pass, smoothed."""
         self.kept: list[list[tuple[int, Group]]] = [[] for _ in self.names]
@@ -108,7 +104,6 @@ class Selection:
         """Lets a step's groups be played, and chooses among them; `player` is given this rank's share of the tasks."""
         self.tasks.begin(step)
         slots = self.tasks.slots(self.count)
-        counts: Counter[str] = Counter()
         played: list[Group] = []
         dropped: list[Group] = []
         while (missing := self._open(slots)) and len(played) < self.budget:
@@ -118,13 +113,15 @@ class Selection:
             judgements = {i: judged(group, self.filters) for i, group in mine.items()}
             fresh = list(share_groups(self.world, judgements, "rollout").values())
             played += fresh
-            dropped += self._sort(step, fresh, counts)
+            dropped += self._sort(step, fresh)
         self.tasks.learn(played)
         chosen = self._fill(slots)
-        counts["expired"] = self._expire(step + 1)
-        counts |= Counter(reused=sum(born < step for born, _ in chosen), kept=sum(map(len, self.kept)))
+        reused, expired = sum(born < step for born, _ in chosen), self._expire(step + 1)
         groups = [group for _, group in chosen]
-        metrics = self._metrics(counts, len(groups), played)
+        metrics = where_groups_went(self.filters, len(groups), played)
+        if self.oversample.max_factor > 1:  # kept by the step before + played = trained + dropped + expired + kept
+            left = {"reused": reused, "expired": expired, "kept": sum(map(len, self.kept))}
+            metrics |= {f"groups/{name}": float(count) for name, count in left.items()}
         return StepBatch(groups, [episode for group in played for episode in group.episodes], dropped, metrics)
 
     def advance(self, step: int, player: Player) -> None:
@@ -138,7 +135,7 @@ class Selection:
 
     def save(self, folder: Path) -> None:
         """Writes everything that later steps depend on, groups that wait for a slot included; every rank calls it."""
-        kept = [[[born, self._encoded(group)] for born, group in own] for own in self.kept]
+        kept = [[[born, encoded(self.world, group)] for born, group in own] for own in self.kept]
         if self.world.rank != 0:
             return
         state = {"envs": self.names, "tasks": self.tasks.state_dict(), "rates": self.rates, "kept": kept}
@@ -150,13 +147,7 @@ class Selection:
         Raises:
             CheckpointError: it cannot be read, or is of other environments or another curriculum.
         """
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if state["envs"] != self.names:
-                raise ValueError(f"it is of the environments {state['envs']}, the run of {self.names}")
-            self._load(state)
-        except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
+        go_on(folder, self.names, self._load)
 
     # Inside
 
@@ -167,9 +158,6 @@ class Selection:
             [(born, _group(self.world, env, episodes)) for born, episodes in own]
             for env, own in enumerate(state["kept"])
         ]
-
-    def _encoded(self, group: Group) -> list[dict[str, Any]]:
-        return [encode(episode) for episode in whole_on_rank0(self.world, group.episodes, "saving")]
 
     def _open(self, slots: Sequence[int]) -> list[int]:
         """The environments of the slots for which no group is ready."""
@@ -192,7 +180,7 @@ class Selection:
                 turns.append(env)
         return turns[:most]
 
-    def _sort(self, step: int, fresh: Sequence[Group], counts: Counter[str]) -> list[Group]:
+    def _sort(self, step: int, fresh: Sequence[Group]) -> list[Group]:
         """Makes ready what passes, and learns how much that is; returns the others."""
         dropped = []
         tried: dict[int, list[bool]] = {}
@@ -202,7 +190,6 @@ class Selection:
             if group.filtered is None:
                 self.kept[env].append((step, group))
             else:
-                counts[f"dropped/{group.filtered}"] += 1
                 dropped.append(group)
         for env, passed in tried.items():
             seen = (1 - SMOOTHING) * self.rates[env] + SMOOTHING * sum(passed) / len(passed)
@@ -219,15 +206,48 @@ class Selection:
         self.kept = [[(born, group) for born, group in own if step - born <= AGE] for own in self.kept]
         return before - sum(map(len, self.kept))
 
-    def _metrics(self, counts: Counter[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
-        """Where groups went: kept by the step before + played = trained + dropped + expired + kept."""
-        flat = sum(not spread(group, 0) for group in played)
-        row = {"groups/trained": float(trained), "groups/zero_spread": flat / len(played) if played else math.nan}
-        if self.filters:
-            row |= {f"groups/dropped/{name}": float(counts[f"dropped/{name}"]) for name in self.filters}
-        if self.oversample.max_factor > 1:
-            row |= {f"groups/{name}": float(counts[name]) for name in ("reused", "kept", "expired")}
-        return row | {"groups/played": float(len(played))}
+
+def budget_of(count: int, oversample: OversampleConfig, chosen: Mapping[str, Any]) -> int:
+    """Most groups that a step of `count` slots plays.
+
+    Raises:
+        ConfigError: groups are to be replaced, and no filter leaves any out.
+    """
+    if oversample.max_factor > 1 and not chosen:
+        raise ConfigError("oversample.max_factor: there are no filters, so nothing is replaced; set filters.spread=0.")
+    return math.floor(count * oversample.max_factor)
+
+
+def where_groups_went(chosen: Iterable[str], trained: int, played: Sequence[Group]) -> dict[str, float]:
+    """Metrics: how many groups a step trained on, and those that it played, by the filter that left them out."""
+    flat = sum(not spread(group, 0) for group in played)
+    left_out = Counter(group.filtered for group in played)
+    return {
+        "groups/trained": float(trained),
+        "groups/zero_spread": flat / len(played) if played else math.nan,
+        **{f"groups/dropped/{name}": float(left_out[name]) for name in chosen},
+        "groups/played": float(len(played)),
+    }
+
+
+def encoded(world: World, group: Group) -> list[dict[str, Any]]:
+    """A group that waits, for a checkpoint: whole on rank 0, empty on the others, which must ask too."""
+    return [encode(episode) for episode in whole_on_rank0(world, group.episodes, "saving")]
+
+
+def go_on(folder: Path, names: Sequence[str], load: Callable[[Mapping[str, Any]], None]) -> None:
+    """Hands `load` the state in a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read or used, or is of other environments than `names`.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state["envs"] != list(names):
+            raise ValueError(f"it is of the environments {state['envs']}, the run of {list(names)}")
+        load(state)
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
 
 
 def _group(world: World, env: int, episodes: Iterable[Mapping[str, Any]]) -> Group:

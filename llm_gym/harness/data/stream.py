@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +21,21 @@ from typing import Annotated, Any
 import numpy as np
 
 from llm_gym.core import Group, Task
-from llm_gym.episode_files import decode, encode
-from llm_gym.errors import CheckpointError, ConfigError
+from llm_gym.episode_files import decode
+from llm_gym.errors import ConfigError
 from llm_gym.harness.bounds import Within
-from llm_gym.harness.data.filters import filters, judged, spread
-from llm_gym.harness.data.selection import STATE, OversampleConfig, StepBatch
+from llm_gym.harness.data.filters import filters, judged
+from llm_gym.harness.data.selection import (
+    STATE,
+    OversampleConfig,
+    StepBatch,
+    budget_of,
+    encoded,
+    go_on,
+    where_groups_went,
+)
 from llm_gym.harness.data.tasks import Tasks
-from llm_gym.harness.distributed.groups import own_groups, share_groups, whole_on_rank0
+from llm_gym.harness.distributed.groups import own_groups, share_groups
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.settings import checked
 from llm_gym.rollouts.buffer import Entry, RolloutBuffer
@@ -84,12 +91,8 @@ class Stream:
     ) -> None:
         self.tasks, self.count, self.steps = tasks, count, steps
         self.names, self.world = list(names), world or World()
-        self.filters, most = filters(chosen or {}), oversample or OversampleConfig()
-        if most.max_factor > 1 and not self.filters:
-            raise ConfigError(
-                "oversample.max_factor: there are no filters, so nothing is replaced; set filters.spread=0."
-            )
-        self.budget = math.floor(count * most.max_factor)
+        self.filters = filters(chosen or {})
+        self.budget = budget_of(count, oversample or OversampleConfig(), self.filters)
         self.scheduler, self.buffer = Scheduler(count, max_staleness), RolloutBuffer()
         self.owed: list[int] = []
         """Environments whose groups did not pass: the next tasks are theirs, so that each keeps its weight."""
@@ -147,7 +150,7 @@ class Stream:
         waiting = ((number, entry.whole) for number, entry in entries)
         mine = {number: group for number, group in waiting if group is not None and not fails(group)}
         shared = share_groups(self.world, mine, "saving")
-        whole = {number: self._encoded(group) for number, group in shared.items()}
+        whole = {number: encoded(self.world, group) for number, group in shared.items()}
         if self.world.rank != 0:
             return
         under_way = [{"number": n, "task": asdict(entry.task), "group": whole.get(n)} for n, entry in entries]
@@ -160,13 +163,7 @@ class Stream:
         Raises:
             CheckpointError: it cannot be read, or is of other environments or another curriculum.
         """
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if state["envs"] != self.names:
-                raise ValueError(f"it is of the environments {state['envs']}, the run of {self.names}")
-            self._load(state)
-        except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-            raise CheckpointError(f"checkpoint: {str(folder / STATE)!r} cannot be used ({error}).") from error
+        go_on(folder, self.names, self._load)
 
     def close(self) -> None:
         """Gives up what is under way."""
@@ -227,21 +224,13 @@ class Stream:
         future.set_result(own_groups(self.world, [group])[0])
         return future if owner == self.world.rank else None
 
-    def _encoded(self, group: Group) -> list[dict[str, Any]]:
-        return [encode(episode) for episode in whole_on_rank0(self.world, group.episodes, "saving")]
-
     def _metrics(self, trained: Sequence[Group], dropped: Sequence[Group]) -> dict[str, float]:
         """Where the step's groups went, and what waits."""
         played = [*trained, *dropped]
-        flat = sum(not spread(group, 0) for group in played)
-        row = {"groups/trained": float(len(trained)), "groups/zero_spread": flat / len(played) if played else math.nan}
-        left_out = Counter(group.filtered for group in dropped)
-        row |= {f"groups/dropped/{name}": float(left_out[name]) for name in self.filters}
         seconds = [max(e.seconds for e in group.episodes) for group in played]
         slow = [s for s in seconds if s > STRAGGLES * float(np.median(seconds))]
         waiting = [entry.whole for _, entry in self.buffer if entry.whole is not None]
-        return row | {
-            "groups/played": float(len(played)),
+        return where_groups_went(self.filters, len(trained), played) | {
             "groups/failed": float(sum(map(fails, played))),
             "stream/ended": float(self.scheduler.head),
             "stream/buffer": float(self.buffer.waiting),
@@ -256,8 +245,7 @@ class Stream:
 def staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
     """How many updates old the tokens are that step `step` trains on, by each token's own version."""
     spans = [span for group in groups for episode in group.episodes for _, span in episode.spans]
-    found = [_ages(span, step) for span in spans]
-    ages = np.concatenate(found) if found else np.zeros(0)
+    ages = step - np.concatenate([np.zeros(0, np.int32), *(span.versions for span in spans)])
     if not len(ages):
         return {"stream/staleness_mean": math.nan, "stream/staleness_max": math.nan}
     return {"stream/staleness_mean": float(ages.mean()), "stream/staleness_max": float(ages.max())}
@@ -272,10 +260,3 @@ def length(groups: Sequence[Group]) -> float:
     """Sampled tokens of an episode, on average."""
     tokens = [episode.tokens_generated for group in groups for episode in group.episodes]
     return float(np.mean(tokens)) if tokens else math.nan
-
-
-def _ages(span: Any, step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    versions = np.full(span.stop - span.start, span.version, np.int64)
-    for start, version in span.updates:
-        versions[start:] = version
-    return step - versions
