@@ -143,7 +143,7 @@ gymnasium.register(
 )
 
 
-@pytest.mark.parametrize("bound", [1, 4])
+@pytest.mark.parametrize("bound", [1, 2, 4])
 def test_stragglers_are_trained_on_as_often_as_others(tmp_path: Path, bound: int) -> None:
     out, steps = tmp_path / "run", 12
     rows = train(out, bound, steps, env="straggler/Sums-v0", eval={"episodes": 0}, checkpoint={"every": 0})[1:]
