@@ -83,8 +83,9 @@ class WaitingLoop:
     """The event loop that waits for a call in a worker's thread, which may have something awaited there."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._left = loop, threading.Event()
-        self._asked: Future[Any] | None = None
+        self._loop, self._left = loop, False
+        self._asked: Future[Outcome[Any]] | None = None
+        self._task: asyncio.Task[Outcome[Any]] | None = None
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns or raises there; called in the thread.
@@ -92,20 +93,40 @@ class WaitingLoop:
         Raises:
             CancelledError: of `concurrent.futures`; nobody waits for the call any more.
         """
-        if self._left.is_set():
-            coroutine.close()
-            raise CancelledError
         asked: Future[Outcome[T]]
-        asked = self._asked = asyncio.run_coroutine_threadsafe(settled(coroutine), self._loop)
-        if self._left.is_set():  # meanwhile
-            asked.cancel()
+        asked = self._asked = Future()  # before the look at `_left`: whichever of the two is later sees the other
+        try:
+            if self._left:
+                raise CancelledError
+            self._loop.call_soon_threadsafe(self._begin, coroutine, asked)
+        except BaseException:
+            coroutine.close()
+            raise
         return asked.result().get()
 
-    def leave(self) -> None:
-        """Waits no more: what the call has asked for is cancelled."""
-        self._left.set()
+    def _begin(self, coroutine: Coroutine[Any, Any, T], asked: Future[Outcome[T]]) -> None:
+        if self._left:
+            coroutine.close()
+            return
+
+        def tell(task: asyncio.Task[Outcome[T]]) -> None:
+            if task.cancelled() or task.exception() is not None:  # while it cleaned up
+                asked.cancel()
+            elif not asked.cancelled():
+                asked.set_result(task.result())
+
+        self._task = self._loop.create_task(settled(coroutine))
+        self._task.add_done_callback(tell)
+
+    async def leave(self) -> None:
+        """Waits for the call no more. What it has asked for is cancelled, and cleans up while the loop still runs:
+        the rollout that ends here may be the last one."""
+        self._left = True
         if self._asked is not None:
             self._asked.cancel()
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 _here = threading.local()
@@ -148,7 +169,7 @@ class Worker:
         try:
             outcome = await future
         except asyncio.CancelledError:
-            waiting.leave()
+            await waiting.leave()
             raise
         return outcome.get()
 

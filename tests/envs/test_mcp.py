@@ -37,7 +37,12 @@ def call(env: MCPTool, name: str, **arguments: Any) -> str:
     return str(say(env, env.call_text(name, **arguments))[1]["messages"][-1]["content"])
 
 
+def started_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("llm_gym") and t not in before]
+
+
 def test_the_default_task() -> None:
+    before = set(threading.enumerate())
     with closing(gymnasium.make("llm_gym/MCPTool-v0").unwrapped) as env:
         assert isinstance(env, MCPTool)
         _, info = env.reset(seed=4)
@@ -50,7 +55,7 @@ def test_the_default_task() -> None:
         reward, info = say(env, f"Answer: {answer}")
         assert reward == 1.0
         assert info["rewards"] == {"correct": 1.0, "format": 0.0, "tool_calls": 1.0}
-    assert not [t for t in threading.enumerate() if t.name.startswith("llm_gym")], "close ends the loop's thread"
+    assert not started_since(before), "close ends the loop's thread"
 
 
 def test_it_conforms() -> None:
@@ -248,9 +253,10 @@ def test_a_data_set_of_ones_own(tmp_path: Any) -> None:
     ],
 )
 def test_bad_settings(kwargs: dict[str, Any], words: str) -> None:
+    before = set(threading.enumerate())
     with pytest.raises(ConfigError, match=words):
         MCPTool(**kwargs)
-    assert not [t for t in threading.enumerate() if t.name.startswith("llm_gym")], "nothing is left behind"
+    assert not started_since(before), "nothing is left behind"
 
 
 def test_a_server_that_is_gone_ends_the_episode_as_data() -> None:
