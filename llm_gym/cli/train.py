@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,11 @@ LINE = 160
 @click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
 @nproc_option
+@click.option(
+    "--cluster",
+    type=click.Choice(["ray"]),
+    help="Processes where Ray places them (docs/cluster.md).",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")
@@ -63,6 +69,7 @@ def command(
     seed: int | None,
     eval_every: int | None,
     nproc: int,
+    cluster: str | None,
     out: Path | None,
     resume: bool,
     rollout_only: bool,
@@ -85,7 +92,7 @@ def command(
     if resume and out is not None:
         to_resume(out)
         file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
-    named = {"eval.every": eval_every, "policy.engine": engine}
+    named = {"eval.every": eval_every, "policy.engine": engine, "cluster.backend": cluster}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     fields = {"chat_template": chat_template, "preset": preset, "steps": steps, "seed": seed}
     with settings():
@@ -93,18 +100,33 @@ def command(
     if taught and config.distill is None:
         raise SettingError(NO_TEACHER)
     rank, size = here()
-    if nproc > size:
+    if nproc > size and config.cluster.backend is None:
         return launch(nproc)
     progress = TrainProgress()
     try:
         with as_rank(rank, lambda: stopped(progress)):
-            with settings():
-                trainer = Trainer(config, out=out, resume=resume, observer=progress, learns=not rollout_only)
-            rows = trainer.train(rollout_only=rollout_only)
+            options: dict[str, Any] = {"out": out, "resume": resume, "learns": not rollout_only}
+            with others(config, nproc, options) if nproc > size else nullcontext():
+                with settings():
+                    trainer = Trainer(config, observer=progress, **options)
+                rows = trainer.train(rollout_only=rollout_only)
             if rank == 0:
                 click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))
     finally:
         progress.stop()
+
+
+@contextmanager
+def others(config: TrainConfig, nproc: int, options: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, the other learner processes are at work on the cluster."""
+    from llm_gym.harness.distributed.cluster import check_cluster
+
+    with settings():
+        check_cluster(config.cluster)
+    from llm_gym.harness.loops.cluster_ranks import ranks
+
+    with ranks(config, nproc, options):
+        yield
 
 
 def configuration(

@@ -16,6 +16,7 @@ from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.data.mixture import EnvConfig
 from llm_gym.harness.data.selection import OversampleConfig
 from llm_gym.harness.data.stream import StreamConfig
+from llm_gym.harness.distributed.cluster import ClusterConfig
 from llm_gym.harness.distributed.world import ParallelConfig
 from llm_gym.harness.evaluation.evaluator import EvalConfig
 from llm_gym.harness.learner.optimizers import OptimizerConfig
@@ -160,6 +161,8 @@ class TrainConfig:
     """What memory is spent on."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The engine that samples."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Engines, players and learners in processes that Ray places, on one machine or on several (docs/cluster.md)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes share the work (`llmgym train --nproc`)."""
     token_budget: Annotated[int | Literal["auto"], Within("[1, inf)")] = 16384

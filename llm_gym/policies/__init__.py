@@ -25,6 +25,7 @@ ENGINES = {
     "vllm": "llm_gym.policies.vllm.policy:VLLMPolicy",
     "server": "llm_gym.policies.vllm_server.policy:ServerPolicy",
     "sglang": "llm_gym.policies.sglang:SGLangPolicy",
+    "ray": "llm_gym.policies.ray.policy:RayPolicy",
     "openai": "llm_gym.policies.openai:OpenAIPolicy",
 }
 """Engine name -> its class, imported when it is asked for."""

@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from llm_gym.errors import PolicyError, RankError
 from llm_gym.harness.bounds import Within
 from llm_gym.harness.distributed.heartbeat import Watch
+from llm_gym.harness.distributed.network import name_interface
 from llm_gym.harness.settings import checked
 
 T = TypeVar("T")
@@ -266,6 +267,7 @@ def connect(config: ParallelConfig, device: torch.device | str = "cpu") -> World
     if device.type == "cuda":
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    name_interface(os.environ["MASTER_ADDR"])
     Stores.count += 1
     if Stores.base is None:
         try:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_gym.concurrency import Loop
 from llm_gym.core import Episode, Group, Sampling, Task
 from llm_gym.harness.algorithms.rewards import RewardWatch
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.mixture import Drivers
+from llm_gym.harness.data.mixture import Drivers, EnvSpec
+from llm_gym.harness.distributed.cluster import join, leave
 from llm_gym.harness.evaluation.evaluator import Evaluation
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.observer import Observer
@@ -20,6 +22,9 @@ from llm_gym.harness.loops.preparation import Prepared
 from llm_gym.harness.weight_sync.sync import Sync
 from llm_gym.policies import Abilities
 from llm_gym.rollouts.driver import Driver, OnEpisode
+
+if TYPE_CHECKING:
+    from llm_gym.harness.loops.remote_players import RemotePlayers
 
 
 class GroupPlayer:
@@ -49,13 +54,24 @@ class GroupPlayer:
     ) -> None:
         self.config, self.world, self.observer = config, learner.world, observer
         observer.on_phase("engine", 1)
+        self._joined = config.cluster.backend is not None and join(config.cluster, self.world.size)
         self.sync = Sync(config, learner, folder=folder / "sync", version=version, tell=observer.on_note)
         self.policy = self.sync.policy
-        self.drivers = Drivers(prepared.env_specs, self.policy, time_limit=config.time_limit)
+        self.drivers = self._drivers(prepared.env_specs)
         most, limit = config.sampling.max_tokens, config.time_limit
         self.evaluation = Evaluation(prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
         self._loop: Loop | None = None
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
+
+    def _drivers(self, found: Sequence[EnvSpec]) -> Drivers | RemotePlayers:
+        config = self.config
+        if not config.cluster.players:
+            return Drivers(found, self.policy, time_limit=config.time_limit)
+        from llm_gym.harness.loops.remote_players import RemotePlayers
+
+        return RemotePlayers(
+            found, self.policy, count=config.cluster.players, time_limit=config.time_limit, world=self.world
+        )
 
     def play(self, tasks: Sequence[Task]) -> list[Group]:
         """`group_size` episodes of each of these tasks, this rank's own."""
@@ -103,6 +119,8 @@ class GroupPlayer:
             self._loop.stop()
         for part in (self.drivers, self.evaluation, self.sync):
             part.close()
+        if self._joined:
+            leave()
 
     def _play(
         self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from llm_gym.errors import ConfigError, unknown
 from llm_gym.harness.config import TrainConfig
+from llm_gym.harness.distributed.cluster import check_cluster, gpus_of_engine
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.weight_sync.transports import MODES, mode_of, modes_of
 from llm_gym.policies import ENGINES
@@ -110,10 +112,14 @@ class Receiver:
     """What to say where embedding and head, one matrix in the model, become two."""
     slow_start: bool = False
     """Whether starting it takes a minute."""
+    placed: bool = False
+    """Whether a cluster can hold some of it."""
+    maker: str = ""
+    """The name in `policies.ENGINES` of what is made; empty: its own."""
 
 
 RECEIVERS = {
-    "transformers": Receiver(_builtin_options, module=True),
+    "transformers": Receiver(_builtin_options, module=True, placed=True),
     "vllm": Receiver(
         _vllm_options,
         _check_vllm,
@@ -122,6 +128,7 @@ RECEIVERS = {
         sleeps=True,
         ties_by_folder=True,
         slow_start=True,
+        placed=True,
     ),
     "server": Receiver(
         _server_options,
@@ -170,8 +177,28 @@ def engine_of(config: TrainConfig) -> str:
 
 
 def receiver_of(config: TrainConfig) -> Receiver:
-    """What a run must know of its engine."""
-    return RECEIVERS[engine_of(config)]
+    """What a run must know of its engine; on a cluster all ranks share some of them, each in a process of its own."""
+    name = engine_of(config)
+    receiver = RECEIVERS[name]
+    if config.cluster.backend is None:
+        return receiver
+    return replace(
+        receiver,
+        options=partial(_placed_options, name, receiver),
+        module=False,
+        shared=True,
+        ties_by_folder=False,
+        untied="every engine must hold both",
+        maker=config.cluster.backend,
+    )
+
+
+def _placed_options(name: str, receiver: Receiver, config: TrainConfig, mode: str) -> dict[str, Any]:
+    options = receiver.options(config, mode)
+    if receiver.module:
+        options["dtype"] = getattr(torch, config.optimizer.dtype)
+    gpus = gpus_of_engine(config.cluster, int(options.get("tensor_parallel_size", 1)))
+    return {"kind": name, "options": options, "engines": config.cluster.engines, "gpus": gpus}
 
 
 def engine_options(config: TrainConfig, mode: str) -> dict[str, Any]:
@@ -196,10 +223,16 @@ def check(config: TrainConfig, world: World | None = None) -> None:
         raise ConfigError(
             f"policy.sleep: only {able} on a CUDA device can give its memory back while the learner trains."
         )
+    if config.policy.sleep and config.cluster.backend is not None:
+        raise ConfigError("policy.sleep: on a cluster engines share no memory with the learner; leave it.")
     if config.policy.sleep and config.stream.max_staleness:
         raise ConfigError(
             "policy.sleep: the engine cannot sleep while rollouts go on; leave it, or set stream.max_staleness=0."
         )
+    check_cluster(config.cluster)
+    if config.cluster.backend is not None and not receiver.placed:
+        able = " and ".join(repr(name) for name, other in RECEIVERS.items() if other.placed)
+        raise ConfigError(f"cluster.backend: engine {engine!r} is not placed on a cluster; policy.engine: {able} are.")
     receiver.check(config, world)
 
 

@@ -157,7 +157,7 @@ class Sync:
         def begin() -> None:
             with written(model, self.folder) if other else nullcontext():
                 where = self.folder if other else source
-                self.policy = make_policy(where, engine=self.engine, version=version, **options)
+                self.policy = make_policy(where, engine=self.receiver.maker or self.engine, version=version, **options)
 
         self.world.on_all_ranks(begin, "starting the engine")
         self.mode = mode

@@ -92,13 +92,16 @@ class Mode:
     """Whether the engine runs the learner's own module, so that nothing has to move."""
     in_flight: bool = True
     """Whether requests in flight go on with the new weights."""
+    apart: bool = False
+    """Whether it works for an engine in a process of its own, on a cluster."""
 
     def fits(self, config: TrainConfig, engine: str, sharded: bool) -> bool:
         """Whether it works with a run's engine and learner; `sharded`: the weights are split over processes."""
         apart = config.lora is None or config.lora.served_apart or not self.over_base
         known = engine in self.engines and self.adapters in (None, config.lora is not None)
         ahead = self.in_flight or not config.stream.max_staleness
-        return known and apart and ahead and (self.sharded or not sharded)
+        placed = self.apart or config.cluster.backend is None
+        return known and apart and ahead and placed and (self.sharded or not sharded)
 
 
 MODES = {
@@ -111,8 +114,10 @@ MODES = {
         in_place=True,
         in_flight=False,
     ),
-    "copy": Mode(_copy, ("transformers",), "every tensor is copied into a second module"),
-    "tensors": Mode(_load, ("vllm",), "every tensor is copied within the process", adapters=False, automatic=True),
+    "copy": Mode(_copy, ("transformers",), "every tensor is copied into a second module", apart=True),
+    "tensors": Mode(
+        _load, ("vllm",), "every tensor is copied within the process", adapters=False, automatic=True, apart=True
+    ),
     "file": Mode(
         _load, ("server",), "every tensor goes through a file in shared memory", adapters=False, automatic=True
     ),
@@ -123,9 +128,15 @@ MODES = {
         adapters=True,
         automatic=True,
         over_base=True,
+        apart=True,
     ),
     "merged": Mode(
-        _load, ("vllm", "server"), "as `tensors` or `file`, the adapter folded in", adapters=True, automatic=True
+        _load,
+        ("vllm", "server"),
+        "as `tensors` or `file`, the adapter folded in",
+        adapters=True,
+        automatic=True,
+        apart=True,
     ),
     "nccl": Mode(_broadcast, ("server",), "vLLM's own broadcast from GPU to GPU (not verified)", sharded=False),
     "disk": Mode(

@@ -1,0 +1,212 @@
+"""Engines, players and learners as actors of a Ray cluster; some of them are killed with -9."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llm_gym.errors import SettingError
+from llm_gym.harness import TrainConfig, Trainer
+from llm_gym.harness.loops.replay import replay
+from llm_gym.harness.runs.run_folder import RunFolder
+
+pytestmark = pytest.mark.heavy
+
+STEPS = 6
+SMALL: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "eval": {"episodes": 0}}
+
+
+def pids(title: str) -> list[int]:
+    """Of actors' processes, by what Ray calls them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or [""]
+        if line[0].startswith(f"ray::{title}"):
+            found.append(process.pid)
+    return sorted(found)
+
+
+@pytest.fixture(scope="module", autouse=True)  # Ray keeps the first token that a process has read
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster that runs already, with a token of its own."""
+    home = tmp_path_factory.mktemp("ray")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (home / "token").write_text("a" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        options = ["--num-cpus=8", "--object-store-memory=300000000", "--include-dashboard=false", f"--port={port}"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        here = ["--head", "--node-ip-address=127.0.0.1", f"--temp-dir={home}/r"]
+        subprocess.run([*ray, "start", *here, *options], check=True, capture_output=True)
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            for process in psutil.process_iter(["cmdline"]):
+                if str(home) in " ".join(process.info["cmdline"] or []):
+                    process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in this process, without a cluster."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    Trainer(TrainConfig(**SMALL), out=out, observer=object()).train()
+    return out
+
+
+def tokens(run: Path) -> list[list[int]]:
+    """Everything that was sampled in a run, step by step."""
+    folder = RunFolder(run)
+    return [
+        [int(t) for e in folder.read_episodes(f"step_{step:06d}") for turn in e.turns for t in turn.completion.tokens]
+        for step in range(1, STEPS + 1)
+    ]
+
+
+def versions(run: Path, step: int) -> set[int]:
+    episodes = RunFolder(run).read_episodes(f"step_{step:06d}")
+    return {int(v) for e in episodes for turn in e.turns for v in turn.completion.versions}
+
+
+class Kills:
+    """Kills actors while the episodes of a step are being played."""
+
+    def __init__(self, step: int, *titles: str) -> None:
+        self.left, self.step, self.rows, self.phase = list(titles), step, 0, ""
+        self.notes: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def on_row(self, row: Any) -> None:
+        self.rows = row["step"]
+
+    def on_phase(self, name: str, total: int) -> None:
+        self.phase = name
+
+    def on_progress(self, done: int) -> None:
+        if self.phase == "rollout" and self.rows == self.step - 1:
+            while self.left:
+                os.kill(pids(self.left.pop())[0], signal.SIGKILL)
+
+
+def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone: Path, tmp_path: Path) -> None:
+    kills = Kills(2, "EngineActor", "PlayerActor")
+    cluster = {"backend": "ray", "address": address, "engines": 2, "players": 2}
+    rows = Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=kills).train()
+    assert not kills.left
+    assert any("an engine has died" in note for note in kills.notes)
+    assert tokens(tmp_path / "run") == tokens(alone)
+    assert [versions(tmp_path / "run", step) for step in range(1, STEPS + 1)] == [{step} for step in range(STEPS)]
+    assert all(row["sync/canary_gap_max"] < 1e-4 for row in rows if row["step"])
+    assert [step.differences for step in replay(tmp_path / "run", 2)] == [(), ()], "without a cluster"
+    assert not pids("EngineActor"), "close ends the actors"
+
+
+def test_vllm_engines_go_on_when_one_is_killed(address: str, tmp_path: Path) -> None:
+    kills = Kills(2, "EngineActor")
+    engine = {"engine": "vllm", "vllm": {"kv_cache_memory_bytes": 1 << 28}}
+    cluster = {"backend": "ray", "address": address, "engines": 2, "players": 1}
+    config = TrainConfig(**SMALL | {"steps": 3}, cluster=cluster, policy=engine)
+    rows = Trainer(config, out=tmp_path / "run", observer=kills).train()
+    assert not kills.left
+    assert [versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
+    assert all(row["sync/canary_gap_max"] < 1e-3 and row["episode/failed_fraction"] == 0 for row in rows if row["step"])
+
+
+def llmgym(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "llm_gym.cli", *arguments]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def until(process: subprocess.Popen[str], word: str) -> str:
+    """What it says up to that word."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(said)
+
+
+def rest(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.read()
+
+
+RUN = ["train", "--cluster", "ray", "--nproc", "2", "--set", "eval.episodes=0", "--set", "prompts_per_step=4"]
+
+
+def test_sigterm_leaves_nothing_and_a_killed_rank_is_named(address: str, tmp_path: Path) -> None:
+    """First on a cluster that the command starts itself; the run goes on with another number of ranks."""
+    out = str(tmp_path / "run")
+    run = llmgym(*RUN, "--steps", "500", "--out", out, "--set", "cluster.players=1", "--set", "checkpoint.every=1")
+    until(run, "/500: reward")
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert len(children) > 4
+    run.send_signal(signal.SIGTERM)
+    assert f"llmgym train --resume --out {out}" in rest(run)
+    assert run.wait() == 130
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+    joined = ["--set", f"cluster.address={address}"]
+    run = llmgym(*RUN, *joined, "--resume", "--out", out)
+    until(run, "/500: reward")
+    (victim,) = pids("RankActor.train")
+    os.kill(victim, signal.SIGKILL)
+    said = rest(run)
+    assert run.wait() == 2, said
+    assert re.search(r"rank 1 (is gone|has left)", said), said
+    assert "Traceback" not in said
+
+    steps = len(RunFolder(out).metrics())
+    run = llmgym("train", "--cluster", "ray", *joined, "--resume", "--out", out, "--set", f"steps={steps + 2}")
+    said = rest(run)
+    assert run.wait() == 0, said
+
+
+def test_a_machine_without_the_token_is_told(address: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    environment["HOME"] = str(tmp_path)
+    run = llmgym("train", "--cluster", "ray", "--set", f"cluster.address={address}", env=environment, cwd=tmp_path)
+    said = rest(run)
+    assert run.wait() == 2
+    assert f"cluster.address: '{address}' does not let this machine in; it may have another token" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [
+        ({"engines": 2}, "cluster.engines: got 2, but cluster.backend is None"),
+        (
+            {"backend": "ray", "address": "127.0.0.1:1"},
+            "cluster.address: got '127.0.0.1:1', want auto or HOST:PORT",
+        ),
+        ({"backend": "ray", "engines": 0}, "cluster.engines: got 0"),
+    ],
+)
+def test_bad_settings(cluster: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=re.escape(words)):
+        Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=object()).train()
+
+
+def test_too_few_processors_is_a_sentence(address: str, tmp_path: Path) -> None:
+    cluster = {"backend": "ray", "address": address, "engines": 9}
+    with pytest.raises(SettingError, match=r"10 in all, and the cluster has 8"):
+        Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=object()).train()
