@@ -17,8 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.demo
 	$(RUN) llmgym train
 
-test: $(VENV)/.test lint
-	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules --durations 40 tests llm_gym
+# Ruff and mypy take one core for a minute: beside the tests. What they say comes last, where one looks.
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory lint >$(VENV)/lint 2>&1 & lint=$$!; \
+	$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules --durations 40 tests llm_gym; \
+	tests=$$?; wait $$lint; lint=$$?; cat $(VENV)/lint; test $$tests = 0 && test $$lint = 0
 
 # Every planted bug; CI plants those of changed files and a sample (tests/planted.py).
 mutations: $(VENV)/.test
