@@ -30,6 +30,8 @@ pytestmark = pytest.mark.heavy
 
 LLMGYM = [sys.executable, "-m", "llm_gym.cli"]
 SMALL = ["--set", "prompts_per_step=4", "--set", "group_size=4", "--set", "eval.episodes=8"]
+STRATEGIES = [pytest.param("ddp", marks=pytest.mark.soak), "fsdp"]
+"""CI keeps the one whose weights are split; the other's steps and checkpoints are compared in test_loops_nproc.py."""
 DEADLINE = 240.0
 """Seconds that only a failure takes."""
 
@@ -131,7 +133,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_by_more_or_fewer_processes_it_is_the_run_of_one(strategy: str, tmp_path: Path, alone: Path) -> None:
     """2 -> 1 and 1 -> 2, against one process that was never interrupted: the same episodes, steps and weights."""
     several = ["--nproc", "2", "--set", f"parallel.strategy={strategy}"]
@@ -165,7 +167,7 @@ def test_two_processes_learn(tmp_path: Path) -> None:
 # Losing a rank
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.soak)])  # in CI: test_nproc_engines.py
 def test_a_killed_rank_ends_the_run_and_is_named(lost: int, begun) -> None:
     launcher, processes = begun()
     processes[lost].send_signal(signal.SIGKILL)
@@ -177,7 +179,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(lost: int, begun) -> None:
     assert gone(processes)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+# In CI test_nproc_engines.py has Ctrl-C.
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM])
 def test_ctrl_c_and_sigterm_end_all_processes_with_one_sentence(how: signal.Signals, begun) -> None:
     launcher, processes = begun()
     launcher.send_signal(how)
@@ -223,13 +226,12 @@ def test_without_a_launcher_the_others_find_out_themselves(tmp_path: Path) -> No
             assert "frame #" not in said, "torch's own account of a lost connection"
 
 
-def test_a_rank_that_stands_still_is_named_when_time_is_up(tmp_path: Path) -> None:
-    settings = ["--set", "parallel.timeout=20", "--set"]
-    runs = {str(tmp_path / name): [*settings, f"parallel.strategy={name}"] for name in ("ddp", "fsdp")}
-    with pairs(runs) as started:
-        for both in started.values():
-            both[1].send_signal(signal.SIGSTOP)
-        for both in started.values():
-            said, _ = both[0].communicate(timeout=DEADLINE)
-            assert both[0].returncode == 2
-            assert said.splitlines()[-1].startswith("Error: rank 1 "), said
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_stands_still_is_named_when_time_is_up(strategy: str, tmp_path: Path) -> None:
+    words = ["--set", "parallel.timeout=20", "--set", f"parallel.strategy={strategy}"]
+    with pairs({str(tmp_path / "run"): words}) as started:
+        ((asks, stands),) = started.values()
+        stands.send_signal(signal.SIGSTOP)
+        said, _ = asks.communicate(timeout=DEADLINE)
+        assert asks.returncode == 2
+        assert said.splitlines()[-1].startswith("Error: rank 1 "), said
