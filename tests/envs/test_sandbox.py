@@ -15,6 +15,7 @@ import psutil
 import pytest
 from sandbox_tiers import (
     BACKENDS,
+    DEALT,
     FULL_TIERS,
     ONE_OF_EACH,
     TIERS,
@@ -35,14 +36,14 @@ from llm_gym.envs.tools.sandbox.sandbox import Handle, SandboxError
 from llm_gym.errors import SettingError
 
 
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `tier` meets all of them, one of `backend` too; one of both meets the pairs that fall to this user."""
+    given = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    match [name for name in ("tier", "backend") if name in metafunc.fixturenames and name not in given]:
+        case ["tier", "backend"]:
+            metafunc.parametrize(("tier", "backend"), DEALT)
+        case [name]:
+            metafunc.parametrize(name, {"tier": TIERS, "backend": BACKENDS}[name])
 
 
 @pytest.fixture(scope="module", autouse=True)
