@@ -1,4 +1,4 @@
-"""Starts processes as torchrun does; as a program, takes the same optimizer steps in each: `python ranks.py <out>`."""
+"""Starts processes as torchrun does; as a program, takes the same optimizer steps in each: `python ranks.py <out> <setup> ...`."""
 
 from __future__ import annotations
 
@@ -180,12 +180,12 @@ def four_steps(name: str, world: World, folder: Path, source: Path | None = None
     return {tensor: whole(p.detach()).clone() for tensor, p in model.named_parameters()}
 
 
-def main(out: str) -> None:
+def main(out: str, setups: Sequence[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     found: dict[Any, Any] = {}
-    for strategy in ("ddp", "fsdp"):
+    for strategy in dict.fromkeys(strategy for strategy, _ in setups):
         world = connect(ParallelConfig(strategy, timeout=300))
-        for share in ("dealt", "by hand"):
+        for share in (share for its, share in setups if its == strategy):
             for name, case in CASES.items():
                 found[strategy, share, name] = two_steps(case, world, share)
         if strategy == "fsdp" or world.size == 1:
@@ -197,9 +197,7 @@ def main(out: str) -> None:
         if world.rank == 0:
             torch.save(found, out)
         world.close()
-        if world.size == 1:
-            break
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], [(strategy, share) for strategy, share in (word.split(",") for word in sys.argv[2:])])
