@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,18 @@ def one(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
     """What two processes make: one run after another, so that groups and engines must end properly too."""
     folder = tmp_path_factory.mktemp("two")
-    ranks.run(engines.__file__, [(2, [str(folder), server])])
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = dict.fromkeys(item.callspec.params["name"] for item in here if "name" in item.callspec.params)
+    ranks.run(engines.__file__, [(2, [str(folder), server, *names])])
     return folder
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """The names of runs, those that CI leaves out marked so."""
+    return [pytest.param(name, marks=[pytest.mark.soak] if name in engines.SOAK else []) for name in names]
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -59,7 +66,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"]]
 
 
-@pytest.mark.parametrize("name", engines.RUNS)
+@pytest.mark.parametrize("name", marked(engines.RUNS))
 def test_every_synchronisation_is_proven_in_both(name: str, two: Path) -> None:
     """The gaps are the widest of any process; a proof that fails in one ends the run."""
     rows = rows_of(two / name)
@@ -79,7 +86,7 @@ def test_every_synchronisation_is_proven_in_both(name: str, two: Path) -> None:
         assert {span.version for line in lines for _, span in decode(json.loads(line)).spans} == {step - 1}
 
 
-@pytest.mark.parametrize("name", [name for name in engines.RUNS if "lora" not in name])
+@pytest.mark.parametrize("name", marked(name for name in engines.RUNS if "lora" not in name))
 def test_it_is_the_run_of_one_process(name: str, two: Path, one: Path) -> None:
     """The same episodes, gradients and weights up to rounding, whoever sampled and whoever sent the weights."""
     for ours, theirs in zip(rows_of(two / name), rows_of(one), strict=True):
