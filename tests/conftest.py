@@ -50,13 +50,14 @@ def _own_environment() -> Iterator[None]:
 
 
 LONGEST = """
-test_gpu_form test_vllm_server test_nproc test_vllm_train test_python_sandbox test_nproc_engines test_export_chain test_mutations
-test_interrupt test_loops_nproc test_sandbox test_ranks test_vllm_loops test_vllm_lora test_vllm_models
-test_grading_workers test_examples test_sandbox_moments test_vllm_policy test_doctor_vllm test_sandbox_cases
-test_distill_learns test_vllm_adapter test_resume test_packaging test_vllm_exit test_parallel test_tool_formats
-test_vllm_proof test_real_tokenizers test_sandbox_cells test_random_configurations test_cli_documented
+test_vllm_server test_nproc_engines test_vllm_train test_nproc test_python_sandbox test_ranks test_loops_nproc
+test_gpu_form test_interrupt test_mutations test_vllm_models test_vllm_loops test_sandbox test_vllm_policy
+test_vllm_lora test_examples test_mcp_servers test_grading_workers test_sandbox_moments test_export_chain
+test_vllm_exit test_vllm_adapter test_distill_learns test_packaging test_sandbox_cases test_doctor_vllm
+test_resume test_vllm_proof test_parallel test_random_configurations test_real_tokenizers test_budget
+test_tool_formats test_sandbox_shell test_sandbox_cells test_cli_documented
 """.split()
-"""Files of 20 seconds and more, as the summary of a run lists them."""
+"""Files of 15 CPU seconds and more, their children's included."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -36,8 +36,15 @@ def wrong(case: dict[str, Any], tier: str, backend: str) -> str:
     return "" if good else f"{case['name']}: {[(r.status, r.output[:400], r.output[-400:]) for r in results]}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tier", ONE_OF_EACH)
+def pairs() -> Iterator[Any]:
+    """(tier, backend); CI has each tier and each backend once."""
+    for number, tier in enumerate(ONE_OF_EACH):
+        for other, backend in enumerate(BACKENDS):
+            marks = [*tier.marks, *([] if number == other else [pytest.mark.soak])]
+            yield pytest.param(*tier.values, backend, marks=marks, id=f"{tier.id}-{backend}")
+
+
+@pytest.mark.parametrize(("tier", "backend"), list(pairs()))
 def test_every_cell_says_what_it_should(tier: str, backend: str) -> None:
     found = [words for case in CASES if (words := wrong(case, tier, backend))]
     assert not found, "\n".join(found)

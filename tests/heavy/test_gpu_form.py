@@ -12,23 +12,35 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu_rows.results import read  # noqa: E402
-from gpu_rows.rows import missing  # noqa: E402
+from gpu_rows.rows import Row, missing  # noqa: E402
 from gpu_rows.table import ROWS  # noqa: E402
 
 pytestmark = pytest.mark.heavy
 
 
+SOAK = ("vLLM sync", "server")
+"""Rows that start an engine for every mode, and a server: test_vllm_train.py has the same on a CPU."""
+
+
 @pytest.mark.timeout(1800)
-def test_every_row_passes_or_says_what_it_needs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([row for row in ROWS if row.name not in SOAK], id="most"),
+        pytest.param([row for row in ROWS if row.name in SOAK], id="the longest", marks=pytest.mark.soak),
+    ],
+)
+def test_every_row_passes_or_says_what_it_needs(rows: list[Row], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--row", *(row.name for row in rows)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     said = ran.stdout
     assert ran.returncode == 0, said + ran.stderr
-    rows = read(tmp_path / "gpu.json")["cpu"]
-    for row in ROWS:
+    found = read(tmp_path / "gpu.json")["cpu"]
+    for row in rows:
         wanting = missing(row, "cpu")
-        assert rows[row.name]["verdict"] == ("needs" if wanting else "pass")
+        assert found[row.name]["verdict"] == ("needs" if wanting else "pass")
         (line,) = (line for line in said.splitlines() if f" {row.part} " in line and f" {row.name} " in line)
         assert line.endswith(f"needs {', '.join(wanting)}") if wanting else line.startswith("pass")
-        assert wanting or rows[row.name]["figures"]
+        assert wanting or found[row.name]["figures"]
     assert {"CUDA"} == {name for row in ROWS for name in missing(row, "cpu")}

@@ -23,7 +23,7 @@ FEW = ["prompts_per_step=4", "group_size=8", "eval.episodes=0", "optimizer.lr=1e
         ("dora", "float32", "auto", "merged"),
         ("dora", "float32", "disk", "disk"),
         ("lora", "nf4", "adapter", "adapter"),
-        ("lora", "nf4", "merged", "merged"),
+        pytest.param("lora", "nf4", "merged", "merged", marks=pytest.mark.soak),
     ],
 )
 def test_the_engine_serves_what_is_trained(kind: str, base: str, sync: str, mode: str, tmp_path: Path) -> None:
@@ -53,7 +53,12 @@ def test_the_engine_serves_what_is_trained(kind: str, base: str, sync: str, mode
     [
         ({"target_modules": ("lm_head", "q_proj")}, "auto", "merged"),
         ({"target_modules": ("embed_tokens", "lm_head"), "kind": "dora"}, "disk", "disk"),
-        ({"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)}, "restart", "restart"),
+        pytest.param(
+            {"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)},
+            "restart",
+            "restart",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_the_engine_holds_two_matrices_where_an_adapter_makes_two_of_one(
