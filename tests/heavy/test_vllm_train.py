@@ -146,27 +146,36 @@ def test_every_mode_is_proven_through_a_server(tmp_path: Path, server: str, mode
     assert not (tmp_path / "sync").exists()
 
 
-def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server: str) -> None:
-    """An adapter on a tied head: one that holds a single matrix is seen, one started as the run says works."""
-    from llm_gym.policies.vllm_server.process import ServerProcess
+class Tied:
+    """A run of two steps whose adapter stands on a tied head, and what it told."""
 
-    told: list[str] = []
-
-    class Listens(Observer):
-        def on_note(self, text: str) -> None:
-            told.append(text)
-
-    def run(url: str, name: str) -> Trainer:
+    def __init__(self, url: str, out: Path) -> None:
+        self.told: list[str] = []
         lora, policy = {"rank": 4, "target_modules": ["lm_head", "q_proj"]}, {"servers": [url]}
         given = load(TrainConfig, sets=[*FEW, "steps=2", "optimizer.lr=1e-3"], lora=lora, policy=policy)
-        return Trainer(given, out=tmp_path / name, observer=Listens())
 
+        class Listens(Observer):
+            def on_note(_, text: str) -> None:
+                self.told.append(text)
+
+        self.run = Trainer(given, out=out, observer=Listens())
+
+
+def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server: str) -> None:
+    """One that holds a single matrix is seen, and it is said how to start it."""
+    tied = Tied(server, tmp_path)
     with pytest.raises(SyncError, match=r"lm_head\.weight|embed_tokens\.weight"):
-        run(server, "one").train()
-    assert "load_format=dummy --set 'hf_overrides={tie_word_embeddings: false}'" in told[0]
+        tied.run.train()
+    assert "load_format=dummy --set 'hf_overrides={tie_word_embeddings: false}'" in tied.told[0]
+
+
+@pytest.mark.soak  # in CI engines of this process hold two: test_vllm_lora.py, test_vllm_untied.py
+def test_a_server_started_as_it_was_told_holds_two_matrices(tmp_path: Path) -> None:
+    from llm_gym.policies.vllm_server.process import ServerProcess
+
     two = {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
     with ServerProcess(settings={"dtype": "float32", "max_model_len": 256, **two}) as process:
         process.wait()
-        rows = run(process.url, "two").train()
+        rows = Tied(process.url, tmp_path).run.train()
     agree(rows, "merged")
     assert any(row["policy/grad_norm"] > 0 for row in rows[1:])
