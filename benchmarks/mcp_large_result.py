@@ -4,7 +4,8 @@
 
 One run, alternating blocks: four episodes step until a fifth's call has ended, then as long without it. Milliseconds
 of wall time, medians; on a busy machine only the ratio means anything. 7 MB are within the bound, and of numbers that
-the tool's schema describes. Over HTTP the fifth has a server of its own: a busy server is not what is measured.
+the tool's schema describes. Over HTTP the fifth has a server of its own: a busy server is not what is measured. In this
+process making 50 MB holds the interpreter too: a row has them made before, and one makes them and returns their length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from typing import Any
 
 from llm_gym.envs.tools.mcp import MCPTool
@@ -46,6 +48,12 @@ for line in sys.stdin:
 """
 
 
+@cache
+def made(size: int) -> str:
+    """A text that is made once."""
+    return "x" * size
+
+
 def in_memory() -> Any:
     """A server in this process."""
     from fastmcp import FastMCP
@@ -55,6 +63,14 @@ def in_memory() -> Any:
     @server.tool
     def text(size: int) -> str:
         return "x" * size
+
+    @server.tool
+    def ready(size: int) -> str:
+        return made(size)
+
+    @server.tool
+    def kept(size: int) -> int:
+        return len("x" * size)
 
     @server.tool
     def numbers(size: int) -> list[int]:
@@ -150,6 +166,10 @@ if __name__ == "__main__":
     memory = {"it": in_memory}
     print(measure("stdio, text", stdio, stdio, ("text", 50 * MB), 5), flush=True)
     print(measure("stdio, 7 MB of numbers", stdio, stdio, ("numbers", 7 * MB), 5), flush=True)
-    print(measure("in this process, text", memory, memory, ("text", 50 * MB), 5), flush=True)
+    made(50 * MB)
+    print(measure("in this process, text that it had", memory, memory, ("ready", 50 * MB), 20), flush=True)
+    print(measure("in this process, text", memory, memory, ("text", 50 * MB), 20), flush=True)
+    print(measure("in this process, made, not returned", memory, memory, ("kept", 50 * MB), 20), flush=True)
+    print(measure("in this process, numbers", memory, memory, ("numbers", 50 * MB), 5), flush=True)
     with over_http() as url, over_http() as another:
         print(measure("http, text", url, another, ("text", 50 * MB), 5), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from planted import Mutant
 
 _FAULTS = "envs/test_mcp_faults.py::test_"
+_IN_PROCESS = "envs/test_mcp_in_process.py::test_"
 _FORMATS = "envs/test_tool_formats.py::test_"
 
 TOOLS = (
@@ -69,6 +70,41 @@ TOOLS = (
         "if message_size(result) > LONGEST:",
         "if False:",
         (f"{_FAULTS}what_a_server_of_this_process_sends_has_the_same_bound[act-arguments0]",),
+    ),
+    Mutant(
+        "a server of this process writes as JSON what is too long",
+        "envs/tools/mcp/in_process.py::_Measuring.run",
+        "if await longer(got.value, LONGEST)",
+        "if await longer(got.value, LONGEST * 100)",
+        (f"{_IN_PROCESS}a_result_that_is_too_long_is_never_written_as_json[texts]",),
+    ),
+    Mutant(
+        "what a tool gives to another tool is refused",
+        "envs/tools/mcp/in_process.py::_Measuring.run",
+        "with _set(False):",
+        "with _set(True):",
+        (f"{_IN_PROCESS}what_others_may_shorten_is_theirs",),
+    ),
+    Mutant(
+        "what middleware would shorten is refused",
+        "envs/tools/mcp/in_process.py::_handled",
+        "return not all(hooks) or",
+        "return",
+        (f"{_IN_PROCESS}what_others_may_shorten_is_theirs",),
+    ),
+    Mutant(
+        "a tool of a user's server is changed",
+        "envs/tools/mcp/in_process.py::_measuring",
+        "made = tool.model_copy()",
+        "made = tool",
+        (f"{_IN_PROCESS}the_server_itself_is_left_alone",),
+    ),
+    Mutant(
+        "fields that are not written count",
+        "envs/tools/mcp/length.py::_fields",
+        ' or not whole(getattr(kind, "__pydantic_core_schema__", ""))',
+        "",
+        (f"{_IN_PROCESS}what_is_written_in_part_is_not_too_long",),
     ),
     Mutant(
         "long results are compared with what the tool declares, in the loop of all sessions",

@@ -15,6 +15,8 @@ MOST_PARTS = 10_000
 LONGEST = 8 << 20
 """Bytes of one message from a server: it is read in the loop that all sessions share."""
 TOO_LONG = f"it sent a message of more than {LONGEST >> 20} MiB"
+NOT_SENT = "llm_gym/not_sent"
+"""Marks, in its `meta`, what stands for a result that is too long: a server of this process need not send it."""
 CONTENT = frozenset({"text", "image", "audio", "resource", "resource_link"})
 """Types of content that MCP knows."""
 
@@ -46,6 +48,8 @@ def _block_text(block: Any) -> str:
 
 def message_size(result: Any) -> int:
     """Bytes of a `CallToolResult` as JSON; where its texts alone are too long, their characters, counted at no cost."""
+    if NOT_SENT in (result.meta or ()):
+        return LONGEST + 1
     texts = sum(len(getattr(block, "text", "")) for block in result.content or ())
     return texts if texts > LONGEST else len(result.model_dump_json())
 

@@ -27,11 +27,10 @@ from llm_gym.envs.tools.mcp.results import LONGEST, TOO_LONG, message_size, not_
 from llm_gym.errors import ToolError, ToolFailure
 
 T = TypeVar("T")
-MARGIN, CLOSING = 5.0, 10.0
-"""Seconds beyond a deadline after which the loop itself is not waited for; those in which a session must be closed."""
+MARGIN, CLOSING, PING = 5.0, 10.0, 10.0
+"""Seconds beyond a deadline after which the loop itself is not waited for; those in which a session must be closed;
+those in which a server that somebody else runs should say that it knows a session."""
 LEASH = Path(__file__).with_name("supervisor.py")
-PING = 10.0
-"""Seconds in which a server that somebody else runs should say that it knows a session."""
 SCRATCH = "{scratch}"
 """Stands for the session's own folder in a server's arguments, environment and directory."""
 
@@ -161,14 +160,15 @@ class Session:
         nothing newer might never answer the question for it.
         """
         import fastmcp
-        from fastmcp.client.transports import infer_transport
         from fastmcp.mcp_config import MCPConfig
 
         from llm_gym.envs.tools.mcp.transport import Briefly
 
         transport: Any
         if not isinstance(entry, Mapping):
-            transport = infer_transport(entry() if callable(entry) else entry)
+            from llm_gym.envs.tools.mcp.in_process import transport_to
+
+            transport = transport_to(entry() if callable(entry) else entry)
         elif "command" in entry:
             transport = self._leashed(name, entry)
         else:
