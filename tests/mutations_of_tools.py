@@ -107,6 +107,13 @@ TOOLS = (
         (f"{_IN_PROCESS}what_is_written_in_part_is_not_too_long",),
     ),
     Mutant(
+        "every one of a hundred thousand texts is checked, in the loop of all sessions",
+        "envs/tools/mcp/transport.py::_Dispatcher.send_raw_request",
+        "len(content) > PARTS",
+        "not content",
+        (f"{_IN_PROCESS}texts_of_many_parts_are_joined_before_each_is_checked",),
+    ),
+    Mutant(
         "long results are compared with what the tool declares, in the loop of all sessions",
         "envs/tools/mcp/transport.py::_Session.validate_tool_result",
         "if message_size(result) <= COMPARED:",

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import mcp_types
 import pydantic_core
 import pytest
 from fastmcp import Client, Context, FastMCP
@@ -27,6 +28,7 @@ from llm_gym.envs.tools.mcp.env import MCPTool
 from llm_gym.envs.tools.mcp.in_process import transport_to
 from llm_gym.envs.tools.mcp.length import DEEPEST, longer
 from llm_gym.envs.tools.mcp.results import LONGEST
+from llm_gym.envs.tools.mcp.transport import PARTS, Briefly
 
 TOO_LONG = "Error: MCP server 'server' failed: it sent a message of more than 8 MiB."
 
@@ -354,3 +356,22 @@ def test_who_asks_the_server_itself_gets_all_of_it() -> None:
             assert (await theirs.call_tool_mcp("act", {})).content[0].text == LONG
 
     asyncio.run(check())
+
+
+def test_texts_of_many_parts_are_joined_before_each_is_checked() -> None:
+    """Twice, and in the loop of all sessions: two seconds for 100,000."""
+    texts = [mcp_types.TextContent(type="text", text=str(i)) for i in range(PARTS)]
+    picture = mcp_types.ImageContent(type="image", data="", mime_type="image/png")
+
+    async def check() -> None:
+        server = declared(Any, [*texts, picture, *texts])
+        async with Client(Briefly(transport_to(server))) as client:
+            content = (await client.call_tool_mcp("act", {})).content
+            text = "\n".join(map(str, range(PARTS)))
+            assert [getattr(part, "text", part.type) for part in content] == [text, "image", text]
+
+    asyncio.run(check())
+    assert ask(declared(Any, [*texts, picture])) == (
+        ask(declared(Any, texts))[0] + "\n[image: image/png, 0 bytes]",
+        None,
+    )
