@@ -1,10 +1,11 @@
 """What rollouts ahead of the learner save: a step's time against that of a run that waits, with tools that sleep.
 
-    python benchmarks/async_step.py [--engine vllm] [--bound 2] [--mean 0.2] [--blocks 5]
+    python benchmarks/async_step.py [--engine vllm] [--bound 2] [--mean 0.2] [--blocks 5] [--engines 2]
 
 Two turns an episode; the first is answered after a sleep that is drawn from the text (log-normal, of that mean). Blocks
 of steps of a synchronous run and of one with `stream.max_staleness` alternate; medians of the steps, the first three of
-each block left out (nothing was begun ahead of them).
+each block left out (nothing was begun ahead of them). With `--engines` both are on a Ray cluster of this machine, with
+a player each; the synchronous run has one engine, the other as many as that.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ gymnasium.register("slow/Sums-v0", entry_point=SlowSums)
 
 def block(bound: int, words: argparse.Namespace) -> list[dict[str, Any]]:
     """The steady steps of a run."""
+    placed = {"backend": "ray", "engines": words.engines if bound else 1, "players": 1} if words.engines else {}
     vllm = {"kv_cache_memory_bytes": 1 << 28} if words.engine == "vllm" else {}
     config = TrainConfig(
         env="slow/Sums-v0",
@@ -69,6 +71,7 @@ def block(bound: int, words: argparse.Namespace) -> list[dict[str, Any]]:
         eval={"every": 0, "episodes": 0},
         checkpoint={"every": 0},
         stream={"max_staleness": bound},
+        cluster=placed,
     )
     with tempfile.TemporaryDirectory() as folder:
         rows = Trainer(config, out=Path(folder) / "run", observer=object()).train()
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a block, those that are left out not counted")
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--engines", type=int, default=0, help="of the run ahead, on a Ray cluster; 0: no cluster")
     words = parser.parse_args()
     steps: dict[int, list[float]] = {0: [], words.bound: []}
     rows: list[dict[str, Any]] = []

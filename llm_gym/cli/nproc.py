@@ -32,7 +32,10 @@ FAREWELL = "farewell"
 
 
 nproc_option: Callable[[F], F] = click.option(
-    "--nproc", type=click.IntRange(1), default=1, help="Processes on this machine that train together."
+    "--nproc",
+    type=click.IntRange(1),
+    default=1,
+    help="Processes that train together; on this machine, or with --cluster where Ray places them.",
 )
 
 

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray_runs import pids, sampled
 
 from llm_gym.errors import SettingError
 from llm_gym.harness import TrainConfig, Trainer
@@ -26,20 +28,16 @@ STEPS = 6
 SMALL: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "eval": {"episodes": 0}}
 
 
-def pids(title: str) -> list[int]:
-    """Of actors' processes, by what Ray calls them."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or [""]
-        if line[0].startswith(f"ray::{title}"):
-            found.append(process.pid)
-    return sorted(found)
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A folder with a short name: Ray's sockets lie in it, and their paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)  # Ray keeps the first token that a process has read
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(home: Path) -> Iterator[str]:
     """A cluster that runs already, with a token of its own."""
-    home = tmp_path_factory.mktemp("ray")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,7 +48,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         options = ["--num-cpus=8", "--object-store-memory=300000000", "--include-dashboard=false", f"--port={port}"]
         ray = [sys.executable, "-m", "ray.scripts.scripts"]
-        here = ["--head", "--node-ip-address=127.0.0.1", f"--temp-dir={home}/r"]
+        here = ["--head", "--node-ip-address=127.0.0.1", f"--temp-dir={home}/s"]
         subprocess.run([*ray, "start", *here, *options], check=True, capture_output=True)
         try:
             yield f"127.0.0.1:{port}"
@@ -66,15 +64,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     Trainer(TrainConfig(**SMALL), out=out, observer=object()).train()
     return out
-
-
-def tokens(run: Path) -> list[list[int]]:
-    """Everything that was sampled in a run, step by step."""
-    folder = RunFolder(run)
-    return [
-        [int(t) for e in folder.read_episodes(f"step_{step:06d}") for turn in e.turns for t in turn.completion.tokens]
-        for step in range(1, STEPS + 1)
-    ]
 
 
 def versions(run: Path, step: int) -> set[int]:
@@ -110,7 +99,7 @@ def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone
     rows = Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=kills).train()
     assert not kills.left
     assert any("an engine has died" in note for note in kills.notes)
-    assert tokens(tmp_path / "run") == tokens(alone)
+    assert sampled(tmp_path / "run") == sampled(alone)
     assert [versions(tmp_path / "run", step) for step in range(1, STEPS + 1)] == [{step} for step in range(STEPS)]
     assert all(row["sync/canary_gap_max"] < 1e-4 for row in rows if row["step"])
     assert [step.differences for step in replay(tmp_path / "run", 2)] == [(), ()], "without a cluster"
@@ -210,3 +199,31 @@ def test_too_few_processors_is_a_sentence(address: str, tmp_path: Path) -> None:
     cluster = {"backend": "ray", "address": address, "engines": 9}
     with pytest.raises(SettingError, match=r"10 in all, and the cluster has 8"):
         Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=object()).train()
+
+
+def test_a_full_object_store_is_a_sentence() -> None:
+    """In a process of its own, where nothing may be spilled to a disk."""
+    script = """
+import ray, torch
+from llm_gym.policies.ray.weights import stored
+ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False,
+         _system_config={"automatic_object_spilling_enabled": False})
+try:
+    stored([("w", torch.zeros(30_000_000))])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said = "PolicyError cluster: 114 MiB of weights found no room in Ray's object store nor on the disk behind it"
+    assert said in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.soak
+def test_actors_that_run_out_of_memory_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    """Ray kills them when the machine has too little left; here, more than nothing is too much."""
+    environment = os.environ | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    run = llmgym("train", "--cluster", "ray", env=environment, cwd=tmp_path)
+    said = rest(run)
+    assert run.wait() == 2, said
+    assert "Traceback" not in said
+    assert "memory" in said.splitlines()[-1], said

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,7 +22,7 @@ from llm_gym.errors import RankError, SettingError
 from llm_gym.harness.config import TrainConfig
 from llm_gym.harness.distributed.cluster import join, leave
 from llm_gym.harness.model.devices import device_of
-from llm_gym.policies.ray.places import account, own_error
+from llm_gym.policies.ray.places import DEATHS, account, own_error
 
 PATIENCE, ENDING = 5.0, 30.0
 """Seconds that this process has to find out by itself why another has ended; those that others have at the end."""
@@ -128,7 +128,7 @@ def _watched(running: list[Any]) -> Iterator[None]:
                 rank = left.pop(reference)
                 try:
                     ray.get(reference)
-                except (RayActorError, RayTaskError) as error:
+                except (*DEATHS, RayTaskError) as error:
                     if not over.wait(PATIENCE):
                         failures.append(_why(rank, error))
                         _thread.interrupt_main()
@@ -152,7 +152,7 @@ def _ended(running: list[Any]) -> None:
     for rank, reference in enumerate(running, 1):
         try:
             ray.get(reference, timeout=ENDING)
-        except (RayActorError, RayTaskError) as error:
+        except (*DEATHS, RayTaskError) as error:
             raise _why(rank, error) from None
 
 

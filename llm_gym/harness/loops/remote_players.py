@@ -16,7 +16,7 @@ from llm_gym.core import Group, Sampling, Task
 from llm_gym.harness.data.mixture import Drivers, EnvSpec
 from llm_gym.harness.distributed.world import World
 from llm_gym.policies.ray.engines import Engines
-from llm_gym.policies.ray.places import Places, begun
+from llm_gym.policies.ray.places import RESTARTS, Places, begun
 from llm_gym.policies.ray.policy import RayPolicy
 from llm_gym.rollouts.driver import OnEpisode
 
@@ -72,7 +72,7 @@ class RemotePlayers:
     def __init__(
         self, found: Sequence[EnvSpec], policy: RayPolicy, *, count: int, time_limit: float | None, world: World
     ) -> None:
-        kind = ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1)(PlayerActor)
+        kind = ray.remote(max_restarts=RESTARTS, max_task_retries=0, num_cpus=1)(PlayerActor)
         registered = [gymnasium.spec(spec.env_id) for spec in found]
         plain = [replace(spec, chat=None) for spec in found]
         arguments = (policy.names, plain, registered, time_limit, count)

@@ -10,12 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from llm_gym.concurrency import Loop
 from llm_gym.errors import LLMGymError, PolicyError, SettingError, described
 from llm_gym.policies.vllm_server.routing import Prefixes, choose
 
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""What a call ends with whose actor has died."""
+RESTARTS = 30
+"""Times that Ray starts an actor again; one that dies as often has a reason to (a machine that is short of memory)."""
 PLACING = 300.0
 """Seconds that Ray has to find places for actors and to start them."""
 
@@ -64,7 +76,7 @@ class Places:
             place.load += 1
             try:
                 found = await answer(request(place.actor))
-            except RayActorError as error:
+            except DEATHS as error:
                 found, place.reason = None, account(error)
             finally:
                 place.load -= 1
@@ -94,7 +106,7 @@ class Places:
     async def _return(self, place: Place, least: int) -> None:
         try:
             await answer(place.actor.ready.remote(least))
-        except (RayActorError, PolicyError) as error:  # for good
+        except (*DEATHS, PolicyError) as error:  # for good
             place.reason = account(error)
         else:
             place.back = None
@@ -117,7 +129,7 @@ def begun(what: str, kind: Any, options: Sequence[Mapping[str, Any]], *arguments
     actors = [kind.options(name=name, max_concurrency=10_000, **option).remote(*arguments) for name, option in pairs]
     try:
         ray.get([actor.here.remote() for actor in actors], timeout=PLACING)
-    except (GetTimeoutError, RayActorError) as error:
+    except (GetTimeoutError, *DEATHS) as error:
         for actor in actors:
             ray.kill(actor)
         why = account(error)
@@ -131,7 +143,7 @@ async def answer(reference: Any) -> Any:
     """What an actor's method came to; who is cancelled cancels it there.
 
     Raises:
-        RayActorError: the actor has died.
+        RayError: of `DEATHS`; the actor has died.
         LLMGymError: the method's own error; PolicyError where it is none of ours.
     """
     try:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
 
 from llm_gym.errors import PolicyError, SettingError
 from llm_gym.policies.ray.actor import EngineActor, Facts
 from llm_gym.policies.ray.engines import Engines
-from llm_gym.policies.ray.places import Place, account, answer, begun
+from llm_gym.policies.ray.places import DEATHS, RESTARTS, Place, account, answer, begun
 from llm_gym.policies.ray.weights import Tensors, Weights, stored
 from llm_gym.policies.vllm_server.state import Ranks
 
@@ -69,7 +68,7 @@ class RayPolicy(Engines):
         self._reviving: set[Place] = set()
 
         def make() -> list[str]:
-            actor = ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1, num_gpus=gpus)(EngineActor)
+            actor = ray.remote(max_restarts=RESTARTS, max_task_retries=0, num_cpus=1, num_gpus=gpus)(EngineActor)
             arguments = (None if model is None else str(model), kind, dict(options or {}))
             names, self._made = begun("engine", actor, [{"scheduling_strategy": "SPREAD"}] * engines, *arguments)
             return names
@@ -151,7 +150,7 @@ class RayPolicy(Engines):
     async def _begin(self) -> list[Facts]:
         try:
             facts = await asyncio.gather(*(answer(place.actor.hold.remote(self.want)) for place in self.places.every))
-        except RayActorError as error:
+        except DEATHS as error:
             raise SettingError(f"cluster: an engine's process ended as it began: {account(error)}") from error
         self._watches = [asyncio.ensure_future(self._watch(place)) for place in self.places.every]
         return facts
@@ -167,7 +166,7 @@ class RayPolicy(Engines):
             asked = (answer(ask(place)) for place in self.places.every if place not in self._reviving)
             found = await asyncio.gather(*asked, return_exceptions=True)
             for error in found:
-                if isinstance(error, BaseException) and not isinstance(error, RayActorError):
+                if isinstance(error, BaseException) and not isinstance(error, DEATHS):
                     raise error
             if answers := [each for each in found if not isinstance(each, BaseException)]:
                 return answers
@@ -178,7 +177,7 @@ class RayPolicy(Engines):
         while True:
             try:
                 await answer(place.actor.live.remote())
-            except RayActorError as error:
+            except DEATHS as error:
                 place.reason = account(error)
             self._reviving.add(place)
             self.places.leave(place, self.want.update)
@@ -188,7 +187,7 @@ class RayPolicy(Engines):
                 while held is not self.want:
                     held = self.want
                     await answer(place.actor.hold_again.remote(held))
-            except (RayActorError, PolicyError, SettingError) as error:
+            except (*DEATHS, PolicyError, SettingError) as error:
                 self._tell(f"cluster: an engine is lost: {account(error)}")
                 return
             self._reviving.discard(place)  # nothing is awaited since the look at `want`: `_bring` knows it again
