@@ -50,7 +50,7 @@ def _own_environment() -> Iterator[None]:
 
 
 LONGEST = """
-test_vllm_server test_nproc_engines test_vllm_train test_nproc test_python_sandbox test_ranks test_loops_nproc
+test_vllm_server test_ray test_nproc_engines test_vllm_train test_nproc test_python_sandbox test_ranks test_loops_nproc
 test_gpu_form test_interrupt test_mutations test_vllm_models test_vllm_loops test_sandbox test_vllm_policy
 test_vllm_lora test_examples test_mcp_servers test_grading_workers test_sandbox_moments test_export_chain
 test_vllm_exit test_vllm_adapter test_distill_learns test_packaging test_sandbox_cases test_doctor_vllm

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.heavy
 
 STEPS = 6
 SMALL: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "eval": {"episodes": 0}}
+SETS = ["prompts_per_step=4", "group_size=4", "eval.episodes=0"]
 
 
 @pytest.fixture(scope="module")
@@ -71,52 +72,6 @@ def versions(run: Path, step: int) -> set[int]:
     return {int(v) for e in episodes for turn in e.turns for v in turn.completion.versions}
 
 
-class Kills:
-    """Kills actors while the episodes of a step are being played."""
-
-    def __init__(self, step: int, *titles: str) -> None:
-        self.left, self.step, self.rows, self.phase = list(titles), step, 0, ""
-        self.notes: list[str] = []
-
-    def on_note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def on_row(self, row: Any) -> None:
-        self.rows = row["step"]
-
-    def on_phase(self, name: str, total: int) -> None:
-        self.phase = name
-
-    def on_progress(self, done: int) -> None:
-        if self.phase == "rollout" and self.rows == self.step - 1:
-            while self.left:
-                os.kill(pids(self.left.pop())[0], signal.SIGKILL)
-
-
-def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone: Path, tmp_path: Path) -> None:
-    kills = Kills(2, "EngineActor", "PlayerActor")
-    cluster = {"backend": "ray", "address": address, "engines": 2, "players": 2}
-    rows = Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=kills).train()
-    assert not kills.left
-    assert any("an engine has died" in note for note in kills.notes)
-    assert sampled(tmp_path / "run") == sampled(alone)
-    assert [versions(tmp_path / "run", step) for step in range(1, STEPS + 1)] == [{step} for step in range(STEPS)]
-    assert all(row["sync/canary_gap_max"] < 1e-4 for row in rows if row["step"])
-    assert [step.differences for step in replay(tmp_path / "run", 2)] == [(), ()], "without a cluster"
-    assert not pids("EngineActor"), "close ends the actors"
-
-
-def test_vllm_engines_go_on_when_one_is_killed(address: str, tmp_path: Path) -> None:
-    kills = Kills(2, "EngineActor")
-    engine = {"engine": "vllm", "vllm": {"kv_cache_memory_bytes": 1 << 28}}
-    cluster = {"backend": "ray", "address": address, "engines": 2, "players": 1}
-    config = TrainConfig(**SMALL | {"steps": 3}, cluster=cluster, policy=engine)
-    rows = Trainer(config, out=tmp_path / "run", observer=kills).train()
-    assert not kills.left
-    assert [versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
-    assert all(row["sync/canary_gap_max"] < 1e-3 and row["episode/failed_fraction"] == 0 for row in rows if row["step"])
-
-
 def llmgym(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "llm_gym.cli", *arguments]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
@@ -136,6 +91,37 @@ def until(process: subprocess.Popen[str], word: str) -> str:
 def rest(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.read()
+
+
+def killed_in(out: Path, *titles: str, sets: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """The rows of a run of which such actors were killed in the second step, or soon after."""
+    more = [word for each in [*sets, *SETS] for word in ("--set", each)]
+    run = llmgym("train", "--cluster", "ray", "--steps", str(steps), "--out", str(out), *more)
+    until(run, "step 1/")
+    for title in titles:
+        os.kill(pids(title)[0], signal.SIGKILL)
+    said = rest(run)
+    assert run.wait() == 0, said
+    assert ("an engine has died" in said) == ("EngineActor" in titles), said
+    return RunFolder(out).metrics()
+
+
+def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone: Path, tmp_path: Path) -> None:
+    out, cluster = tmp_path / "run", [f"cluster.address={address}", "cluster.engines=2", "cluster.players=2"]
+    rows = killed_in(out, "EngineActor", "PlayerActor", sets=cluster, steps=STEPS)
+    assert sampled(out) == sampled(alone)
+    assert [versions(out, step) for step in range(1, STEPS + 1)] == [{step} for step in range(STEPS)]
+    assert all(row["sync/canary_gap_max"] < 1e-4 for row in rows if row["step"])
+    assert [step.differences for step in replay(out, 2)] == [(), ()], "without a cluster"
+    assert not pids("EngineActor"), "close ends the actors"
+
+
+def test_vllm_engines_go_on_when_one_is_killed(address: str, tmp_path: Path) -> None:
+    engine = ["policy.engine=vllm", f"policy.vllm.kv_cache_memory_bytes={1 << 28}"]
+    cluster = [f"cluster.address={address}", "cluster.engines=2", "cluster.players=1"]
+    rows = killed_in(tmp_path / "run", "EngineActor", sets=[*engine, *cluster], steps=3)
+    assert [versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
+    assert all(row["sync/canary_gap_max"] < 1e-3 and row["episode/failed_fraction"] == 0 for row in rows if row["step"])
 
 
 RUN = ["train", "--cluster", "ray", "--nproc", "2", "--set", "eval.episodes=0", "--set", "prompts_per_step=4"]
@@ -196,18 +182,20 @@ def test_bad_settings(cluster: dict[str, Any], words: str, tmp_path: Path) -> No
 
 
 def test_too_few_processors_is_a_sentence(address: str, tmp_path: Path) -> None:
-    cluster = {"backend": "ray", "address": address, "engines": 9}
-    with pytest.raises(SettingError, match=r"10 in all, and the cluster has 8"):
-        Trainer(TrainConfig(**SMALL, cluster=cluster), out=tmp_path / "run", observer=object()).train()
+    sets = ["--set", f"cluster.address={address}", "--set", "cluster.engines=9"]
+    run = llmgym("train", "--cluster", "ray", *sets, cwd=tmp_path)
+    said = rest(run)
+    assert run.wait() == 2, said
+    assert "10 in all, and the cluster has 8" in said.splitlines()[-1]
 
 
 def test_a_full_object_store_is_a_sentence() -> None:
-    """In a process of its own, where nothing may be spilled to a disk."""
+    """In a process of its own, which may put nothing on a disk in place of the store."""
     script = """
 import ray, torch
 from llm_gym.policies.ray.weights import stored
 ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False,
-         _system_config={"automatic_object_spilling_enabled": False})
+         _system_config={"local_fs_capacity_threshold": 0.001})
 try:
     stored([("w", torch.zeros(30_000_000))])
 except Exception as error:
