@@ -85,7 +85,8 @@ def test_ctrl_c_ends_it_at_any_moment(moment: str) -> None:
             break
     process.send_signal(signal.SIGINT)
     status, errors = finish(process)
-    assert status in (-signal.SIGINT, 128 + signal.SIGINT)
+    # 1: vLLM imports Ray where it is installed, and a Python that has imported Ray ends so.
+    assert status in (-signal.SIGINT, 128 + signal.SIGINT, 1)
     assert "KeyboardInterrupt" in errors
 
 
