@@ -24,7 +24,7 @@ from llm_gym.harness.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.heavy
 
-STEPS = 6
+STEPS = 12
 SMALL: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "eval": {"episodes": 0}}
 SETS = ["prompts_per_step=4", "group_size=4", "eval.episodes=0"]
 
@@ -119,8 +119,8 @@ def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone
 def test_vllm_engines_go_on_when_one_is_killed(address: str, tmp_path: Path) -> None:
     engine = ["policy.engine=vllm", f"policy.vllm.kv_cache_memory_bytes={1 << 28}"]
     cluster = [f"cluster.address={address}", "cluster.engines=2", "cluster.players=1"]
-    rows = killed_in(tmp_path / "run", "EngineActor", sets=[*engine, *cluster], steps=3)
-    assert [versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
+    rows = killed_in(tmp_path / "run", "EngineActor", sets=[*engine, *cluster], steps=6)
+    assert [versions(tmp_path / "run", step) for step in range(1, 7)] == [{step} for step in range(6)]
     assert all(row["sync/canary_gap_max"] < 1e-3 and row["episode/failed_fraction"] == 0 for row in rows if row["step"])
 
 
