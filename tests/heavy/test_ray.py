@@ -215,3 +215,19 @@ def test_actors_that_run_out_of_memory_end_the_run_with_a_sentence(tmp_path: Pat
     assert run.wait() == 2, said
     assert "Traceback" not in said
     assert "memory" in said.splitlines()[-1], said
+
+
+def test_a_run_that_cannot_begin_leaves_the_cluster(address: str, tmp_path: Path) -> None:
+    """So that the next one in the same process may join another."""
+    script = f"""
+import ray
+from llm_gym.errors import SyncError
+from llm_gym.harness import TrainConfig, Trainer
+cluster, policy = {{"backend": "ray", "address": "{address}"}}, {{"canary_limit": 1e-30, "sync": "copy"}}
+try:
+    Trainer(TrainConfig(cluster=cluster, policy=policy), out="{tmp_path}/run", observer=object())
+except SyncError:
+    print("in it:", ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "in it: False" in done.stdout, done.stdout + done.stderr

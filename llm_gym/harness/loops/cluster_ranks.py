@@ -63,7 +63,7 @@ def ranks(config: TrainConfig, count: int, options: Mapping[str, Any]) -> Iterat
     try:
         gpus = int(device_of(config.device).type == "cuda")
         actors = _placed(count, gpus)
-        first, *others = ray.get([actor.place.remote() for actor in actors])
+        first, *others = _where(actors)
         environment = _environment(first[0], count, Counter(host for host, _ in [first, *others]))
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, first[1]))
@@ -105,6 +105,15 @@ def _placed(count: int, gpus: int) -> list[Any]:
     kind = ray.remote(num_cpus=1, num_gpus=gpus)(RankActor)
     at = (PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(count))
     return [kind.options(scheduling_strategy=place).remote() for place in at]
+
+
+def _where(actors: list[Any]) -> list[tuple[str, list[int]]]:
+    """What each of them says of its place."""
+    try:
+        found: list[tuple[str, list[int]]] = ray.get([actor.place.remote() for actor in actors])
+    except DEATHS as error:
+        raise SettingError(f"--nproc: a learner process ended as it began: {account(error)}") from error
+    return found
 
 
 def _environment(host: str, count: int, on: Counter[str]) -> Any:
@@ -154,6 +163,8 @@ def _ended(running: list[Any]) -> None:
             ray.get(reference, timeout=ENDING)
         except (*DEATHS, RayTaskError) as error:
             raise _why(rank, error) from None
+        except GetTimeoutError:
+            raise RankError(f"rank {rank} did not end within {ENDING:g} s of the others.") from None
 
 
 def _why(rank: int, error: Exception) -> Exception:

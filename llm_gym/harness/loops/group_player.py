@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,12 +54,20 @@ class GroupPlayer:
     ) -> None:
         self.config, self.world, self.observer = config, learner.world, observer
         observer.on_phase("engine", 1)
-        self._joined = config.cluster.backend is not None and join(config.cluster, self.world.size)
-        self.sync = Sync(config, learner, folder=folder / "sync", version=version, tell=observer.on_note)
-        self.policy = self.sync.policy
-        self.drivers = self._drivers(prepared.env_specs)
         most, limit = config.sampling.max_tokens, config.time_limit
-        self.evaluation = Evaluation(prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit)
+        with ExitStack() as opened:  # what was begun ends again, if what follows cannot begin
+            if config.cluster.backend is not None and join(config.cluster, self.world.size):
+                opened.callback(leave)
+            self.sync = Sync(config, learner, folder=folder / "sync", version=version, tell=observer.on_note)
+            opened.callback(self.sync.close)
+            self.policy = self.sync.policy
+            self.drivers = self._drivers(prepared.env_specs)
+            opened.callback(self.drivers.close)
+            self.evaluation = Evaluation(
+                prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit
+            )
+            opened.callback(self.evaluation.close)
+            self._opened = opened.pop_all()
         self._loop: Loop | None = None
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
 
@@ -117,10 +125,7 @@ class GroupPlayer:
         """Closes the environments and the engine."""
         if self._loop is not None:
             self._loop.stop()
-        for part in (self.drivers, self.evaluation, self.sync):
-            part.close()
-        if self._joined:
-            leave()
+        self._opened.close()
 
     def _play(
         self, driver: Driver, phase: str, seeds: Sequence[int], group_size: int, sampling: Sampling
