@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import gymnasium
@@ -89,6 +90,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
     """Rows of a data-backed environment, which `options={"task": i}` picks from; None: tasks are drawn."""
     task: int | None = None
     """The row asked for by `reset(options={"task": i})`, for `open` to honour; None: draw one."""
+    row: Mapping[str, Any] = MappingProxyType({})
+    """The row of data that the episode is about, which agents are given; `open` sets it where there are rows."""
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ from llm_gym.core import Completion, Ids, Span, Trajectory, Turn, common_prefix,
 class TrajectoryBuilder:
     """Puts an episode's turns together as they are played; no token is held twice.
 
-    A context that extends the newest trajectory goes on with it. Any other begins a new one, as a branch of the
-    trajectory with which it has most in common.
+    A context that extends a trajectory goes on with it: with the longest, if it extends several. Any other begins a new
+    one, as a branch of the trajectory with which it has most in common.
 
     >>> builder = TrajectoryBuilder()
     >>> said = Completion(np.array([7], np.int32), np.zeros(1, np.float32), "stop")
@@ -34,20 +34,14 @@ class TrajectoryBuilder:
 
     def add(self, prompt: Ids, completion: Completion, reward: float = 0.0, *, temperature: float = 1.0) -> None:
         """One turn: the whole context int32 [p], and what was sampled after it."""
-        if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):
-            shared = [(common_prefix(known.tokens, prompt), -i) for i, known in enumerate(self._sequences)]
-            length, earlier = max(shared, default=(0, 0))
-            self._parents.append((-earlier, length) if length else None)
-            self._sequences.append(_Growing(prompt))
-            self._spans.append([])
-            self._logprobs.append([])
-        known = self._sequences[-1]
+        at = self._continued(prompt)
+        known = self._sequences[at]
         known.append(prompt[len(known.tokens) :])
-        start = len(known.tokens) - self._before(-1)
+        start = len(known.tokens) - self._before(at)
         known.append(completion.tokens)
         said = completion.finish_reason, completion.version, completion.updates
-        self._spans[-1].append(Span(start, start + len(completion.tokens), self.turns, reward, *said, temperature))
-        self._logprobs[-1].append(completion.logprobs)
+        self._spans[at].append(Span(start, start + len(completion.tokens), self.turns, reward, *said, temperature))
+        self._logprobs[at].append(completion.logprobs)
         self.turns += 1
 
     @property
@@ -66,6 +60,20 @@ class TrajectoryBuilder:
             )
             for i, sequence in enumerate(self._sequences)
         )
+
+    def _continued(self, prompt: Ids) -> int:
+        """The number of the trajectory that goes on with this context; a new one, if it extends none."""
+        lengths = [len(each.tokens) for each in self._sequences]
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -i)):
+            if is_prefix(self._sequences[i].tokens, prompt):
+                return i
+        shared = [(common_prefix(known.tokens, prompt), -i) for i, known in enumerate(self._sequences)]
+        length, earlier = max(shared, default=(0, 0))
+        self._parents.append((-earlier, length) if length else None)
+        self._sequences.append(_Growing(prompt))
+        self._spans.append([])
+        self._logprobs.append([])
+        return len(lengths)
 
     def _before(self, number: int) -> int:
         """Tokens of a trajectory that are its parent's."""

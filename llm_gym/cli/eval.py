@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import chat_template_option, env_args_option, env_option, parse_args, to_write
+from llm_gym.cli.options import (
+    agent_command_option,
+    agent_option,
+    chat_template_option,
+    env_args_option,
+    env_option,
+    parse_args,
+    to_write,
+)
 from llm_gym.errors import SettingError, TrainingError
 
 if TYPE_CHECKING:
@@ -41,6 +49,18 @@ class Plan:
     pass_reward: float
     """Return from which an episode passes, for pass@k."""
 
+    def played_by(self, function: str | None, command: str | None) -> Plan:
+        """The same, with an agent in place of the run's own.
+
+        Raises:
+            ConfigError: no such agent.
+        """
+        from llm_gym.harness.data.agents import AgentConfig
+
+        agent = AgentConfig(function, command)
+        agent.check()
+        return dataclasses.replace(self, eval_task=dataclasses.replace(self.eval_task, agent=agent))
+
     def to_dict(self) -> dict[str, Any]:
         """The plan, ready for JSON."""
         own = {"model": self.model, "k": self.k, "pass_reward": self.pass_reward}
@@ -51,6 +71,8 @@ class Plan:
 @click.command("eval", short_help="Measure a policy: mean reward, with its uncertainty.")
 @env_option
 @env_args_option
+@agent_option
+@agent_command_option
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
 @chat_template_option
 @click.option(
@@ -79,6 +101,8 @@ class Plan:
 def command(
     env: str | None,
     env_args: tuple[str, ...],
+    agent: str | None,
+    agent_command: str | None,
     model: str | None,
     chat_template: str | None,
     engine: str,
@@ -105,6 +129,8 @@ def command(
         text = engine == "openai"
         env_args += () if chat_template is None else (f"chat_template={chat_template}",)
         plan = make_plan(env, env_args, model, episodes, 0.0 if greedy else heat, max_tokens, k=k or 1, text=text)
+        if agent or agent_command:
+            plan = plan.played_by(agent, agent_command)
         engine_options = parse_args(options, "--option")
         if out is not None:
             to_write(out)
@@ -155,6 +181,7 @@ def make_plan(
     args |= {} if env or run is None else dict(config.eval.env_args)
     args |= parse_args(env_args)
     paper = eval_task(env_id, {"tokenizer": None if text else path, **args})
+    paper = dataclasses.replace(paper, agent=config.agent) if run is not None and not env else paper
     if paper.rows is not None and episodes is not None and episodes > paper.rows:
         raise SettingError(f"--episodes: got {episodes}, but the data has {paper.rows} rows.")
     most = max_tokens or (config.sampling.max_tokens if run is not None and not env else 1 << 20)

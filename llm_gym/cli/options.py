@@ -30,6 +30,12 @@ env_args_option: Callable[[F], F] = click.option(
     multiple=True,
     help="Keyword argument of the environment (a YAML scalar); may be repeated. `llmgym envs ID` lists them.",
 )
+agent_option: Callable[[F], F] = click.option(
+    "--agent", metavar="MODULE:FUNCTION", help="Agent of yours that plays the episodes: solve(task, endpoint)."
+)
+agent_command_option: Callable[[F], F] = click.option(
+    "--agent-command", metavar="COMMAND", help="The same as a program: the task on its input, OPENAI_BASE_URL set."
+)
 config_option: Callable[[F], F] = click.option("--config", "file", metavar="FILE", help="YAML file of settings.")
 chat_template_option: Callable[[F], F] = click.option(
     "--chat-template",

@@ -12,6 +12,8 @@ import click
 from llm_gym.cli.group import settings
 from llm_gym.cli.nproc import as_rank, launch, nproc_option
 from llm_gym.cli.options import (
+    agent_command_option,
+    agent_option,
     chat_template_option,
     chosen,
     config_option,
@@ -36,6 +38,8 @@ LINE = 160
 @click.command("train", short_help="Train a policy in an environment (GRPO).")
 @envs_option
 @env_args_option
+@agent_option
+@agent_command_option
 @click.option("--model", metavar="MODEL", help="Folder, hub id or run folder; default: the embedded model.")
 @click.option("--policy", "engine", metavar="ENGINE", help="Engine that samples: transformers, vllm, server or auto.")
 @click.option(
@@ -59,6 +63,8 @@ LINE = 160
 def command(
     envs: tuple[str, ...],
     env_args: tuple[str, ...],
+    agent: str | None,
+    agent_command: str | None,
     model: str | None,
     engine: str | None,
     preset: str | None,
@@ -93,6 +99,7 @@ def command(
         to_resume(out)
         file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
     named = {"eval.every": eval_every, "policy.engine": engine, "cluster.backend": cluster}
+    named |= {"agent.function": agent, "agent.command": agent_command}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     fields = {"chat_template": chat_template, "preset": preset, "steps": steps, "seed": seed}
     with settings():

@@ -72,6 +72,8 @@ async def settled(awaitable: Awaitable[T]) -> Outcome[T]:
     """What `awaitable` comes to, as a value: SystemExit, raised in a task, would end its loop."""
     try:
         return Outcome([await awaitable])
+    except GeneratorExit:  # nobody goes on with it
+        raise
     except BaseException as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

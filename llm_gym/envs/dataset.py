@@ -90,8 +90,8 @@ class Dataset(TextEnv):
 
     def open(self) -> Messages:
         """The row's question as a user message, or its chat as it is."""
-        self._row = self._rows[self.draw_task(len(self._rows))]
-        prompt = self._row[self.prompt]
+        self.row = self._rows[self.draw_task(len(self._rows))]
+        prompt = self.row[self.prompt]
         if isinstance(prompt, str):
             return [{"role": "user", "content": prompt}]
         if isinstance(prompt, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in prompt) and prompt:
@@ -144,8 +144,8 @@ class Dataset(TextEnv):
         Raises:
             ConfigError: it fails on each of them; names the row, and the file and line.
         """
-        self.task, self._row = 0, self._rows[0]
-        cells = [str(cell) for cell in self._row.values() if isinstance(cell, str | int | float)] or ["42"]
+        self.task, self.row = 0, self._rows[0]
+        cells = [str(cell) for cell in self.row.values() if isinstance(cell, str | int | float)] or ["42"]
         first = None
         for form in FORMS:
             for cell in reversed(cells):  # the reference most often stands last
@@ -187,7 +187,7 @@ class Dataset(TextEnv):
                 start) passes as it is.
         """
         try:
-            value: Any = finish(function(text, self._row))
+            value: Any = finish(function(text, self.row))
         except LLMGymError:
             raise
         except FAULTS as error:
@@ -197,7 +197,7 @@ class Dataset(TextEnv):
     async def _score_async(self, name: str, function: RewardFunction, text: str) -> dict[str, float]:
         """The same, awaited."""
         try:
-            value: Any = await wait(function(text, self._row) if is_async(function) else self._aside(function, text))
+            value: Any = await wait(function(text, self.row) if is_async(function) else self._aside(function, text))
         except LLMGymError:
             raise
         except FAULTS as error:
@@ -206,7 +206,7 @@ class Dataset(TextEnv):
 
     async def _aside(self, function: RewardFunction, text: str) -> Score:
         """What a plain function gives, in the environment's own thread."""
-        return await wait(await self._runner.run(partial(function, text, self._row), None))
+        return await wait(await self._runner.run(partial(function, text, self.row), None))
 
     def _fault(self, name: str, function: RewardFunction, error: BaseException) -> RewardError:
         """A reward function's exception, with its name and the episode's."""

@@ -60,6 +60,7 @@ class GSM8K(TextEnv):
     def open(self) -> Messages:
         """The question, and how to answer it."""
         question, self._gold = self.problems[self.draw_task(len(self.problems))]
+        self.row = {"question": question, "answer": self._gold}
         return [{"role": "user", "content": f"{question}\n{self.instruction}" if self.instruction else question}]
 
     def reply(self, text: str) -> Reply:

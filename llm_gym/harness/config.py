@@ -12,6 +12,7 @@ from llm_gym.errors import ConfigError
 from llm_gym.harness.algorithms.losses import LossConfig
 from llm_gym.harness.algorithms.presets import PRESETS
 from llm_gym.harness.bounds import Within
+from llm_gym.harness.data.agents import AgentConfig
 from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.data.mixture import EnvConfig
 from llm_gym.harness.data.selection import OversampleConfig
@@ -116,6 +117,8 @@ class TrainConfig:
     """Keyword arguments of the environment."""
     envs: tuple[EnvConfig, ...] = ()
     """Several environments with weights, in place of `env`; `env_args` are then for all of them."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """An agent of your own that plays the episodes, in place of the environment's turns."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """Which rows of the data are played, and when."""
     filters: Mapping[str, Any] = field(default_factory=dict)

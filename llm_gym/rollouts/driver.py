@@ -154,7 +154,7 @@ class Driver:
         every = list(seeds)
         tasks = zip(every, [None] * len(every) if rows is None else rows, strict=True)
         how = sampling or self.sampling
-        jobs = [_Job(int(s), member, seed, how, row) for s, row in tasks for member in range(group_size)]
+        jobs = [Job(int(s), member, seed, how, row) for s, row in tasks for member in range(group_size)]
         episodes: list[Episode | None] = [None] * len(jobs)
         queue = iter(enumerate(jobs))
         self.able.forget()
@@ -184,10 +184,10 @@ class Driver:
             sampling: in place of the driver's own.
         """
         how = sampling or self.sampling
-        jobs = [_Job(seed, member, run_seed, how, row) for member in range(group_size)]
+        jobs = [Job(seed, member, run_seed, how, row) for member in range(group_size)]
         return list(await asyncio.gather(*(self._play_in_turn(job) for job in jobs)))
 
-    async def _play_in_turn(self, job: _Job) -> Episode:
+    async def _play_in_turn(self, job: Job) -> Episode:
         async with self._places:
             return await self._play(job)
 
@@ -202,22 +202,22 @@ class Driver:
         self.close()
 
     async def _work(
-        self, queue: Iterator[tuple[int, _Job]], episodes: list[Episode | None], on_episode: OnEpisode | None
+        self, queue: Iterator[tuple[int, Job]], episodes: list[Episode | None], on_episode: OnEpisode | None
     ) -> None:
         for index, job in queue:
             episode = episodes[index] = await self._play(job)
             if on_episode is not None:
                 on_episode(episode)
 
-    async def _play(self, job: _Job) -> Episode:
+    async def _play(self, job: Job) -> Episode:
         """One episode, however it ends."""
         began = time.perf_counter()
-        state = _EpisodeState()
+        state = EpisodeState()
         clock = asyncio.timeout(self.time_limit)
         try:
             async with clock:
                 state.slot = await self._pool.take()
-                await self._turns(job, state)
+                await self.play(job, state)
         except FAULTS as error:
             if isinstance(error, TimeoutError) and clock.expired():
                 state.stop_reason = StopReason.TIME_LIMIT
@@ -240,7 +240,7 @@ class Driver:
             job.row,
         )
 
-    async def _turns(self, job: _Job, state: _EpisodeState) -> None:
+    async def play(self, job: Job, state: EpisodeState) -> None:
         """Reset, then complete and step until the environment says stop."""
         slot = state.slot
         assert slot is not None
@@ -268,7 +268,7 @@ class Driver:
         state.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
         state.stop_reason = _stop_reason(info, terminated, cut)
 
-    def _reward(self, name: str, value: Any, job: _Job) -> float:
+    def _reward(self, name: str, value: Any, job: Job) -> float:
         """What `step` gave as a reward, or as the component `name` of it.
 
         Raises:
@@ -301,7 +301,7 @@ class Driver:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One episode to play."""
 
     seed: int
@@ -317,7 +317,7 @@ class _Job:
 
 
 @dataclass(slots=True)
-class _EpisodeState:
+class EpisodeState:
     """An episode while it is being played."""
 
     slot: EnvSlot | None = None

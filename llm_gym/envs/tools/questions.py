@@ -179,6 +179,7 @@ class QuestionEnv(ToolEnv):
         """The question."""
         self.release()
         asked, self._gold = self._questions.draw(self)
+        self.row = {"question": asked, "answer": self._gold}
         return [{"role": "user", "content": asked}]
 
     def final(self, text: str) -> Reply:

@@ -12,11 +12,12 @@ from llm_gym.core import Episode, Group, Sampling, Task, group
 from llm_gym.envs import NAMESPACE
 from llm_gym.errors import ConfigError
 from llm_gym.harness.bounds import Within
+from llm_gym.harness.data.agents import NO_AGENT, AgentConfig
 from llm_gym.harness.data.curriculum import CurriculumConfig
 from llm_gym.harness.runs.metrics import describe
 from llm_gym.harness.settings import checked
 from llm_gym.policies import Completer
-from llm_gym.rollouts.driver import Driver, OnEpisode
+from llm_gym.rollouts.driver import OnEpisode
 
 
 @checked("envs")
@@ -61,6 +62,8 @@ class EnvSpec:
     """Most tokens in one completion."""
     chat: Any
     """Its chat, None if it has none."""
+    agent: AgentConfig = NO_AGENT
+    """Who plays its episodes."""
 
     @property
     def label(self) -> str:
@@ -97,7 +100,8 @@ class Drivers:
 
     def __init__(self, found: Sequence[EnvSpec], policy: Completer, *, time_limit: float | None = None) -> None:
         self._drivers = [
-            Driver(spec.env_id, policy, env_args=spec.args, time_limit=time_limit, name=spec.name) for spec in found
+            spec.agent.driver(spec.env_id, policy, env_args=spec.args, time_limit=time_limit, name=spec.name)
+            for spec in found
         ]
 
     def play(

@@ -17,6 +17,7 @@ from llm_gym.envs.asynchronous import reset_async
 from llm_gym.envs.parameters import environment_class
 from llm_gym.errors import FAULTS, ConfigError, LLMGymError, SettingError, described, place
 from llm_gym.harness.bounds import Within
+from llm_gym.harness.data.agents import NO_AGENT, AgentConfig
 from llm_gym.harness.evaluation.statistics import summary
 from llm_gym.harness.settings import checked
 from llm_gym.policies import Completer
@@ -94,6 +95,8 @@ class EvalTask:
     """Its metrics are `eval/<name>/...`; empty: `eval/...`."""
     rows: int | None = None
     """Rows of its data; None: it has none, problems are drawn by seed."""
+    agent: AgentConfig = NO_AGENT
+    """Who plays its episodes."""
 
     def seeds(self, count: int) -> range:
         """Reset seeds of `count` problems, or of every row if there are fewer."""
@@ -106,7 +109,7 @@ class EvalTask:
 
     def driver(self, policy: Completer, time_limit: float | None = None) -> Driver:
         """Plays its episodes."""
-        return Driver(self.make, policy, time_limit=time_limit)
+        return self.agent.driver(self.make, policy, time_limit=time_limit)
 
 
 def try_env(env: gymnasium.Env[Any, Any], env_id: str) -> None:

@@ -28,6 +28,7 @@ def env_specs(config: TrainConfig) -> list[EnvSpec]:
         SettingError: an environment that cannot be made.
         ConfigError: two of one name, two tokenizers, or a curriculum that has no rows to draw from.
     """
+    config.agent.check()
     found = [_arena(config, entry) for entry in entries(config)]
     for name, count in Counter(spec.name for spec in found).items():
         if count > 1:
@@ -77,7 +78,7 @@ def eval_tasks_of(config: TrainConfig, found: Sequence[EnvSpec]) -> list[EvalTas
     own = [eval_task(a.env_id, a.eval_args, _eval_name(a)) for a in found[1:]]
     if twice := {one.name for one in own} & {one.name for one in tasks}:
         raise ConfigError(f"eval.envs: {min(twice)!r} is also the name of an environment of the run; give it another.")
-    return [tasks[0], *own, *tasks[1:]]
+    return [replace(task, agent=config.agent) for task in (tasks[0], *own, *tasks[1:])]
 
 
 def best_metric(found: Sequence[EnvSpec]) -> str:
@@ -123,6 +124,7 @@ def _arena(config: TrainConfig, entry: EnvConfig) -> EnvSpec:
         getattr(inner, "reward_weights", {}),
         min(most, getattr(inner, "max_tokens", most)),
         getattr(inner, "chat", None),
+        config.agent,
     )
     made.close()
     return spec

@@ -55,18 +55,25 @@ def without_thinking(text: str, closing: str = "") -> str:
 
     Thinking that is never closed reaches to the end. A closing tag alone is ordinary text.
     """
-    kept: list[str] = []
+    kept, at = [], 0
+    for start, stop in thinking(text, closing):
+        kept += [text[at:start], " " * (stop - start)]
+        at = stop
+    return "".join([*kept, text[at:]])
+
+
+def thinking(text: str, closing: str = "") -> list[tuple[int, int]]:
+    """Where a reply thinks: (start, stop) of each stretch, its tags included; the arguments of `without_thinking`."""
+    found: list[tuple[int, int]] = []
     at = 0
     for tag in _TAG.finditer(text):
         if closing:
             if tag[0] == closing:
-                kept.append(" " * (tag.end() - at))
-                at, closing = tag.end(), ""
+                found.append((at, tag.end()))
+                closing = ""
         elif tag[0] in THINKING:
-            kept.append(text[at : tag.start()])
             at, closing = tag.start(), THINKING[tag[0]]
-    kept.append(" " * (len(text) - at) if closing else text[at:])
-    return "".join(kept)
+    return [*found, (at, len(text))] if closing else found
 
 
 def without_calls(text: str, calls: Sequence[ToolCall]) -> str:
