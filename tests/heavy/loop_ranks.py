@@ -161,14 +161,14 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return RunFolder(run).metrics()
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, strategies: list[str], names: list[str]) -> None:
     torch.set_num_threads(1)
     found: dict[Any, Any] = {}
     for name in names:
-        for strategy in ("ddp", "fsdp"):
+        for strategy in strategies:
             found[name, strategy] = globals()[name](folder, strategy)
     torch.save(found, folder / f"found-{here()[0]}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

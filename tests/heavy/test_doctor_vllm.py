@@ -34,6 +34,7 @@ def test_an_engine_that_serves_the_model() -> None:
     assert [line.partition(",")[0] for line in done.stderr.splitlines()][1] == "starting vllm"
 
 
+@pytest.mark.soak
 def test_an_engine_that_serves_another() -> None:
     done = CliRunner().invoke(llmgym, [*WORDS, "--set", "policy.vllm.hf_overrides={rms_norm_eps: 0.01}"])
     assert done.exit_code == 1, done.output

@@ -64,7 +64,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(folder, {"stages": [tune, {"train": TRAIN}]})
 
 
-@pytest.fixture(scope="module", params=["whole", pytest.param("lora", marks=pytest.mark.soak), "qlora"])
+@pytest.fixture(
+    scope="module", params=["whole", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("lora", "qlora"))]
+)
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, whole: Path
 ) -> tuple[Path, dict[str, Any]]:

@@ -18,8 +18,8 @@ from gpu_rows.table import ROWS  # noqa: E402
 pytestmark = pytest.mark.heavy
 
 
-SOAK = ("vLLM sync", "server")
-"""Rows that start an engine for every mode, and a server: test_vllm_train.py has the same on a CPU."""
+SOAK = ("vLLM sync", "vLLM updates", "vLLM rollout", "two ranks", "server", "demo", "learner 4B")
+"""Rows whose work other tests of CI do too: engines and their updates, a server, two processes, a whole run."""
 
 
 @pytest.mark.timeout(1800)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from llm_gym.harness.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.heavy
 LLMGYM = [sys.executable, "-m", "llm_gym.cli"]
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = [pytest.param("ddp", marks=pytest.mark.soak), "fsdp"]
+"""CI has the one in which processes have more to do for each other; test_ranks.py compares the gradients of both."""
 LOOPS = ("tuned", "begun", "ended", "commanded", "distilled", "played", "staged")
 SEVERAL = ("ended", "commanded")
 """What only several do."""
 
 
 class Found:
-    """Folders of one process, of two and of three, and what the functions of each returned."""
+    """Folders of one process, of two and of three, and what the functions of each returned, with each strategy."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, strategies: Sequence[str]) -> None:
+        self.strategies = strategies
         self.folders = {size: base / str(size) for size in (1, 2, 3)}
         self.returned: dict[int, list[dict[Any, Any]]] = {}
         self.requests: dict[int, int] = {}
@@ -50,15 +52,15 @@ class Found:
         (folder / "teacher_url").write_text(server.url)
         self.returned[1] = [{name: getattr(loop_ranks, name)(folder, "ddp") for name in LOOPS if name not in SEVERAL}]
         self.requests[1] = server.asked
-        for strategy in STRATEGIES:
+        for strategy in self.strategies:
             shutil.copytree(folder / "ddp-begun", self.folders[2] / f"{strategy}-ended")
         loop_ranks.sft(loop_ranks.half(folder, "ddp", "ddp-whole", 4), progress=False)
 
     def together(self, size: int, names: tuple[str, ...], server: Server) -> None:
-        """What several ranks do, with either strategy."""
+        """What several ranks do."""
         folder, before = self.folders[size], server.asked
         (folder / "teacher_url").write_text(server.url)
-        ranks.run(loop_ranks.__file__, [(size, [str(folder), *names])])
+        ranks.run(loop_ranks.__file__, [(size, [str(folder), ",".join(self.strategies), *names])])
         self.requests[size] = server.asked - before
         self.returned[size] = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
 
@@ -72,12 +74,19 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Found:
-    made = Found(tmp_path_factory.mktemp("loops"))
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Found:
+    asked = [item.callspec.params for item in request.session.items if item.path == request.path and _varied(item)]
+    strategies = sorted({"fsdp", *(params["strategy"] for params in asked if "strategy" in params)})
+    made = Found(tmp_path_factory.mktemp("loops"), strategies)
     made.alone(server)
     made.together(2, LOOPS, server)
-    made.together(3, ("tuned",), server)
+    if any(params.get("size") == 3 for params in asked):
+        made.together(3, ("tuned",), server)
     return made
+
+
+def _varied(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +109,7 @@ def stable(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["few", "lora"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_fine_tuning_has_the_gradient_of_one_process(found: Found, size: int, strategy: str, name: str) -> None:
     """In float64, in every step; and the same loss on held-out chats, which are dealt too."""
     one = found.returned[1][0]["tuned"][name]
@@ -117,8 +126,10 @@ def test_fine_tuning_has_the_gradient_of_one_process(found: Found, size: int, st
     same(weights(run / "model"), weights(alone / "model"), 1e-6)
 
 
-def test_a_rank_had_no_row(found: Found) -> None:
-    passes = [rank["tuned", "ddp"]["few"]["passes"] for rank in found.returned[3]]
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [3])
+def test_a_rank_had_no_row(found: Found, size: int) -> None:
+    passes = [rank["tuned", "fsdp"]["few"]["passes"] for rank in found.returned[size]]
     assert min(map(sum, passes)) == 0, "two rows a step, two held out"
     assert all(sum(each) > 0 for each in zip(*passes, strict=True))
 
@@ -165,11 +176,12 @@ def test_distillation_is_that_of_one_process(found: Found, strategy: str, teache
 
 
 def test_rows_are_scored_once_whatever_the_number_of_ranks(found: Found) -> None:
-    """Two runs of two ranks against one run of one: greetings apart, and with FSDP passes that weigh nothing."""
+    """Runs of two ranks against one run of one: greetings apart, and with FSDP passes that weigh nothing."""
     rows, greeting = found.requests[1] - 1, 1
     assert rows == 2 * 3 * 4
-    assert found.requests[2] >= 2 * (rows + 2 * greeting)
-    assert found.requests[2] <= 2 * (rows + 2 * greeting) + 4
+    runs = len(found.strategies)
+    assert found.requests[2] >= runs * (rows + 2 * greeting)
+    assert found.requests[2] <= runs * (rows + 2 * greeting) + 4
 
 
 # Replay
@@ -211,7 +223,7 @@ def test_one_process_can_replay_two_and_is_told_why_bits_differ(found: Found) ->
 
 
 def test_the_exit_code_of_two_processes_is_the_verdict(found: Found) -> None:
-    run = found.folders[2] / "ddp-trained"
+    run = found.folders[2] / "fsdp-trained"
     words = ["replay", str(run), "--step", "2", "--nproc", "2", "--set", "loss.entropy_weight=0.2"]
     done = subprocess.run([*LLMGYM, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr[-3000:]

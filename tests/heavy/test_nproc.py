@@ -110,6 +110,7 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
 # Learning
 
 
+@pytest.mark.soak
 def test_a_logger_that_cannot_start_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
     """It is opened on rank 0 alone; the other is told, and neither waits nor speaks."""
     words = train(tmp_path / "run", "--nproc", "2", "--set", "log.to=[json:loads]")
@@ -214,6 +215,7 @@ def pairs(runs: dict[str, list[str]]) -> Iterator[dict[str, list[subprocess.Pope
             process.kill()
 
 
+@pytest.mark.soak
 def test_without_a_launcher_the_others_find_out_themselves(tmp_path: Path) -> None:
     """Rank 0 holds the store here; each process must see that the other is dead, and say so."""
     with pairs({str(tmp_path / f"without-{lost}"): [] for lost in (0, 1)}) as started:

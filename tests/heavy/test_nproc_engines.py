@@ -125,7 +125,7 @@ def test_an_engine_that_fails_in_one_process_ends_all_with_its_sentence(two: Pat
     assert "Available memory" in said[0]
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "a killed rank"])
+@pytest.mark.parametrize("how", [pytest.param("Ctrl-C", marks=pytest.mark.soak), "a killed rank"])
 def test_nothing_is_left_behind(how: str, begun, request: pytest.FixtureRequest) -> None:
     """Of two processes with an engine each; and of two with a server, to which rank 0 hands weights over."""
     if how == "Ctrl-C":

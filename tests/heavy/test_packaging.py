@@ -66,6 +66,7 @@ def test_every_module_imports_from_the_wheel_outside_the_checkout(built: Path, t
     run(sys.executable, "-c", code, str(target), cwd=tmp_path)
 
 
+@pytest.mark.soak  # every run of CI begins with one
 def test_an_editable_install_is_the_checkout(built: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     source = built / "source"

@@ -22,18 +22,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 SETUPS = [(size, strategy, share) for size in (2, 3) for strategy in ("ddp", "fsdp") for share in ("dealt", "by hand")]
-IN_CI = [each for each in SETUPS if sum(map(each.count, (3, "fsdp", "by hand"))) % 2]
-"""Each two of (number of processes, strategy, share) once."""
+IN_CI = [(2, "ddp", "by hand"), (2, "fsdp", "dealt")]
+"""Each strategy and each way to share once, in two processes; `make soak` has all, in two and in three."""
 
 
 @pytest.fixture(scope="module")
 def found(request, folder) -> dict[int, dict[Any, Any]]:
     """World size -> (strategy, how the work is shared, case) -> what came out."""
     asked = [tuple(p[name] for name in ("size", "strategy", "share")) for p in _parameters(request) if "share" in p]
-    files = {size: folder / f"{size}.pt" for size in (1, 2, 3)}
-    words = {1: ["ddp,dealt", "ddp,by hand"], 2: [], 3: []}
+    words = {1: ["ddp,dealt", "ddp,by hand"]}
     for size, strategy, share in dict.fromkeys([*IN_CI, *asked]):
-        words[size].append(f"{strategy},{share}")
+        words.setdefault(size, []).append(f"{strategy},{share}")
+    files = {size: folder / f"{size}.pt" for size in sorted(words)}
     ranks.run(ranks.__file__, [(size, [str(file), *words[size]]) for size, file in files.items()])
     return {size: torch.load(file, weights_only=False) for size, file in files.items()}
 
@@ -65,11 +65,12 @@ def test_it_is_that_of_one_process(size: int, strategy: str, share: str, name: s
 
 @pytest.mark.parametrize("name", ranks.WHOLE)
 def test_an_optimizer_of_whole_matrices_steps_split_ones_to_the_last_bit(name: str, folder: Path, found) -> None:
-    """From the start, and resumed on 2 and 3 processes from the checkpoint of fewer, on one from those of more."""
+    """From the start, and resumed on 2 (and 3) processes from the checkpoint of fewer, on one from those of more."""
     want = found[1]["four steps", name]
-    got = [found[2]["four steps", name], found[3]["four steps", name]]
-    got += [found[size]["two steps", name, start] for size, start in ((2, 1), (3, 1), (3, 2))]
-    got += [ranks.four_steps(name, World(), folder, folder / f"{name}-{size}") for size in (2, 3)]
+    more = [size for size in found if size > 1]
+    got = [found[size]["four steps", name] for size in more]
+    got += [found[size]["two steps", name, start] for size in more for start in range(1, size)]
+    got += [ranks.four_steps(name, World(), folder, folder / f"{name}-{size}") for size in more]
     for weights in got:
         assert weights.keys() == want.keys()
         for tensor, value in want.items():

@@ -65,7 +65,10 @@ def test_without_an_adapter_it_is_the_base_model(policy: Any, base: Any) -> None
     assert policy.differing(checksums(base.state_dict().items(), policy.dtype)) == []
 
 
-@pytest.mark.parametrize(("temperature", "filters"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("temperature", "filters"),
+    [pytest.param(*each, marks=[pytest.mark.soak] if each[1] == "off" else []) for each in COMBINATIONS],
+)
 def test_4096_tokens_agree_after_a_hot_load(policy: Any, base: Any, temperature: float, filters: str) -> None:
     model, prompts, how = adapted(1), contexts(64), sampling(temperature, filters)
     tensors, config = adapter(model)

@@ -76,7 +76,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("moment", ["importing", "building", "sampling"])
+@pytest.mark.parametrize(
+    "moment", [*(pytest.param(each, marks=pytest.mark.soak) for each in ("importing", "building")), "sampling"]
+)
 def test_ctrl_c_ends_it_at_any_moment(moment: str) -> None:
     process = start(FOREVER)
     assert process.stdout is not None

@@ -77,7 +77,7 @@ def test_more_than_the_server_gives_is_refused_at_the_start(server: str, exporte
         ServedTeacher(server, load_tokenizer(exported), k=200)
 
 
-@pytest.mark.parametrize("kl", ["sampled", "top_k"])
+@pytest.mark.parametrize("kl", ["sampled", pytest.param("top_k", marks=pytest.mark.soak)])
 def test_a_student_comes_nearer_to_a_served_teacher(server: str, tmp_path: Path, kl: str) -> None:
     sets = [*SMALL[:-1], f"distill.teacher={server}", f"distill.kl={kl}", "steps=6", "optimizer.lr=5e-4"]
     rows = Trainer(load(TrainConfig, sets=sets), out=tmp_path / "run").train()

@@ -474,6 +474,7 @@ def engines(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak
 def test_ctrl_c_while_starting_leaves_no_process() -> None:
     command = serve("--port", "0", "--set", "max_model_len=128")
     while not engines(command.pid):

@@ -49,6 +49,7 @@ def agree(rows: list[dict[str, Any]], mode: str) -> None:
             assert row["time/sync"] > 0
 
 
+@pytest.mark.soak
 def test_it_learns(tmp_path: Path) -> None:
     Trainer(config(*SHORT, "steps=16"), out=tmp_path).train()
     rows = metrics(tmp_path)
@@ -161,6 +162,7 @@ class Tied:
         self.run = Trainer(given, out=out, observer=Listens())
 
 
+@pytest.mark.soak
 def test_a_server_is_told_that_it_must_hold_two_matrices(tmp_path: Path, server: str) -> None:
     """One that holds a single matrix is seen, and it is said how to start it."""
     tied = Tied(server, tmp_path)
