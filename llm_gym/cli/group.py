@@ -18,9 +18,10 @@ import click
 from llm_gym.errors import LLMGymError, SettingError, unknown
 
 COMMANDS = (
-    "train", "eval", "sft", "distill", "run", "export", "replay", "serve", "envs", "config", "doctor", "view",
+    "train", "eval", "sft", "distill", "run", "export", "replay", "serve", "serve-chat",
+    "envs", "config", "doctor", "view",
 )  # fmt: skip
-"""In the order of `--help`; each is `llm_gym.cli.<name>:command`."""
+"""In the order of `--help`; each is `llm_gym.cli.<name>:command`, with _ for -."""
 
 EXIT_SETTING, EXIT_INTERRUPTED = 2, 130
 
@@ -46,7 +47,7 @@ class Commands(click.Group):
         """The command called `cmd_name`."""
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"llm_gym.cli.{cmd_name}").command
+        command = importlib.import_module(f"llm_gym.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

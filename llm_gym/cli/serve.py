@@ -71,7 +71,7 @@ def command(model: str | None, port: int, host: str, token: str | None, sets: tu
 
     with settings():
         config_of(model_path(model))
-    with settings(), _signals(), plain_folder(model_path(model)) as path:
+    with settings(), signals(), plain_folder(model_path(model)) as path:
         arguments = parse_args(sets, "--set")
         server = ServerProcess(path, port=port, host=host, token=token, settings=arguments, echo=echo)
         try:
@@ -122,7 +122,7 @@ def important(line: str) -> bool:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the command as Ctrl-C does, so that what it started ends too."""
 
     def interrupt(number: int, frame: Any) -> None:

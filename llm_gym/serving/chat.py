@@ -10,6 +10,7 @@ from it at once, and is forgotten again if it does not arrive.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class ChatDoor:
     Args:
         host: what it listens on.
         port: 0 takes a free one.
-        unknown: makes the session of a key that none was opened for; None: such requests are refused.
+        visitor: makes the session of a key that none was opened for, or None, which refuses it; None: all are refused.
+        idle: seconds without a request after which a visitor's session ends.
+        ended: is told of a visitor's session that has ended.
 
     >>> door = ChatDoor()
     >>> door.url.startswith("http://127.0.0.1:")
@@ -68,10 +71,17 @@ class ChatDoor:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, *, unknown: Callable[[str], ChatSession] | None = None
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        visitor: Callable[[str], ChatSession | None] | None = None,
+        idle: float = 900.0,
+        ended: Callable[[ChatSession], None] = lambda session: None,
     ) -> None:
         self._sessions: dict[str, ChatSession] = {}
-        self._unknown = unknown
+        self._visitor, self._idle, self._ended = visitor, idle, ended
+        self._ends: dict[str, asyncio.TimerHandle] = {}
         self.loop = Loop("llm_gym-chat", patience=LEAVING)
         try:
             self.port = self.loop.run(self._serve(host, port))
@@ -97,8 +107,10 @@ class ChatDoor:
         return len(self._sessions)
 
     def close(self) -> None:
-        """Ends the server."""
+        """Ends the server, and every session."""
         self.loop.stop(self._runner.cleanup)
+        for key in list(self._ends):
+            self._end_visit(key)
 
     async def _serve(self, host: str, port: int) -> int:
         app = web.Application(client_max_size=LARGEST)
@@ -145,11 +157,22 @@ class ChatDoor:
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         key = key.strip()
         session = self._sessions.get(key)
-        if session is None and self._unknown is not None and kind.lower() == "bearer" and key:
-            session = self._sessions[key] = self._unknown(key)
+        if self._visitor is not None and (session is None or key in self._ends):
+            session = session or self._visitor(key if kind.lower() == "bearer" else "")
+            if session is not None:
+                self._sessions[key] = session
+                if before := self._ends.pop(key, None):
+                    before.cancel()
+                self._ends[key] = asyncio.get_running_loop().call_later(self._idle, self._end_visit, key)
         if session is None:
             raise Refused("No open session has this API key.", status=401, code="invalid_api_key")
         return session
+
+    def _end_visit(self, key: str) -> None:
+        self._ends.pop(key).cancel()
+        session = self._sessions.pop(key)
+        session.close()
+        self._ended(session)
 
 
 async def _sent(request: web.Request, response: web.Response) -> web.Response:
