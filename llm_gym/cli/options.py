@@ -68,15 +68,15 @@ def to_resume(out: Path, marks: Sequence[str] = ("config.yaml", "checkpoints")) 
     raise SettingError(f"--resume: {str(out)!r} holds no run; {hint}")
 
 
-def to_write(out: Path) -> None:
-    """Looks whether the file of `--out` can be written, before what it is to hold takes hours.
+def to_write(out: Path, option: str = "--out") -> None:
+    """Looks whether the file of an option can be written, before what it is to hold takes hours.
 
     Raises:
         CheckpointError: it cannot.
     """
     from llm_gym.harness.runs.run_folder import put
 
-    with put("--out", out):
+    with put(option, out):
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
         if out.exists():

@@ -80,7 +80,7 @@ def command(
         engine_options = parse_args(options, "--option")
         tokenizer = load_tokenizer(path, chat_template)
         if record is not None:
-            to_write(record)
+            to_write(record, "--record")
     with signals():
         serve(path, engine, engine_options, tokenizer, limits, (host, port), token, record, idle)
 

@@ -52,11 +52,7 @@ LINE = 160
 @click.option("--seed", type=int, help="Decides tasks, sampling and everything random.")
 @click.option("--eval-every", type=int, help="Also evaluate after every so many steps.")
 @nproc_option
-@click.option(
-    "--cluster",
-    type=click.Choice(["ray"]),
-    help="Processes where Ray places them (docs/cluster.md).",
-)
+@click.option("--cluster", type=click.Choice(["ray"]), help="Processes where Ray places them (docs/cluster.md).")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its newest checkpoint.")
 @click.option("--rollout-only", is_flag=True, help="Write every step's episodes, and train nothing; see `replay`.")
@@ -99,9 +95,9 @@ def command(
         to_resume(out)
         file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
     named = {"eval.every": eval_every, "policy.engine": engine, "cluster.backend": cluster}
-    named |= {"agent.function": agent, "agent.command": agent_command}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
-    fields = {"chat_template": chat_template, "preset": preset, "steps": steps, "seed": seed}
+    player = {"function": agent, "command": agent_command} if agent or agent_command else None
+    fields = {"chat_template": chat_template, "preset": preset, "steps": steps, "seed": seed, "agent": player}
     with settings():
         config = configuration(file, [*more, *sets], env_args, model=model, **chosen(envs), **fields)
     if taught and config.distill is None:

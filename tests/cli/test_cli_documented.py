@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -42,8 +43,15 @@ def documented() -> list[str]:
     """The lines that begin with `llmgym`, their comments left out."""
     texts = [file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
     lines = [line.strip() for text in texts for line in text.splitlines()]
-    found = {" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("llmgym ")}
+    found = {shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith("llmgym ")}
     return sorted(line for line in found if not any(sign in line for sign in ELSEWHERE))
+
+
+def shown(page: str, language: str) -> str:
+    """The first block of code in a language on a page."""
+    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +59,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the documents speak of."""
     folder = tmp_path_factory.mktemp("home")
     sums = [(f"What is {i} + 1?", str(i + 1)) for i in range(40)]
-    for name, columns in {"qa": ("prompt", "answer"), "chats": ("question", "answer")}.items():
+    for name, columns in {
+        "qa": ("prompt", "answer"),
+        "tasks": ("prompt", "answer"),
+        "chats": ("question", "answer"),
+    }.items():
         rows = [json.dumps(dict(zip(columns, one, strict=True))) for one in sums]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "math.json").write_text(json.dumps([{"problem": text, "answer": answer} for text, answer in sums]))
-    (folder / "my_pkg.py").write_text("def score(text, row):\n    return float('1' in text)\n")
+    solve, program = (shown("agents.md", language) for language in ("python", "js"))
+    (folder / "my_pkg.py").write_text(f"def score(text, row):\n    return float('1' in text)\n\n\n{solve}")
+    (folder / "agent.js").write_text(program)
     small = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "eval": {"episodes": 4}}
     distill = {**small, "distill": {"teacher": "runs/big"}}
     stages = [{"sft": {"dataset": "chats.jsonl", "steps": 1}}, {"train": small}, {"distill": distill}]

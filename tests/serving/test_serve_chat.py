@@ -16,7 +16,7 @@ import openai
 import pytest
 from click.testing import CliRunner
 
-from llm_gym.cli import main
+from llm_gym.cli.group import llmgym
 from llm_gym.core import StopReason
 from llm_gym.episode_files import decode
 
@@ -69,14 +69,14 @@ REFUSED = {
     "serve-chat --policy transfomers": "did you mean 'transformers'",
     "serve-chat --model /no/such/folder": "/no/such/folder",
     "serve-chat --temperature -1": "sampling.temperature: got -1",
-    "serve-chat --record /no/such/folder/x/../\0": "--record",
+    "serve-chat --record /dev/null/x": "--record",
 }
 
 
 @pytest.mark.parametrize("command", REFUSED)
 def test_what_cannot_work_is_one_sentence(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, command.split(" "))
+    done = CliRunner().invoke(llmgym, command.split(" "))
     assert done.exit_code == 2, done.output
     assert REFUSED[command] in done.output
     assert "Traceback" not in done.output
