@@ -87,13 +87,8 @@ def command(
     from llm_gym.harness.loops.progress import TrainProgress
     from llm_gym.harness.loops.trainer import Trainer
 
-    if resume and out is None:
-        raise SettingError("--resume: needs --out, the run folder to go on with.")
-    if resume and rollout_only:
-        raise SettingError("--rollout-only: got it with --resume, but such a run leaves no checkpoint to go on from.")
-    if resume and out is not None:
-        to_resume(out)
-        file = file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
+    if resume:
+        file = resumed(out, file, rollout_only=rollout_only)
     named = {"eval.every": eval_every, "policy.engine": engine, "cluster.backend": cluster}
     more = [f"{key}={value}" for key, value in named.items() if value is not None]
     player = {"function": agent, "command": agent_command} if agent or agent_command else None
@@ -117,6 +112,20 @@ def command(
                 click.echo(ending(trainer.run.path, config, rows, rollout_only=rollout_only))
     finally:
         progress.stop()
+
+
+def resumed(out: Path | None, file: str | None, *, rollout_only: bool) -> str | None:
+    """The file of settings of a run that goes on: what was given, else the run's own.
+
+    Raises:
+        SettingError: there is nothing to go on with.
+    """
+    if out is None:
+        raise SettingError("--resume: needs --out, the run folder to go on with.")
+    if rollout_only:
+        raise SettingError("--rollout-only: got it with --resume, but such a run leaves no checkpoint to go on from.")
+    to_resume(out)
+    return file or (str(out / "config.yaml") if (out / "config.yaml").is_file() else None)
 
 
 @contextmanager
