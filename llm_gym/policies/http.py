@@ -109,6 +109,24 @@ class Remote:
             ) from error
         return self._json(text, path), digest.hexdigest()
 
+    async def download(self, path: str, file: Path, *, header: str) -> str:
+        """Writes the body of a GET into a file as it comes; returns a header of the answer.
+
+        Raises:
+            RemoteError: as `call`.
+        """
+        try:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+            async with self._open().get(self.url + path, timeout=timeout) as got:
+                if got.status >= 400:
+                    await self._text(got, path)
+                with file.open("wb") as opened:
+                    async for piece in got.content.iter_chunked(PIECE):
+                        opened.write(piece)
+                return got.headers[header]
+        except (TimeoutError, aiohttp.ClientError, OSError, KeyError) as error:
+            raise RemoteError(f"{self.url}{path} did not get through: {type(error).__name__}: {error}") from error
+
     async def _text(self, got: aiohttp.ClientResponse, path: str) -> str:
         text = await got.text()
         if got.status >= 400:

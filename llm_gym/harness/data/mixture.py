@@ -142,6 +142,9 @@ class Drivers:
                 groups[place] = replace(made, task=tasks[place])
         return [made for made in groups if made is not None]
 
+    def publish(self, version: int) -> None:
+        """New weights: their engine is here."""
+
     def close(self) -> None:
         """Closes every environment."""
         for driver in self._drivers:

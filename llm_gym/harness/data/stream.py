@@ -38,6 +38,7 @@ from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.groups import own_groups, share_groups
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.settings import checked
+from llm_gym.policies.vllm_server.addresses import loopback, token_of
 from llm_gym.rollouts.buffer import Entry, RolloutBuffer
 from llm_gym.rollouts.player import Player
 from llm_gym.rollouts.scheduler import Scheduler
@@ -55,12 +56,52 @@ class StreamConfig:
     """Updates of the weights that a token may be old when it is trained on; 0: every step plays, then trains."""
     sync_every: Annotated[int, Within("[1, inf)")] = 1
     """Steps between two updates of the engine's weights; what it samples meanwhile is older by that."""
+    serve: str | None = None
+    """Where tasks are handed out, `host:port` or `:port` (127.0.0.1): `llmgym work` plays them, and here nothing but
+    evaluation. Beyond this machine the variable LLM_GYM_TOKEN must hold a token."""
+    serve_weights: bool = False
+    """Whether players may download the weights, for engines of their own (`llmgym work --policy`)."""
+    lease_seconds: Annotated[float, Within("(0, inf)")] = 60.0
+    """Seconds after which a task is handed out again, unless its player has said that it is still at it."""
 
     def __post_init__(self) -> None:
+        self.address()
+        if self.serve_weights and self.serve is None:
+            raise ConfigError("stream.serve_weights: got True without stream.serve, so nobody could ask for them.")
         if self.sync_every > 1 + self.max_staleness:
             raise ConfigError(
                 f"stream.sync_every: got {self.sync_every}, which makes tokens {self.sync_every - 1} updates old; "
                 f"want at most {1 + self.max_staleness}, or stream.max_staleness={self.sync_every - 1}."
+            )
+
+    def address(self) -> tuple[str, int]:
+        """Host and port of `serve`.
+
+        Raises:
+            ConfigError: it is no such address.
+        """
+        host, colon, port = (self.serve or ":0").rpartition(":")
+        if not colon or not port.isdigit() or int(port) > 65535:
+            raise ConfigError(f"stream.serve: got {self.serve!r}, want host:port or :port, such as :8900.")
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+    def check_served(self, *, ranks: int, players: int) -> None:
+        """Looks whether tasks can be handed out, in a run of so many processes and of so many players on a cluster.
+
+        Raises:
+            ConfigError: they cannot, or others could reach them without a token.
+        """
+        if self.serve is None:
+            return
+        if ranks > 1:
+            raise ConfigError(
+                f"stream.serve: got {self.serve!r} with {ranks} processes; one process can hand out tasks."
+            )
+        if players:
+            raise ConfigError(f"stream.serve: got {self.serve!r} with cluster.players={players}; pass one of them.")
+        if not loopback(self.address()[0]) and not token_of(None):
+            raise ConfigError(
+                f"stream.serve: got {self.serve!r}, where others reach it too, without a token; set LLM_GYM_TOKEN."
             )
 
 

@@ -25,6 +25,7 @@ from llm_gym.rollouts.driver import Driver, OnEpisode
 
 if TYPE_CHECKING:
     from llm_gym.harness.loops.remote_players import RemotePlayers
+    from llm_gym.harness.loops.served_players import ServedPlayers
 
 
 class GroupPlayer:
@@ -61,7 +62,7 @@ class GroupPlayer:
             self.sync = Sync(config, learner, folder=folder / "sync", version=version, tell=observer.on_note)
             opened.callback(self.sync.close)
             self.policy = self.sync.policy
-            self.drivers = self._drivers(prepared.env_specs)
+            self.drivers = self._drivers(prepared.env_specs, learner, folder, version)
             opened.callback(self.drivers.close)
             self.evaluation = Evaluation(
                 prepared.eval_tasks, self.policy, config.eval, max_tokens=most, time_limit=limit
@@ -71,8 +72,15 @@ class GroupPlayer:
         self._loop: Loop | None = None
         self.rewards = RewardWatch(min(2, config.prompts_per_step))
 
-    def _drivers(self, found: Sequence[EnvSpec]) -> Drivers | RemotePlayers:
+    def _drivers(
+        self, found: Sequence[EnvSpec], learner: Learner, folder: Path, version: int
+    ) -> Drivers | RemotePlayers | ServedPlayers:
         config = self.config
+        if config.stream.serve is not None:
+            from llm_gym.harness.loops.served_players import ServedPlayers
+
+            where, told = folder / "served", self.observer
+            return ServedPlayers(config, found, self.policy, learner, folder=where, version=version, observer=told)
         if not config.cluster.players:
             return Drivers(found, self.policy, time_limit=config.time_limit)
         from llm_gym.harness.loops.remote_players import RemotePlayers
@@ -92,6 +100,10 @@ class GroupPlayer:
         """Of the weights that sample now."""
         version: int = self.policy.version
         return version
+
+    def publish(self, version: int) -> None:
+        """Tells players elsewhere that the engine has weights of this version now."""
+        self.drivers.publish(version)
 
     def begin(self, task: Task) -> Future[Group]:
         """A group of this task, played in the loop of the rollouts; nobody waits for it here."""

@@ -52,6 +52,7 @@ def prepare_run(config: TrainConfig, world: World, *, learns: bool = True) -> Pr
     check_complete(config)
     compute_advantages = advantage(config.advantage)
     check(config, world)
+    config.stream.check_served(ranks=world.size, players=config.cluster.players)
     check_optimizer(config.optimizer)
     loggers.check(config.log)
     check_model(config.model, lora=config.lora, memory=config.memory, device=world.device)

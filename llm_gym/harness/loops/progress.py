@@ -233,8 +233,8 @@ def _number(row: Mapping[str, Any], name: str) -> float | None:
 
 
 @contextmanager
-def counter(name: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """A bar of `total` units on a terminal, nothing elsewhere; the function it gives counts one unit."""
+def counter(name: str, total: int | None, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """A bar of `total` units (None: nobody knows) on a terminal, nothing elsewhere; what it gives counts one unit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = console or Console(stderr=True)
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:

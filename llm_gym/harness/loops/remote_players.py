@@ -117,6 +117,9 @@ class RemotePlayers:
         group: Group = made
         return group
 
+    def publish(self, version: int) -> None:
+        """New weights: engine actors have them."""
+
     def close(self) -> None:
         """Ends the actors."""
         self._places.loop.stop()

@@ -138,6 +138,7 @@ class Trainer:
             return {}
         self.observer.on_phase("sync", 1)
         synced = self.world.reduce_max(self.sync(version), "sync")
+        self.playing.publish(version)
         self.selection.advance(version, self.playing)
         return synced
 
