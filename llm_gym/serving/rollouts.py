@@ -52,6 +52,7 @@ class RolloutDoor:
         vocabulary: ids that there are.
         complete: the run's own engine.
         board: offers and leases.
+        newest: the version of the engine's weights, which may be ahead of what players were told for a moment.
         tell: told in a line of a group that was refused.
     """
 
@@ -66,6 +67,7 @@ class RolloutDoor:
         vocabulary: int,
         complete: Complete,
         board: Board,
+        newest: Callable[[], int],
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.state: tuple[int, Path | None] = (0, None)
@@ -73,7 +75,7 @@ class RolloutDoor:
         self.over = False
         """Whether the run has ended."""
         self._token, self._run, self._names, self._vocabulary = token, run, names, vocabulary
-        self._complete, self._board, self._tell = complete, board, tell
+        self._complete, self._board, self._newest, self._tell = complete, board, newest, tell
         self._loop = Loop("llm_gym-rollouts-door", patience=1.0)
         try:
             self.port = self._loop.run(self._serve(host, port))
@@ -141,7 +143,7 @@ class RolloutDoor:
 
         def check(lease: Lease, group: Any) -> str | None:
             name = self._names[lease.offer.task.env]
-            return wrong_with(lease, group, name=name, version=self.state[0], vocabulary=self._vocabulary)
+            return wrong_with(lease, group, name=name, version=self._newest(), vocabulary=self._vocabulary)
 
         new = self._board.post(request.match_info["lease"], episodes, check=check, now=time.monotonic())
         return web.json_response({"accepted": True, "new": new})

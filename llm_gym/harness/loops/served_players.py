@@ -20,7 +20,7 @@ from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.model.loading import plain_tensors
 from llm_gym.harness.settings import dump
 from llm_gym.models.plain import as_saved
-from llm_gym.policies import Completer
+from llm_gym.policies import Policy
 from llm_gym.policies.vllm_server.addresses import token_of
 from llm_gym.rollouts.driver import OnEpisode
 from llm_gym.serving.leases import Board
@@ -47,7 +47,7 @@ class ServedPlayers:
         self,
         config: TrainConfig,
         found: Sequence[EnvSpec],
-        policy: Completer,
+        policy: Policy,
         learner: Learner,
         *,
         folder: Path,
@@ -69,6 +69,7 @@ class ServedPlayers:
                 vocabulary=learner.backbone.config.vocab_size,
                 complete=self._complete,
                 board=self._board,
+                newest=lambda: max(self._door.state[0], self._policy.version),
                 tell=observer.on_note,
             )
         except OSError as error:
