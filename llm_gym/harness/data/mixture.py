@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -149,3 +149,24 @@ class Drivers:
         """Closes every environment."""
         for driver in self._drivers:
             driver.close()
+
+
+def play_each(
+    play_group: Callable[..., Awaitable[Group]],
+    tasks: Sequence[Task],
+    on_episode: OnEpisode | None,
+    how: Mapping[str, Any],
+) -> list[Group]:
+    """A group for every task, in the order of tasks, of players that play one at a time each."""
+
+    async def one(task: Task) -> Group:
+        made = await play_group(task, **how)
+        if on_episode is not None:
+            for episode in made.episodes:
+                on_episode(episode)
+        return made
+
+    async def every() -> list[Group]:
+        return await asyncio.gather(*map(one, tasks))
+
+    return run_here(every())

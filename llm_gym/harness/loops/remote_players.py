@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,8 @@ import gymnasium
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llm_gym.concurrency import run_here
 from llm_gym.core import Group, Sampling, Task
-from llm_gym.harness.data.mixture import Drivers, EnvSpec
+from llm_gym.harness.data.mixture import Drivers, EnvSpec, play_each
 from llm_gym.harness.distributed.world import World
 from llm_gym.policies.ray.engines import Engines
 from llm_gym.policies.ray.places import RESTARTS, Places, begun
@@ -95,18 +93,8 @@ class RemotePlayers:
         on_episode: OnEpisode | None = None,
     ) -> list[Group]:
         """A group of `group_size` episodes for every task, in the order of tasks."""
-
-        async def one(task: Task) -> Group:
-            made = await self.play_group(task, group_size=group_size, seed=seed, sampling=sampling)
-            if on_episode is not None:
-                for episode in made.episodes:
-                    on_episode(episode)
-            return made
-
-        async def every() -> list[Group]:
-            return await asyncio.gather(*map(one, tasks))
-
-        return run_here(every())
+        how = {"group_size": group_size, "seed": seed, "sampling": sampling}
+        return play_each(self.play_group, tasks, on_episode, how)
 
     async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
         """A group of one task, beside others that were begun."""

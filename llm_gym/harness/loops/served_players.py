@@ -10,11 +10,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from llm_gym.concurrency import run_here
 from llm_gym.core import Completion, Group, Ids, Sampling, Task
 from llm_gym.errors import ConfigError
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.mixture import EnvSpec
+from llm_gym.harness.data.mixture import EnvSpec, play_each
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.model.loading import plain_tensors
@@ -103,18 +102,8 @@ class ServedPlayers:
         on_episode: OnEpisode | None = None,
     ) -> list[Group]:
         """A group of `group_size` episodes for every task, in the order of tasks."""
-
-        async def one(task: Task) -> Group:
-            made = await self.play_group(task, group_size=group_size, seed=seed, sampling=sampling)
-            if on_episode is not None:
-                for episode in made.episodes:
-                    on_episode(episode)
-            return made
-
-        async def every() -> list[Group]:
-            return await asyncio.gather(*map(one, tasks))
-
-        return run_here(every())
+        how = {"group_size": group_size, "seed": seed, "sampling": sampling}
+        return play_each(self.play_group, tasks, on_episode, how)
 
     async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
         """A group of one task, beside others that were begun."""
