@@ -55,12 +55,12 @@ def command(model: str | None, port: int, host: str, token: str | None, sets: tu
     """
     from rich.console import Console
 
+    from llm_gym.access import loopback, url_of
     from llm_gym.cli.group import settings
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path
     from llm_gym.models.plain import plain_folder
-    from llm_gym.policies.vllm_server.addresses import loopback
-    from llm_gym.policies.vllm_server.process import ServerProcess, url_of
+    from llm_gym.policies.vllm_server.process import ServerProcess
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     up = False

@@ -19,9 +19,10 @@ import pytest
 import torch
 from sandbox_tiers import within
 
+from llm_gym.access import HOST
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.policies.vllm_server import process
-from llm_gym.policies.vllm_server.process import HOST, ServerProcess, environment, flag, healthy, last_error, reserved
+from llm_gym.policies.vllm_server.process import ServerProcess, environment, flag, healthy, last_error, reserved
 
 
 @pytest.mark.parametrize(

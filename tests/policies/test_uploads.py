@@ -18,10 +18,10 @@ import uvicorn
 from safetensors.torch import save_file
 from test_server import MODEL, Fake, ask
 
+from llm_gym.access import token_of
 from llm_gym.concurrency import Loop
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies.vllm_server import delivery, gate, state
-from llm_gym.policies.vllm_server.addresses import token_of
 from llm_gym.policies.vllm_server.gate import Gate
 from llm_gym.policies.vllm_server.policy import ServerPolicy
 from llm_gym.policies.vllm_server.process import reserved

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llm_gym.access import bearing, token_of
 from llm_gym.concurrency import Loop, tries
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.harness.model.divergence import Head, top_logprobs
@@ -23,7 +24,6 @@ from llm_gym.harness.model.heads import token_logprobs
 from llm_gym.harness.model.loading import Backbone, load_model
 from llm_gym.harness.types import MicroBatch
 from llm_gym.policies.http import Remote, RemoteError
-from llm_gym.policies.vllm_server.addresses import bearing, token_of
 from llm_gym.tokenizer import load_tokenizer
 
 UNKNOWN = -100.0

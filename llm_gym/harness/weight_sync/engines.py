@@ -61,7 +61,8 @@ def _check_sglang(config: TrainConfig, world: World) -> None:
 
 
 def _check_addresses(config: TrainConfig, engine: Callable[..., Any]) -> None:
-    from llm_gym.policies.vllm_server.addresses import addresses, token_of
+    from llm_gym.access import token_of
+    from llm_gym.policies.vllm_server.addresses import addresses
 
     addresses(config.policy.servers)
     known = inspect.signature(engine).parameters.keys() - {"model", "servers", "version", "on_wait", "ranks"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm_gym.policies.vllm_server.addresses import TOKEN
+from llm_gym.access import TOKEN, lacks
 
 FOLDERS = "LLM_GYM_UPLOADS"
 """The variable that names the folders for weights, the first with room is taken."""
@@ -83,10 +82,7 @@ class Gate:
             pass
 
     def _look_at_token(self, headers: dict[str, str]) -> None:
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.encode("latin-1"), self._token.encode("latin-1"))
-        if self._token and not (right and kind.lower() == "bearer"):
-            told = "the token is not the one that it was started with" if given else "it was started with a token"
+        if told := lacks(headers.get("authorization", ""), self._token):
             raise Refused(401, f"{told}; give the same in policy.server.token or {TOKEN}")
 
     async def _weights(self, scope: Message, receive: Receive) -> dict[str, Any]:

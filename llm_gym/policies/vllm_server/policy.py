@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from llm_gym.access import token_of
 from llm_gym.concurrency import Loop, tries
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, PolicyError
 from llm_gym.policies.http import RemoteError
 from llm_gym.policies.vllm_server import weight_files
-from llm_gym.policies.vllm_server.addresses import addresses, same_model, token_of
+from llm_gym.policies.vllm_server.addresses import addresses, same_model
 from llm_gym.policies.vllm_server.broadcast import Group, Transfer, nccl
 from llm_gym.policies.vllm_server.labels import Weights, new_run, request
 from llm_gym.policies.vllm_server.routing import choose, pieces

@@ -26,16 +26,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_gym.access import HOST, TOKEN, checked_token, url_of
 from llm_gym.embedded import PATH
 from llm_gym.errors import ConfigError, SettingError, ended, unknown
 from llm_gym.policies.vllm.models import like_transformers
 from llm_gym.policies.vllm.start import defaults
 from llm_gym.policies.vllm_server import weight_files
-from llm_gym.policies.vllm_server.addresses import TOKEN, loopback, token_of
 from llm_gym.policies.vllm_server.gate import FOLDERS
 
-HOST = "127.0.0.1"
-"""Whoever reaches the server can load any file into it: elsewhere it asks for a token."""
 _OWN_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where this machine reaches what listens on all of its addresses."""
 GATE = "llm_gym.policies.vllm_server.gate.Gate"
@@ -94,7 +92,7 @@ class ServerProcess:
     ) -> None:
         self.lines: deque[str] = deque(maxlen=400)
         """The last lines that the server wrote."""
-        secret = checked_token(host, token)
+        secret = checked_token(host, token, "load files into it")
         arguments = like_transformers(str(model or PATH), checked(settings or {}))
         self._port = reserved(port, host)
         self._scratch = tempfile.mkdtemp(prefix="llmgym-")  # what a signal leaves there goes with it
@@ -276,26 +274,6 @@ def known_arguments() -> frozenset[str]:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     )
     return frozenset(fields)
-
-
-def url_of(host: str, port: int) -> str:
-    """The address of what listens there."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def checked_token(host: str, token: str | None) -> str:
-    """The token of a server on `host`.
-
-    Raises:
-        ConfigError: none, though others than this machine reach it.
-    """
-    found = token_of(token, "--token")
-    if not found and not loopback(host):
-        raise ConfigError(
-            f"--host: got {host!r} without a token, but whoever reaches the server can load files into it; give "
-            f"--token SECRET or set {TOKEN}, or listen on {HOST!r}."
-        )
-    return found
 
 
 def reserved(port: int, host: str = HOST) -> socket.socket:

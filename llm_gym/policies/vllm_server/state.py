@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from llm_gym.access import bearing
 from llm_gym.concurrency import tries
 from llm_gym.core import Completion
 from llm_gym.errors import ConfigError
 from llm_gym.policies.http import Remote, RemoteError
-from llm_gym.policies.vllm_server.addresses import bearing
 from llm_gym.policies.vllm_server.delivery import Delivery
 from llm_gym.policies.vllm_server.labels import Weights, owner, read
 from llm_gym.policies.vllm_server.routing import Prefixes
