@@ -114,7 +114,8 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self.reward_weights = checked_weights(reward_weights, self.reward_names)
         self.action_space = Tokens(self.chat.vocab_size, max_tokens, min_length=1)
         self.observation_space = Tokens(self.chat.vocab_size, max_context + max_tokens)
-        self._stop_ids = frozenset(self.chat.stop_ids)
+        self.parts: dict[str, float] = {}
+        """Reward components of the last step, unweighted."""
         self._context: Ids | None = None
         self._messages: Messages = []
         self._rewards: dict[str, float] = {}
@@ -230,7 +231,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         text = self.chat.text(action)
         self._messages.append({"role": "assistant", "content": text})
         self._turn += 1
-        self._cut = int(action[-1]) not in self._stop_ids and len(action) >= self._room()
+        self._cut = int(action[-1]) not in self.chat.stop_ids and len(action) >= self._room()
         return action, text
 
     def _replied(self, action: Ids, reply: Reply) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
@@ -320,9 +321,9 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
     def _add_rewards(self, reward: float | Mapping[str, float]) -> float:
         """Books the named components of one step and returns their weighted sum."""
         parts = reward if isinstance(reward, Mapping) else {"reward": reward}
-        total = 0.0
+        total, self.parts = 0.0, {}
         for name, value in parts.items():
-            number = self._number(name, value)
+            number = self.parts[name] = self._number(name, value)
             self._rewards[name] = self._rewards.get(name, 0.0) + number
             total += self.reward_weights.get(name, 1.0) * number
         return total

@@ -18,7 +18,7 @@ import click
 from llm_gym.errors import LLMGymError, SettingError, unknown
 
 COMMANDS = (
-    "train", "eval", "sft", "distill", "run", "export", "replay", "serve", "serve-chat", "work",
+    "train", "eval", "sft", "distill", "run", "export", "replay", "serve", "serve-chat", "serve-env", "work",
     "envs", "config", "doctor", "view",
 )  # fmt: skip
 """In the order of `--help`; each is `llm_gym.cli.<name>:command`, with _ for -."""

@@ -24,6 +24,7 @@ TABLE: dict[str, tuple[str, str]] = {
         "llm_gym.envs.tools.mcp.env:MCPTool",
         "tools of MCP servers; by default a calculator for large sums",
     ),
+    "OpenEnv-v0": ("llm_gym.envs.adapters.openenv:OpenEnv", "the environment of an OpenEnv server, ours or any other"),
     "PythonTool-v0": ("llm_gym.envs.tools.python_tool:PythonTool", "questions to compute with a sandboxed interpreter"),
 }
 

@@ -81,7 +81,8 @@ class EnvPool:
             )
         self.env_id = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._make, self._args, self._name = env, dict(args), name
-        self._way: str | None = None  # not known before the first environment was made
+        self.way: str | None = None
+        """How calls are made (`asynchronous.way_of`); not known before the first environment was made."""
         self._free: list[EnvSlot] = []
         self._every: set[EnvSlot] = set()
         self._ending: list[tuple[Worker, float]] = []  # threads that close their environment, seconds to wait
@@ -90,14 +91,14 @@ class EnvPool:
         """An environment nobody plays in; a new one if there is none."""
         if self._free:
             return self._free.pop()
-        if self._way is None:
+        if self.way is None:
             env = self._first()
-            self._way = way_of(env)
-            slot = _slot(env, self._way, Worker() if self._way == "thread" else None)
-        elif self._way == "thread":
+            self.way = way_of(env)
+            slot = _slot(env, self.way, Worker() if self.way == "thread" else None)
+        elif self.way == "thread":
             slot = await self._make_in_thread()
         else:
-            slot = _slot(self._new(), self._way)
+            slot = _slot(self._new(), self.way)
         self._every.add(slot)
         return slot
 
@@ -155,7 +156,7 @@ class EnvPool:
     def _end(self, worker: Worker, last: Callable[[], None], patience: float) -> None:
         """Ends a thread, when the call under way in it has come back; `close` waits `patience` seconds for it."""
         worker.stop(last)
-        self._ending.append((worker, patience))
+        self._ending = [*(each for each in self._ending if each[0].alive), (worker, patience)]
 
 
 def _slot(env: Env, way: str, worker: Worker | None = None) -> EnvSlot:

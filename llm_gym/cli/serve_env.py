@@ -1,0 +1,68 @@
+"""`llmgym serve-env`: an environment for trainers and clients elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from llm_gym.access import loopback, url_of
+from llm_gym.cli.group import settings
+from llm_gym.cli.options import env_args_option, parse_args
+from llm_gym.cli.serve import named, signals
+
+
+@click.command("serve-env", short_help="Serve an environment over OpenEnv's protocol.")
+@click.argument("env", metavar="ID")
+@env_args_option
+@click.option("--port", type=click.IntRange(0, 65535), default=8100, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
+@click.option(
+    "--token",
+    envvar="LLM_GYM_TOKEN",
+    show_envvar=True,
+    metavar="SECRET",
+    help="What requests must carry; a must where others than this machine reach the server.",
+)
+@click.option("--max-sessions", type=click.IntRange(1), default=1024, show_default=True, help="Most at once.")
+@click.option(
+    "--idle-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After the last message of a session, when it ends.",
+)
+def command(
+    env: str,
+    env_args: tuple[str, ...],
+    port: int,
+    host: str,
+    token: str | None,
+    max_sessions: int,
+    idle_timeout: float,
+) -> None:
+    """Serves the environment ID at the level of text, until Ctrl-C; `llmgym envs` lists ids.
+
+    A trainer plays it as `--env OpenEnv-v0 --env-arg url=...`, and OpenEnv's own clients as any other server. Unless
+    --host says otherwise it listens on 127.0.0.1 only. Nothing is encrypted: in a network that is not yours forward the
+    port (`ssh -L 8100:127.0.0.1:8100 machine`).
+    """
+    from llm_gym.serving.environments import EnvServer
+
+    with settings(), signals():
+        given = parse_args(env_args)
+        with EnvServer(
+            env,
+            env_args=given,
+            host=host,
+            port=port,
+            token=token,
+            max_sessions=max_sessions,
+            idle_timeout=idle_timeout,
+        ) as server:
+            url = server.url if loopback(host) else url_of(named(host), server.port)
+            click.echo(f"serving {server.name} on {url}; Ctrl-C ends it")
+            click.echo(f"  llmgym train --env OpenEnv-v0 --env-arg url={url}")
+            sys.stdout.flush()
+            server.wait()
