@@ -63,10 +63,10 @@ def command(
     was asked for --idle seconds; with --record it is then a line of FILE, an episode with every token and its
     log-probability.
     """
+    from llm_gym.access import loopback
     from llm_gym.core import Sampling
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path
-    from llm_gym.policies.vllm_server.addresses import loopback
     from llm_gym.serving.chat_sessions import ChatLimits
     from llm_gym.tokenizer import load_tokenizer
 

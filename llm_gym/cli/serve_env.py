@@ -26,12 +26,12 @@ from llm_gym.cli.serve import named, signals
 )
 @click.option("--max-sessions", type=click.IntRange(1), default=1024, show_default=True, help="Most at once.")
 @click.option(
-    "--idle-timeout",
+    "--idle",
     type=click.FloatRange(0, min_open=True),
     default=3600.0,
     show_default=True,
     metavar="SECONDS",
-    help="After the last message of a session, when it ends.",
+    help="How long a session is kept after its last message.",
 )
 def command(
     env: str,
@@ -40,7 +40,7 @@ def command(
     host: str,
     token: str | None,
     max_sessions: int,
-    idle_timeout: float,
+    idle: float,
 ) -> None:
     """Serves the environment ID at the level of text, until Ctrl-C; `llmgym envs` lists ids.
 
@@ -48,18 +48,18 @@ def command(
     --host says otherwise it listens on 127.0.0.1 only. Nothing is encrypted: in a network that is not yours forward the
     port (`ssh -L 8100:127.0.0.1:8100 machine`).
     """
-    from llm_gym.serving.environments import EnvServer
+    from llm_gym.serving.environments import EnvDoor
 
     with settings(), signals():
         given = parse_args(env_args)
-        with EnvServer(
+        with EnvDoor(
             env,
             env_args=given,
             host=host,
             port=port,
             token=token,
             max_sessions=max_sessions,
-            idle_timeout=idle_timeout,
+            idle=idle,
         ) as server:
             url = server.url if loopback(host) else url_of(named(host), server.port)
             click.echo(f"serving {server.name} on {url}; Ctrl-C ends it")

@@ -64,10 +64,10 @@ class Session:
     busy: asyncio.Task[Any] | None = None
 
 
-class EnvServer:
+class EnvDoor:
     """A server of one kind of environment, in a thread of its own; `with` ends it, and `url` is where it is.
 
-    >>> with EnvServer("GuessNumber-v0", port=0) as server:
+    >>> with EnvDoor("GuessNumber-v0", port=0) as server:
     ...     server.url.startswith("http://127.0.0.1:")
     True
 
@@ -79,7 +79,7 @@ class EnvServer:
         token: what requests must bear where others than this machine reach the server; None: the LLM_GYM_TOKEN of the
             environment.
         max_sessions: most sessions at once; further ones are refused.
-        idle_timeout: seconds after the last message of a session when it ends.
+        idle: seconds after the last message of a session when it ends.
 
     Raises:
         SettingError: the environment cannot be made or is none of text, the port cannot be had, or a token is missing.
@@ -94,13 +94,13 @@ class EnvServer:
         port: int = 8100,
         token: str | None = None,
         max_sessions: int = 1024,
-        idle_timeout: float = 3600.0,
+        idle: float = 3600.0,
     ) -> None:
         check_counts({"max_sessions": max_sessions})
-        if not idle_timeout > 0:
-            raise ConfigError(f"idle_timeout: got {idle_timeout!r}, want seconds, more than 0.")
+        if not idle > 0:
+            raise ConfigError(f"idle: got {idle!r}, want seconds, more than 0.")
         self._token = checked_token(host, token, DANGER)
-        self.max_sessions, self.idle_timeout = max_sessions, idle_timeout
+        self.max_sessions, self.idle = max_sessions, idle
         self._make, self._args = env, dict(env_args or {})
         self.name = envs.resolve(env) if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._pool = EnvPool(self._made, {}, self.name)
@@ -112,7 +112,7 @@ class EnvServer:
         try:
             self.port = self._loop.run(self._start(host, port))
         except BaseException:
-            self.stop()
+            self.close()
             raise
         self.url = url_of(host, self.port)
 
@@ -122,19 +122,19 @@ class EnvServer:
         return len(self._sessions)
 
     def wait(self) -> None:
-        """Waits until the server is stopped."""
+        """Waits until it is closed."""
         self._over.wait()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends every session and the server; may be repeated."""
         self._over.set()
         self._loop.stop(self._end_all)
 
-    def __enter__(self) -> EnvServer:
+    def __enter__(self) -> EnvDoor:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stop()
+        self.close()
 
     # Begin and end
 
@@ -204,8 +204,8 @@ class EnvServer:
 
     async def _end_idle(self) -> None:
         while True:
-            await asyncio.sleep(min(self.idle_timeout / 4, 30.0))
-            since = self._now() - self.idle_timeout
+            await asyncio.sleep(min(self.idle / 4, 30.0))
+            since = self._now() - self.idle
             for session in [s for s in self._sessions if s.busy is None and s.used < since]:
                 self._end(session)
 

@@ -27,7 +27,7 @@ from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason
 from llm_gym.envs.tools import ToolEnv
 from llm_gym.errors import BadReply, ConfigError, SettingError, ToolFailure
 from llm_gym.rollouts.driver import Driver
-from llm_gym.serving.environments import EnvServer
+from llm_gym.serving.environments import EnvDoor
 from llm_gym.testing import check_environment
 
 PATIENCE = 30.0
@@ -63,7 +63,7 @@ def both(env: Any, policy: Says, *, args: Any = None, here: Any = None, seeds: i
     rows = [seed % 3 for seed in range(seeds)] if how.pop("rows", False) else None
     with Driver(env, policy, env_args={**args, **here}, **how) as driver:
         played = driver.run(range(seeds), group_size=2, rows=rows)
-    with EnvServer(env, env_args=args, port=0) as server:
+    with EnvDoor(env, env_args=args, port=0) as server:
         with Driver("OpenEnv-v0", policy, env_args={"url": server.url, **here}, **how) as driver:
             there = driver.run(range(seeds), group_size=2, rows=rows)
         eventually(lambda: server.sessions == 0)
@@ -87,7 +87,7 @@ def test_a_thousand_sessions_on_one_connection() -> None:
     with Driver("GuessNumber-v0", policy, env_args=turns, max_concurrent=1000) as driver:
         here = driver.run(range(1000))
     with (
-        EnvServer("GuessNumber-v0", env_args=turns, port=0) as server,
+        EnvDoor("GuessNumber-v0", env_args=turns, port=0) as server,
         Driver("OpenEnv-v0", policy, env_args={"url": server.url}, max_concurrent=1000) as driver,
     ):
         there = driver.run(range(1000))
@@ -101,7 +101,7 @@ def test_a_thousand_sessions_on_one_connection() -> None:
 
 @pytest.mark.parametrize("env", ["GuessNumber-v0", "Arithmetic-v0"])
 def test_it_passes_the_suite_of_environments(env: str) -> None:
-    with EnvServer(env, port=0) as server:
+    with EnvDoor(env, port=0) as server:
         check_environment("OpenEnv-v0", url=server.url)
 
 
@@ -118,7 +118,7 @@ def test_limits_of_tokens_weights_and_the_system_prompt_are_the_client_s() -> No
 
 
 def test_weights_of_the_server_hold_where_the_client_gives_none() -> None:
-    with EnvServer("GuessNumber-v0", env_args={"reward_weights": {"format": 7.0}}, port=0) as server:
+    with EnvDoor("GuessNumber-v0", env_args={"reward_weights": {"format": 7.0}}, port=0) as server:
         env = gym.make("llm_gym/OpenEnv-v0", url=server.url)
         env.reset(seed=1)
         assert env.step(env.unwrapped.chat.encode_reply("what?"))[1] == pytest.approx(-0.7)
@@ -145,7 +145,7 @@ def test_data_sets_rows_rewards_and_bad_replies(tmp_path: Path) -> None:
     ends = {e.stop_reason: e.error for e in both("Dataset-v0", Says(GUESSES), args=rewards)}
     assert ends == {StopReason.ANSWERED: None, StopReason.BAD_REPLY: "BadReply: not even a guess"}
     assert both("GSM8K-v0", Says(["#### 5", "18"]), args={"dataset": "sample"}, rows=True)
-    with EnvServer("Dataset-v0", env_args={"dataset": str(file)}, port=0) as server:
+    with EnvDoor("Dataset-v0", env_args={"dataset": str(file)}, port=0) as server:
         env = gym.make("llm_gym/OpenEnv-v0", url=server.url)
         assert env.unwrapped.num_tasks == 3
         with pytest.raises(SettingError, match=r"options\['task'\]: got 3, want a row from 0 to 2."):
@@ -255,7 +255,7 @@ def test_wrappers_of_the_server_have_their_say() -> None:
     def halved() -> Any:
         return Halved(gym.make("llm_gym/GuessNumber-v0"))
 
-    with Driver(halved, Says(GUESSES)) as driver, EnvServer(halved, port=0) as server:
+    with Driver(halved, Says(GUESSES)) as driver, EnvDoor(halved, port=0) as server:
         here = driver.run(range(8))
         with Driver("OpenEnv-v0", Says(GUESSES), env_args={"url": server.url}) as wired:
             there = wired.run(range(8))
@@ -263,7 +263,7 @@ def test_wrappers_of_the_server_have_their_say() -> None:
 
 
 def test_an_error_there_ends_the_episode_here_and_environments_are_closed() -> None:
-    with EnvServer(Waits, port=0) as server:
+    with EnvDoor(Waits, port=0) as server:
         with Driver("OpenEnv-v0", Says(["50", "75", "1"]), env_args={"url": server.url}, max_concurrent=8) as driver:
             episodes = driver.run(range(16))
         ends = {e.stop_reason: e.error for e in episodes}
@@ -282,7 +282,7 @@ def test_the_sessions_of_a_killed_client_end() -> None:
         "for env in every: env.reset(seed=1)\n"
         "print('ready', flush=True); sys.stdin.read()\n"
     )
-    with EnvServer(Waits, port=0) as server:
+    with EnvDoor(Waits, port=0) as server:
         command = [sys.executable, "-c", client, server.url]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -294,25 +294,25 @@ def test_the_sessions_of_a_killed_client_end() -> None:
 
 
 def test_a_lost_connection_is_an_episode_s_end_and_the_next_reset_makes_another() -> None:
-    server = EnvServer("GuessNumber-v0", port=0)
+    server = EnvDoor("GuessNumber-v0", port=0)
     env = gym.make("llm_gym/OpenEnv-v0", url=server.url)
     action = env.unwrapped.chat.encode_reply("0")
     first = env.reset(seed=1)[1]
-    server.stop()
+    server.close()
     with pytest.raises(llm_gym.errors.LLMGymError, match=r"http://.* (has ended the connection, or is gone|cannot be)"):
         env.step(action)
     with pytest.raises(llm_gym.errors.LLMGymError, match="cannot be reached"):
         env.reset(seed=1)
-    with EnvServer("GuessNumber-v0", port=server.port):
+    with EnvDoor("GuessNumber-v0", port=server.port):
         assert env.reset(seed=1)[1] == first
         assert env.step(action)[4]["messages"][-1]["content"] == "higher"
-    with EnvServer("GuessNumber-v0", port=server.port):
+    with EnvDoor("GuessNumber-v0", port=server.port):
         assert env.reset(seed=1)[1] == first  # though the last connection ended after the last answer
     env.close()
 
 
 def test_idle_sessions_end() -> None:
-    with EnvServer("GuessNumber-v0", port=0, idle_timeout=0.05) as server:
+    with EnvDoor("GuessNumber-v0", port=0, idle=0.05) as server:
         env = gym.make("llm_gym/OpenEnv-v0", url=server.url)
         env.reset(seed=1)
         eventually(lambda: server.sessions == 0)
@@ -337,7 +337,7 @@ async def talk(url: str, *texts: Any) -> list[Any]:
 
 def test_what_is_wrong_with_a_message_is_said_and_the_connection_goes_on() -> None:
     step = {"type": "step", "data": {"text": "Answer: 1"}}
-    with EnvServer("Arithmetic-v0", port=0) as server:
+    with EnvDoor("Arithmetic-v0", port=0) as server:
         found = asyncio.run(
             talk(
                 server.url,
@@ -381,7 +381,7 @@ async def http(url: str, *requests: tuple[str, str, Any]) -> list[tuple[int, Any
 
 def test_a_look_by_hand_over_http() -> None:
     guess = {"action": {"text": "50"}}
-    with EnvServer("GuessNumber-v0", port=0) as server:
+    with EnvDoor("GuessNumber-v0", port=0) as server:
         found = asyncio.run(
             http(
                 server.url,
@@ -428,7 +428,7 @@ def test_settings_that_cannot_work_are_one_sentence(monkeypatch: pytest.MonkeyPa
     with silent() as port:
         assert f"url: no server of OpenEnv answers at 'http://127.0.0.1:{port}'" in refusal(f"http://127.0.0.1:{port}")
     assert "want a URL such as" in refusal("127.0.0.1:8100")
-    with EnvServer("GuessNumber-v0", port=0, token="s3cret", max_sessions=1) as server:
+    with EnvDoor("GuessNumber-v0", port=0, token="s3cret", max_sessions=1) as server:
         assert "asks for another token" in refusal(server.url)
         assert "asks for another token" in refusal(server.url, token="guess")
         monkeypatch.setenv("LLM_GYM_TOKEN", "s3cret")
@@ -444,6 +444,6 @@ def test_settings_that_cannot_work_are_one_sentence(monkeypatch: pytest.MonkeyPa
             server.url, action="text"
         )
         with pytest.raises(SettingError, match=f"--port: cannot use {server.port}: "):
-            EnvServer("GuessNumber-v0", port=server.port)
+            EnvDoor("GuessNumber-v0", port=server.port)
     with pytest.raises(SettingError, match=r"want a TextEnv"):
-        EnvServer(lambda: gym.make("CartPole-v1"), port=0)
+        EnvDoor(lambda: gym.make("CartPole-v1"), port=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from llm_gym.concurrency import Loop
 from llm_gym.core import StopReason
 from llm_gym.errors import ConfigError, LLMGymError
 from llm_gym.policies.scripted import ScriptedPolicy
-from llm_gym.serving.environments import EnvServer
+from llm_gym.serving.environments import EnvDoor
 
 try:
     import uvicorn
@@ -45,7 +45,7 @@ def test_their_client_wins_a_game() -> None:
                 low, high = (middle + 1, high) if words == ["higher"] else (low, middle - 1)
             return result, await client.state()
 
-    with EnvServer("GuessNumber-v0", port=0) as server:
+    with EnvDoor("GuessNumber-v0", port=0) as server:
         result, state = asyncio.run(play(server.url))
         assert (result.reward, result.done) == (1.0, True)
         end = {"rewards": {"found": 1.0}, "truncated": False, "stop_reason": "answered"}
@@ -56,7 +56,7 @@ def test_their_client_wins_a_game() -> None:
 
 
 def test_their_client_uses_a_tool_and_is_refused_a_step_after_the_end() -> None:
-    with EnvServer("PythonTool-v0", port=0) as server, GenericEnvClient(base_url=server.url).sync() as client:
+    with EnvDoor("PythonTool-v0", port=0) as server, GenericEnvClient(base_url=server.url).sync() as client:
         seen = client.reset(seed=1).observation
         assert seen["tools"][0]["function"]["name"] == "python"
         assert seen["tool_format"] == "hermes"
@@ -72,13 +72,13 @@ def test_their_client_uses_a_tool_and_is_refused_a_step_after_the_end() -> None:
 
 
 def test_their_client_is_told_that_the_server_is_full() -> None:
-    with EnvServer("GuessNumber-v0", port=0, max_sessions=1, token="s3cret") as server:
+    with EnvDoor("GuessNumber-v0", port=0, max_sessions=1, token="s3cret") as server:
         headers = {"Authorization": "Bearer s3cret"}
         with GenericEnvClient(base_url=server.url, headers=headers).sync() as client:
             client.reset(seed=1)
-            with GenericEnvClient(base_url=server.url, headers=headers).sync() as second:
-                with pytest.raises(RuntimeError, match=r"server is full.*CAPACITY_REACHED"):
-                    second.reset(seed=1)
+            second = GenericEnvClient(base_url=server.url, headers=headers).sync()
+            with second, pytest.raises(RuntimeError, match=r"server is full.*CAPACITY_REACHED"):
+                second.reset(seed=1)
         with pytest.raises(ConnectionError, match="401"), GenericEnvClient(base_url=server.url).sync():
             pass
 
@@ -212,8 +212,8 @@ def test_actions_of_several_fields_are_json() -> None:
 
 
 def test_their_full_server_ends_the_episode() -> None:
-    with theirs(Echo, Say, Heard, most=1) as url:
-        with gym.make("llm_gym/OpenEnv-v0", url=url) as one, gym.make("llm_gym/OpenEnv-v0", url=url) as two:
-            one.reset(seed=1)
-            with pytest.raises(LLMGymError, match="at capacity"):
-                two.reset(seed=1)
+    with theirs(Echo, Say, Heard, most=1) as url, ExitStack() as stack:
+        one, two = (stack.enter_context(gym.make("llm_gym/OpenEnv-v0", url=url)) for _ in range(2))
+        one.reset(seed=1)
+        with pytest.raises(LLMGymError, match="at capacity"):
+            two.reset(seed=1)
