@@ -114,8 +114,7 @@ class TextEnv(gymnasium.Env[Ids, Ids]):
         self.reward_weights = checked_weights(reward_weights, self.reward_names)
         self.action_space = Tokens(self.chat.vocab_size, max_tokens, min_length=1)
         self.observation_space = Tokens(self.chat.vocab_size, max_context + max_tokens)
-        self.parts: dict[str, float] = {}
-        """Reward components of the last step, unweighted."""
+        self.parts: dict[str, float] = {}  # reward components of the last step, unweighted
         self._context: Ids | None = None
         self._messages: Messages = []
         self._rewards: dict[str, float] = {}

@@ -314,6 +314,8 @@ class EnvDoor:
         if wrong:
             text = f"{wrong}; send it as `Authorization: Bearer TOKEN`"
             return web.json_response({"detail": text}, status=401, headers={"WWW-Authenticate": "Bearer"})
+        if not self._token and "Origin" in request.headers:  # any page that a browser on this machine shows
+            return web.json_response({"detail": "pages in a browser are not answered"}, status=403)
         return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from llm_gym.cli.group import llmgym
+from llm_gym.serving.environments import EnvDoor
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("prompts_per_step=2", "group_size=2", "eval.episodes=4", "sampling.max_tokens=8", "checkpoint.every=1")
@@ -95,3 +96,17 @@ def test_it_runs(line: str, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
     more = ["--steps", "13", *SMALL] if "--resume" in words else MORE.get(command, [])
     done = CliRunner().invoke(llmgym, [command, *words, *more])
     assert done.exit_code == 0, done.output[-2000:] + repr(done.exception)
+
+
+def test_environments_over_the_wire_are_trained_on(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "services.md").read_text()
+    (train,) = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("llmgym train")]
+    with EnvDoor("PythonTool-v0", port=0) as door:
+        words = [word.replace("http://127.0.0.1:8100", door.url) for word in train]
+        done = CliRunner().invoke(llmgym, [*words, *MORE["train"], "--out", str(tmp_path / "run")])
+        assert done.exit_code == 0, done.output[-2000:] + repr(done.exception)
+    (evaluate,) = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("llmgym eval")]
+    done = CliRunner().invoke(llmgym, [word.replace(":8000", ":9") for word in evaluate])
+    (line,) = done.output.splitlines()
+    assert done.exit_code == 2
+    assert line.startswith("Error: url: no server of OpenEnv answers at 'http://127.0.0.1:9'")

@@ -24,6 +24,7 @@ import pytest
 import llm_gym
 from llm_gym import Reply, TextEnv
 from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason
+from llm_gym.envs.asynchronous import reset_async, step_async
 from llm_gym.envs.tools import ToolEnv
 from llm_gym.errors import BadReply, ConfigError, SettingError, ToolFailure
 from llm_gym.rollouts.driver import Driver
@@ -82,7 +83,7 @@ GUESSES = ["50", "I say 25.", "75", "12", "no idea", "37", "62", "88", "ünïcod
 
 
 def test_a_thousand_sessions_on_one_connection() -> None:
-    policy, turns = Says(GUESSES), {"max_turns": 3}
+    policy, turns = Says(GUESSES), {"max_turns": 2}
     threads = threading.active_count()
     with Driver("GuessNumber-v0", policy, env_args=turns, max_concurrent=1000) as driver:
         here = driver.run(range(1000))
@@ -311,6 +312,39 @@ def test_a_lost_connection_is_an_episode_s_end_and_the_next_reset_makes_another(
     env.close()
 
 
+class Held(TextEnv):
+    """Answers once it is let."""
+
+    let: ClassVar[asyncio.Event]
+    asked: ClassVar[asyncio.Event]
+
+    def open(self) -> Any:
+        return [{"role": "user", "content": f"{self.draw_task(1000)}?"}]
+
+    async def reply(self, text: str) -> Reply:
+        Held.asked.set()
+        await Held.let.wait()
+        return Reply(reward=1.0, done=True)
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_not_taken_for_another() -> None:
+    async def play(env: Any) -> None:
+        _, info = await reset_async(env, seed=1)
+        step = asyncio.create_task(step_async(env, env.unwrapped.chat.encode_reply("x")))
+        await asyncio.to_thread(eventually, lambda: Held.asked.is_set())
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        assert (await reset_async(env, seed=1))[1] == info
+        Held.let.set()
+
+    Held.let, Held.asked = asyncio.Event(), asyncio.Event()
+    with EnvDoor(Held, port=0) as server:
+        with gym.make("llm_gym/OpenEnv-v0", url=server.url) as env:
+            asyncio.run(play(env))
+        eventually(lambda: server.sessions == 0)
+
+
 def test_idle_sessions_end() -> None:
     with EnvDoor("GuessNumber-v0", port=0, idle=0.05) as server:
         env = gym.make("llm_gym/OpenEnv-v0", url=server.url)
@@ -370,8 +404,8 @@ def test_what_is_wrong_with_a_message_is_said_and_the_connection_goes_on() -> No
     assert [each["session"] for each in found[11]] == ["a", "a"]
 
 
-async def http(url: str, *requests: tuple[str, str, Any]) -> list[tuple[int, Any]]:
-    async with aiohttp.ClientSession() as session:
+async def http(url: str, *requests: tuple[str, str, Any], headers: Any = None) -> list[tuple[int, Any]]:
+    async with aiohttp.ClientSession(headers=headers) as session:
         found = []
         for method, path, body in requests:
             async with session.request(method, url + path, json=body) as answer:
@@ -397,6 +431,7 @@ def test_a_look_by_hand_over_http() -> None:
             )
         )
         assert server.sessions == 1
+        assert asyncio.run(http(server.url, ("GET", "/schema", None), headers={"Origin": "http://a.page"}))[0][0] == 403
     assert found[0] == (200, {"status": "healthy"})
     assert found[1][1]["action"]["required"] == ["text"]
     assert found[2][1]["name"] == "llm_gym/GuessNumber-v0"

@@ -159,6 +159,8 @@ def theirs(env: Any, action: Any, observation: Any, most: int = 8) -> Iterator[s
         return int(server.servers[0].sockets[0].getsockname()[1])
 
     async def end() -> None:
+        while server.server_state.connections:  # one that is being closed may not be closed again
+            await asyncio.sleep(0.01)
         await server.shutdown()
 
     try:

@@ -1,4 +1,4 @@
-"""docs/services.md: its examples run, and its commands work as they stand there."""
+"""docs/services.md: its examples run, and its server; the other commands run in tests/cli/test_cli_documented.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gymnasium as gym
 from click.testing import CliRunner
 
 from llm_gym.cli.group import llmgym
 
 PAGE = Path(__file__).parents[2] / "docs" / "services.md"
-SMALL = ["prompts_per_step=2", "group_size=2", "eval.episodes=4", "sampling.max_tokens=8", "steps=1"]
 
 
 def lines(command: str) -> list[list[str]]:
@@ -47,19 +47,11 @@ def test_the_examples_run() -> None:
     assert result.failed == 0
 
 
-def test_the_commands_of_a_server_and_its_trainer(tmp_path: Path) -> None:
-    (serve,), (train,) = lines("serve-env"), lines("train")
+def test_the_command_serves_until_ctrl_c() -> None:
+    (serve,) = lines("serve-env")
     assert serve[-2:] == ["--port", "8100"]
-    with running([*serve[:-1], "0"]) as url:
-        words = [word.replace("http://127.0.0.1:8100", url) for word in train]
-        sets = [word for setting in SMALL for word in ("--set", setting)]
-        done = CliRunner().invoke(llmgym, [*words, *sets, "--out", str(tmp_path / "run")])
-        assert done.exit_code == 0, done.output[-2000:] + repr(done.exception)
-    (evaluation,) = lines("eval")
-    done = CliRunner().invoke(llmgym, [word.replace(":8000", ":9") for word in evaluation])
-    (line,) = done.output.splitlines()
-    assert done.exit_code == 2
-    assert line.startswith("Error: url: no server of OpenEnv answers at 'http://127.0.0.1:9'")
+    with running([*serve[:-1], "0"]) as url, gym.make("llm_gym/OpenEnv-v0", url=url) as env:
+        assert env.reset(seed=1)[1]["tools"]
 
 
 def test_what_cannot_be_served_is_one_sentence() -> None:

@@ -152,6 +152,9 @@ class OpenEnv(TextEnv):
             if error.data.get("code") == "VALIDATION_ERROR" and not self.dialect.shared:
                 raise
             raise KINDS.get(str(error.data.get("kind")), LLMGymError)(str(error)) from error
+        except BaseException:
+            self._leave_session()  # the answer may yet come, when another is waited for
+            raise
 
     def _leave_session(self) -> None:
         """Ends the session there: nobody will play on."""
