@@ -51,6 +51,7 @@ class Connection:
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self.lost = ""
         """Why it has ended; empty while it has not."""
+        self._farewell = ""
         self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[Data]]] = {}
         self._out: deque[str] = deque()
         self._flushing = False
@@ -125,7 +126,7 @@ class Connection:
                     for answer in found if isinstance(found, list) else [found]:
                         self._deliver(answer.get("session", ""), answer)
         finally:
-            self.lost = f"{self._server.url} has ended the connection, or is gone."
+            self.lost = self._farewell or f"{self._server.url} has ended the connection, or is gone."
             for session in list(self._waiting):
                 self._deliver(session, {"type": "lost"})
             await socket.close()
@@ -134,6 +135,8 @@ class Connection:
         """Hands an answer to who waits for it, in their loop."""
         entry = self._waiting.pop(session, None)
         if entry is None:
+            if answer.get("type") == "error":  # said before it was asked: a server that is full, and hangs up
+                self._farewell = f"{self._server.url}: {ended((answer.get('data') or {}).get('message'))}"
             return
         loop, future = entry
         box = self._in.setdefault(loop, deque())

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from llm_gym.access import loopback, token_of
 from llm_gym.core import Group, Task
 from llm_gym.episode_files import decode
 from llm_gym.errors import ConfigError
@@ -38,7 +39,6 @@ from llm_gym.harness.data.tasks import Tasks
 from llm_gym.harness.distributed.groups import own_groups, share_groups
 from llm_gym.harness.distributed.world import World
 from llm_gym.harness.settings import checked
-from llm_gym.policies.vllm_server.addresses import loopback, token_of
 from llm_gym.rollouts.buffer import Entry, RolloutBuffer
 from llm_gym.rollouts.player import Player
 from llm_gym.rollouts.scheduler import Scheduler

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from llm_gym.access import token_of
 from llm_gym.core import Completion, Group, Ids, Sampling, Task
 from llm_gym.errors import ConfigError
 from llm_gym.harness.config import TrainConfig
@@ -20,7 +21,6 @@ from llm_gym.harness.model.loading import plain_tensors
 from llm_gym.harness.settings import dump
 from llm_gym.models.plain import as_saved
 from llm_gym.policies import Policy
-from llm_gym.policies.vllm_server.addresses import token_of
 from llm_gym.rollouts.driver import OnEpisode
 from llm_gym.serving.leases import Board
 from llm_gym.serving.rollouts import RolloutDoor

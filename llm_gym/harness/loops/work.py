@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import yaml
 
+from llm_gym.access import bearing, token_of
 from llm_gym.concurrency import run_here, tries
 from llm_gym.core import Completion, Group, Ids, Sampling, Task
 from llm_gym.episode_files import encode
@@ -27,7 +28,6 @@ from llm_gym.harness.loops.environments import env_specs
 from llm_gym.harness.settings import from_dict
 from llm_gym.policies import Completer, Policy, make_policy
 from llm_gym.policies.http import Remote, RemoteError
-from llm_gym.policies.vllm_server.addresses import bearing, token_of
 from llm_gym.serving.rollouts import VERSION
 
 PATIENCE = 60.0
