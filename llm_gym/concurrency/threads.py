@@ -72,10 +72,11 @@ async def settled(awaitable: Awaitable[T]) -> Outcome[T]:
     """What `awaitable` comes to, as a value: SystemExit, raised in a task, would end its loop."""
     try:
         return Outcome([await awaitable])
-    except GeneratorExit:  # nobody goes on with it
-        raise
     except BaseException as error:
-        task = asyncio.current_task()
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # it was left behind by its loop, and ends with what it waits for
+            raise error from None
         if task is not None and task.cancelling():
             raise
         return Outcome([], error)

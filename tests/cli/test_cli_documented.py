@@ -31,6 +31,8 @@ ELSEWHERE = (
     "--nproc",
     "--policy vllm",
     "llmgym serve",
+    "llmgym work",
+    "stream.serve=",
     "llmgym doctor",
     "wandb",
     "...",

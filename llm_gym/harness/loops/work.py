@@ -113,7 +113,7 @@ def work(
     """Plays for the run at `url` until it is over; returns how many groups were taken.
 
     Args:
-        url: where a run with `stream.serve` hands out its tasks.
+        url: where a run hands out its tasks (setting stream.serve).
         engine: an engine of this machine; None: the run's own, over HTTP.
         options: of that engine.
         groups: played at once.
