@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,9 +35,17 @@ def wrong_with(lease: Lease, episodes: Sequence[Episode], *, name: str, version:
         )
         if got != want:
             return f"{where} is of (environment, seed, row, member) {got}, want {want}."
+        if not (isinstance(episode.seconds, float | int) and math.isfinite(episode.seconds)):
+            return f"{where} took {episode.seconds!r:.40} seconds, want a finite number."
+        for message in episode.messages:
+            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+                return f"{where} has {message!r:.60} among its messages, want objects with a role."
         values = [*episode.rewards.values(), *(span.reward for _, span in episode.spans)]
         if not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
             return f"{where} has a reward that is no finite number."
+        heats = {span.temperature for _, span in episode.spans} - {lease.offer.how["sampling"].temperature}
+        if heats:
+            return f"{where} was sampled at temperature {min(heats)}, want {lease.offer.how['sampling'].temperature}."
         for number, trajectory in enumerate(episode.trajectories):
             wrong = _wrong(trajectory, number, episode, (lease.version, version), vocabulary)
             if wrong:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_gym.core import Episode, Group, Span, StopReason, Task, Trajectory
+from llm_gym.core import Episode, Group, Sampling, Span, StopReason, Task, Trajectory
 from llm_gym.errors import FAULTS, words
 from llm_gym.serving.group_check import wrong_with
 from llm_gym.serving.leases import Lease, Offer
@@ -58,7 +58,7 @@ def from_scored_data(data: Mapping[str, Any], *, task: Task, env_id: str, versio
             raise ValueError(f"Sequence {i}: {words(error)}.") from error
         ended, rewards = StopReason.ANSWERED, {"score": played.spans[-1].reward}
         episodes.append(Episode(env_id, task.seed, (played,), ended, rewards, messages, i, task=task.row))
-    lease = Lease("", Offer(task, {"group_size": size}), "", version, math.inf)
+    lease = Lease("", Offer(task, {"group_size": size, "sampling": Sampling()}), "", version, math.inf)
     if unsound := wrong_with(lease, episodes, name=env_id, version=version, vocabulary=2**31):
         raise ValueError(unsound)
     return Group(task, tuple(episodes))

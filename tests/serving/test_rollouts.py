@@ -154,6 +154,9 @@ LIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "spans that overlap": (lambda e: first(e[0])["spans"][1].update(start=0), "want them in order"),
     "a span beyond the end": (lambda e: first(e[0])["spans"][1].update(stop=10**6), "want them in order"),
     "a turn twice": (lambda e: first(e[0])["spans"][1].update(turn=0), "want each number once"),
+    "another temperature": (lambda e: first(e[0])["spans"][0].update(temperature=0.5), "temperature 0.5, want 1.0"),
+    "messages that are none": (lambda e: e[0].update(messages=[5]), "among its messages"),
+    "a time that is none": (lambda e: e[0].update(seconds="x"), "want a finite number"),
     "a parent that is not there": (lambda e: first(e[0]).update(parent=[1, 3]), "no beginning of an earlier"),
 }
 
