@@ -16,5 +16,6 @@ from llm_gym.concurrency.threads import Overdue as Overdue
 from llm_gym.concurrency.threads import Runner as Runner
 from llm_gym.concurrency.threads import Thread as Thread
 from llm_gym.concurrency.threads import Worker as Worker
+from llm_gym.concurrency.threads import cancelled as cancelled
 from llm_gym.concurrency.threads import settled as settled
 from llm_gym.concurrency.threads import within as within

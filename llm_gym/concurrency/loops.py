@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar, cast
 
-from llm_gym.concurrency.threads import Thread, settled, waiting_loop
+from llm_gym.concurrency.threads import Thread, cancelled, settled, waiting_loop
 from llm_gym.errors import PolicyError
 
 T = TypeVar("T")
@@ -247,8 +247,7 @@ class Loop:
         try:
             return await asyncio.wrap_future(self.submit(coroutine))
         except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if self.stopped and caller is not None and not caller.cancelling():
+            if self.stopped and not cancelled():
                 raise Stopped from None
             raise
 

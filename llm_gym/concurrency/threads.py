@@ -68,16 +68,22 @@ class Outcome(Generic[T]):
         return self.value[0]
 
 
+def cancelled() -> bool:
+    """Whether the running task is being cancelled: a CancelledError without that is of the code that raised it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def settled(awaitable: Awaitable[T]) -> Outcome[T]:
     """What `awaitable` comes to, as a value: SystemExit, raised in a task, would end its loop."""
     try:
         return Outcome([await awaitable])
     except BaseException as error:
         try:
-            task = asyncio.current_task()
+            by_caller = cancelled()
         except RuntimeError:  # it was left behind by its loop, and ends with what it waits for
             raise error from None
-        if task is not None and task.cancelling():
+        if by_caller:
             raise
         return Outcome([], error)
 

@@ -272,8 +272,10 @@ class Driver:
         """What `step` gave as a reward, or as the component `name` of it.
 
         Raises:
-            RewardError: it is no finite number.
+            RewardError: it is no finite number, or its name no text.
         """
+        if not isinstance(name, str):
+            raise RewardError(f"{self._pool.env_id}: got the name {name!r:.80} of a reward, want a text.")
         number = finite(value)
         if number is None:
             raise RewardError(

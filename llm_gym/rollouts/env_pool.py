@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium
 
 from llm_gym import envs
-from llm_gym.concurrency import Worker
+from llm_gym.concurrency import Worker, cancelled
 from llm_gym.envs.asynchronous import awaited, way_of
 from llm_gym.errors import FAULTS, SettingError, described
 
@@ -52,10 +52,9 @@ class EnvSlot:
 
     def _look_for_a_cancellation(self, raised: BaseException | None) -> None:
         """Sees to it that a cancelled call ends as such, whatever a hook made of it; and that no other does."""
-        task = asyncio.current_task()
-        cancelled = task is not None and task.cancelling() > 0
-        self.abandoned = cancelled or isinstance(raised, asyncio.CancelledError)
-        if cancelled:
+        by_driver = cancelled()
+        self.abandoned = by_driver or isinstance(raised, asyncio.CancelledError)
+        if by_driver:
             raise asyncio.CancelledError from raised
         if self.abandoned:
             raise RuntimeError("A hook was cancelled, and not by its driver.") from raised

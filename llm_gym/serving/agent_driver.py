@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_gym.concurrency import cancelled
 from llm_gym.core import Completion, Ids, Sampling, StopReason
 from llm_gym.errors import FAULTS, BadReply, SettingError, described
 from llm_gym.policies import TextPolicy
@@ -62,12 +63,16 @@ class AgentDriver(Driver):
         try:
             found = await agent.solve(_task(slot, info), endpoint)
             raise_setting(session)
+        except asyncio.CancelledError as error:
+            if cancelled():
+                raise
+            raise AgentError("agent: it was cancelled, and not by its driver.") from error
         except FAULTS as error:
             self._gone_wrong(error, session, slot, state)
             return
         finally:
             door.leave(endpoint)
-            for future in under_way:
+            for future in list(under_way):  # of another thread, which may be adding one
                 future.cancel()
             state.builder, state.messages = session.builder(), session.messages
         if session.last is None:
@@ -128,7 +133,8 @@ class AgentDriver(Driver):
         else:
             parts = found if isinstance(found, Mapping) else {"reward": found}
             weights = getattr(env, "reward_weights", {})
-            earned = sum(weights.get(name, 1.0) * self._reward(name, value, job) for name, value in parts.items())
+            weighed = [weights.get(name, 1.0) * self._reward(name, value, job) for name, value in parts.items()]
+            earned = self._reward("reward", sum(weighed), job)
         state.rewards = {name: self._reward(name, value, job) for name, value in parts.items()}
         return earned
 

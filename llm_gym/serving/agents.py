@@ -11,6 +11,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from llm_gym.concurrency import Loop, Outcome, Overdue, Runner, is_async, settled, wait, within
@@ -70,7 +71,7 @@ class FunctionAgent:
             return outcome.get()
         thread = Runner()
         try:
-            return await wait(await thread.run(self._function, None, task=task, endpoint=endpoint))
+            return await wait(await thread.run(partial(self._function, task, endpoint), None))
         finally:
             thread.close()
 

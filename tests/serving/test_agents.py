@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -102,6 +103,9 @@ ENDS = {
     "an exit": (SystemExit(3), StopReason.ENV_ERROR, "SystemExit: 3"),
     "a bad reply": (BadReply("no JSON"), StopReason.BAD_REPLY, "BadReply: no JSON"),
     "no number": (float("nan"), StopReason.REWARD_ERROR, "want a finite number"),
+    "a sum beyond every number": ({"a": 1e308, "b": 1e308}, StopReason.REWARD_ERROR, "want a finite number"),
+    "a name that is no text": ({1: 1.0}, StopReason.REWARD_ERROR, "want a text"),
+    "a cancellation of its own": (asyncio.CancelledError(), StopReason.ENV_ERROR, "not by its driver"),
 }
 
 
@@ -115,6 +119,19 @@ def test_an_agent_that_goes_wrong_is_data(tmp_path: Path, what: str, form: str) 
     assert (episode.stop_reason, episode.reward) == (stop, 0.0)
     assert words in str(episode.error)
     assert episode.tokens_generated > 0  # what was sampled is not lost
+
+
+@pytest.mark.parametrize("form", ["async", "plain"])
+def test_an_agent_names_its_arguments_as_it_likes(tmp_path: Path, form: str) -> None:
+    async def solve(row: Any, where: Any) -> float:
+        await ask(where, row["prompt"])
+        return 1.0
+
+    def plain(row: Any, where: Any) -> float:
+        return asyncio.run(solve(row, where))
+
+    (episode,) = play(solve if form == "async" else plain, row(tmp_path))
+    assert (episode.stop_reason, episode.reward) == (StopReason.ANSWERED, 1.0)
 
 
 def test_an_agent_that_asks_nothing_fails_its_episode(tmp_path: Path) -> None:
@@ -240,14 +257,18 @@ def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
     )
     (episode,) = play(command(tmp_path, leak + SCRIPT), row(tmp_path))
     assert episode.reward == 1.0
-    assert not _runs(int((tmp_path / "pid").read_text()))
+    assert ended(int((tmp_path / "pid").read_text()))
 
 
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def ended(pid: int) -> bool:
+    """Whether a process that was killed comes to its end: not at once, and it stays where nobody waits for it."""
+    for _ in range(600):
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.1)
+                continue
+        return True
+    return False
 
 
 def test_a_command_may_write_much_and_read_nothing(tmp_path: Path) -> None:
