@@ -87,10 +87,8 @@ def cut(chat: Chat, completion: Completion, stops: Sequence[str]) -> tuple[Compl
     The tokens that are kept are a beginning of what was sampled, so their log-probabilities are what they were.
     """
     text = chat.text(completion.tokens)
-    places = [at for stop in stops if (at := text.find(stop)) >= 0]
-    if not places:
+    if not any(stop in text for stop in stops):
         return completion, text
-    at = min(places)
     low, high = 1, len(completion.tokens)
     while low < high:  # the fewest tokens whose text holds a stop sequence
         middle = (low + high) // 2
@@ -98,6 +96,8 @@ def cut(chat: Chat, completion: Completion, stops: Sequence[str]) -> tuple[Compl
         low, high = (low, middle) if held else (middle + 1, high)
     updates = tuple(pair for pair in completion.updates if pair[0] < low)
     kept = completion.tokens[:low], completion.logprobs[:low]
+    text = chat.text(kept[0])
+    at = min(place for stop in stops if (place := text.find(stop)) >= 0)
     return replace(completion, tokens=kept[0], logprobs=kept[1], finish_reason="stop", updates=updates), text[:at]
 
 
