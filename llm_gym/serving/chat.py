@@ -11,6 +11,8 @@ from it at once, and is forgotten again if it does not arrive.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from llm_gym.concurrency import Loop
+from llm_gym.errors import described
 from llm_gym.serving.chat_replies import chunks, whole
 from llm_gym.serving.chat_requests import Refused, read_request
 from llm_gym.serving.chat_sessions import ChatSession
@@ -29,6 +32,8 @@ MODEL = "policy"
 """What the model is called where a client asks; any name is answered."""
 LEAVING = 1.0
 """Seconds that requests under way may take to end with the door."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,9 @@ class ChatDoor:
             answer, reply = await session.answer(asked)
         except Refused as error:
             return _refusal(error)
+        except Exception as error:  # of ours: the client is told in the protocol's form, and does not try again
+            log.exception("chat: a request failed")
+            return _refusal(Refused(f"The endpoint failed: {described(error)}", status=500))
         number = secrets.token_hex(12)
         try:
             if not asked.stream:
@@ -189,8 +197,8 @@ def _refusal(error: Refused) -> web.Response:
 
 async def _json(request: web.Request) -> Any:
     try:
-        return await request.json()
-    except ValueError as error:
+        return json.loads(await request.read())
+    except (ValueError, RecursionError, web.RequestPayloadError) as error:
         raise Refused(f"The body is no JSON: {error}") from error
     except web.HTTPRequestEntityTooLarge as error:
         raise Refused(f"The body is larger than {LARGEST >> 20} MB.", status=413) from error

@@ -24,6 +24,8 @@ REFUSED = {
 }
 """Parameters that are refused unless they hold the value that changes nothing, and what is said of them. Those that are
 not read below are ignored: how a run samples is its own setting, whatever `temperature` or `seed` a client sends."""
+UNFORCED = ("text", "json_object")
+"""Forms of a reply that a request may name. Whoever asks for JSON must say so in the messages; nothing else is done."""
 MOST_STOPS = 4
 """Stop sequences of a request, as OpenAI has it."""
 
@@ -65,13 +67,16 @@ class ChatRequest:
     def links(self) -> list[bytes]:
         """A digest of the tools and the first n messages, for n from 0 to all: equal where the chats are the same."""
         found = [_digest(b"", json.dumps(self.tools, sort_keys=True))]
+        places: dict[str, int] = {}  # of calls by their ids, which some clients make anew
         for message in self.messages:
-            found.append(link(found[-1], message))
+            if message.get("tool_calls"):
+                places = {str(call["id"]): i for i, call in enumerate(message["tool_calls"])}
+            found.append(link(found[-1], message, places.get(str(message.get("tool_call_id")))))
         return found
 
 
-def link(before: bytes, message: Message) -> bytes:
-    """The digest of a chat that goes on with `message`.
+def link(before: bytes, message: Message, place: int | None = None) -> bytes:
+    """The digest of a chat that goes on with `message`; `place` is that of the call of which it is the result.
 
     An assistant's message counts as the same without its thinking, with other white space, and with its arguments
     serialised otherwise: that is how clients send replies back.
@@ -80,7 +85,7 @@ def link(before: bytes, message: Message) -> bytes:
     calls = [[c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls") or ()]
     if message["role"] == "assistant":
         content = " ".join(content.split())
-    return _digest(before, json.dumps([message["role"], content, calls, message.get("tool_call_id")], sort_keys=True))
+    return _digest(before, json.dumps([message["role"], content, calls, place], sort_keys=True))
 
 
 def _digest(before: bytes, text: str) -> bytes:
@@ -99,8 +104,11 @@ def read_request(body: Any) -> ChatRequest:
         if body.get(name) not in (None, plain):
             raise Refused(f"{name}: got {body[name]!r:.80}, which is not supported; {instead}.", param=name)
     form = body.get("response_format") or {}
-    if not isinstance(form, Mapping) or form.get("type", "text") != "text":
-        raise Refused("response_format: only text; ask for the form in the messages.", param="response_format")
+    if not isinstance(form, Mapping) or form.get("type", "text") not in UNFORCED:
+        raise Refused(
+            "response_format: no schema is enforced; ask for the form in the messages (json_object), or by a tool.",
+            param="response_format",
+        )
     tools = _tools(body.get("tools"))
     forced, calls = _choice(body.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     options = body.get("stream_options") or {}
@@ -111,7 +119,7 @@ def read_request(body: Any) -> ChatRequest:
         calls and bool(tools),
         _limit(body),
         _stops(body.get("stop")),
-        bool(body.get("stream")),
+        body.get("stream") is True,
         isinstance(options, Mapping) and bool(options.get("include_usage")),
         str(body.get("model") or ""),
     )
@@ -166,7 +174,7 @@ def _messages(given: Any) -> Messages:
     names: dict[str, str] = {}
     plain = []
     for i, message in enumerate(given):
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        if not isinstance(message, Mapping) or str(message.get("role")) not in ROLES:
             raise Refused(f"messages[{i}]: got {message!r:.80}, want a role of {', '.join(ROLES)}.", param="messages")
         made = _message(i, message)
         for call in made.get("tool_calls", ()):
@@ -195,7 +203,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments") or "{}"
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         value = arguments
     return {"id": call.get("id"), "type": "function", "function": {"name": str(function["name"]), "arguments": value}}
 

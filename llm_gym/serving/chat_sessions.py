@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,9 @@ class ChatSession:
             Refused: the session is over, a limit is reached, or the chat template cannot say this.
         """
         self._check_open()
+        replies = self._replies
         chat, form = self._chat_of(request)
+        self._check_size(chat, request)
         links = request.links
         prompt = self._prompt(chat, request, links)
         forced = _forced(chat, form, request, prompt)
@@ -110,17 +113,17 @@ class ChatSession:
         message = said(form if request.calls else None, request, chat.text(prompt[-TAIL:]), forced + text)
         finish = "tool_calls" if message.get("tool_calls") else completion.finish_reason
         reply = _Reply(context, completion, link(links[-1], message), [*request.messages, message])
-        self._replies.append(reply)
+        replies.append(reply)
         return Answer(message, finish, len(context), len(completion.tokens)), reply
 
     def forget(self, reply: _Reply) -> None:
         """A reply that did not reach the agent: it is trained as little as it was heard."""
-        if reply in self._replies:
+        if reply in self._replies and not self.closed:
             self._replies.remove(reply)
 
     def close(self) -> None:
-        """Every later request is refused."""
-        self.closed = True
+        """Every later request is refused, and what is under way in the door's thread changes nothing any more."""
+        self.closed, self._replies = True, list(self._replies)
 
     @property
     def turns(self) -> int:
@@ -158,6 +161,20 @@ class ChatSession:
             self.ended = StopReason.TURN_LIMIT
             raise Refused(f"All {self.limits.max_turns} completions of this session are used.", code="turn_limit")
 
+    def _check_size(self, chat: Chat, request: ChatRequest) -> None:
+        """Refuses what no tokenisation could make short enough, for to tokenise it would hold up all other sessions."""
+        characters = sum(len(message.get("content") or "") for message in request.messages)
+        if characters > self.limits.max_context and characters > self.limits.max_context * _longest(chat.tokenizer):
+            self._too_long(f"{characters} characters")
+
+    def _too_long(self, length: str) -> None:
+        self.ended = StopReason.TOKEN_LIMIT
+        raise Refused(
+            f"The chat has {length}, the limit is {self.limits.max_context} tokens with the reply.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
     def _chat_of(self, request: ChatRequest) -> tuple[Chat, Format | None]:
         try:
             if request.tools:
@@ -187,12 +204,7 @@ class ChatSession:
         how = self.limits.sampling
         room = self.limits.max_context - length
         if room < 1:
-            self.ended = StopReason.TOKEN_LIMIT
-            raise Refused(
-                f"The chat has {length} tokens, the limit is {self.limits.max_context} with the reply.",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            self._too_long(f"{length} tokens")
         most = min(room, how.max_tokens, request.max_tokens or room)
         stops = how.stop_token_ids or tuple(sorted({*chat.stop_ids, *self._stop_ids}))
         return Sampling(how.temperature, most, how.top_k, how.top_p, how.min_p, stops)
@@ -201,6 +213,12 @@ class ChatSession:
         """The random stream of a completion: of the chat that it answers, the n-th time."""
         key = self._seed.to_bytes(8, "little") + chat + time.to_bytes(8, "little")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+@lru_cache(maxsize=64)
+def _longest(tokenizer: Any) -> int:
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def _over() -> Refused:

@@ -287,7 +287,7 @@ def asked(door: ChatDoor, policy: Any, limits: ChatLimits = LIMITS, **body: Any)
 REFUSED = {
     "two answers": ({"n": 2}, "n"),
     "a bias": ({"logit_bias": {"5": 1}}, "logit_bias"),
-    "a form": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "a form": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     "log-probabilities": ({"logprobs": True}, "logprobs"),
     "a call without tools": ({"tool_choice": "required"}, "tool_choice"),
     "an unknown tool": (
