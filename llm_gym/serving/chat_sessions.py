@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from llm_gym.chat import Chat, load_chat
-from llm_gym.core import Completion, Ids, Message, Sampling, StopReason, Trajectory
+from llm_gym.core import Completion, Ids, Message, Sampling, StopReason, Trajectory, common_prefix
 from llm_gym.envs.tools.parsers import formats
 from llm_gym.envs.tools.parsers.calls import ToolCall, open_thinking
 from llm_gym.envs.tools.parsers.formats import Format
@@ -228,7 +229,9 @@ def _over() -> Refused:
 def _forced(chat: Chat, form: Format | None, request: ChatRequest, prompt: Ids) -> str:
     """How a reply begins that must call a tool: it stands in the context, and is not trained.
 
-    It is what calls of two names (or, where the tool is named or the only one, with and without an argument) share.
+    It is the tokens that calls of two names (or, where the tool is named or the only one, with and without an argument)
+    share: what the model would have written of itself, which does not end inside one of its tokens. Where they share
+    no token, it is the text.
 
     Raises:
         Refused: the format's calls have no beginning in common.
@@ -236,9 +239,14 @@ def _forced(chat: Chat, form: Format | None, request: ChatRequest, prompt: Ids) 
     if request.forced is None or form is None:
         return ""
     name = request.forced or (request.tools[0]["function"]["name"] if len(request.tools) == 1 else "")
-    calls = (ToolCall(name), ToolCall(name, {"a": "a"})) if name else (ToolCall("one"), ToolCall("two"))
-    one, other = (form.notation.write([call]) for call in calls)
-    start = one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))]
+    if not form.native:  # code, and no names
+        calls = ToolCall(name, {"a": "a"}), ToolCall(name, {"a": "b"})
+    else:
+        calls = (ToolCall(name), ToolCall(name, {"a": "a"})) if name else (ToolCall("one"), ToolCall("two"))
+    texts = [form.notation.write([call]) for call in calls]
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))]
+    one, other = (chat.encode_behind(text, prompt) for text in texts)
+    start = chat.text(one[: common_prefix(one, other)]) or "".join(shared)
     if not start:
         raise Refused("tool_choice: this model's calls have no beginning that could be forced.", param="tool_choice")
     closing = open_thinking(chat.text(prompt[-TAIL:]))

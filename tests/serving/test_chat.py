@@ -353,13 +353,13 @@ def test_parallel_calls_are_read_and_none_of_them_where_none_is_wanted(door: Cha
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "calc"}}])
 def test_a_forced_call_begins_in_the_context_and_is_not_trained(door: ChatDoor, choice: Any) -> None:
-    rest = '"text": "7+8"}}\n</tool_call>'
+    rest = ' {"text": "7+8"}}\n</tool_call>'
     answer, session = asked(door, scripted(rest), ROOMY, tools=[CALC], tool_choice=choice)
     (call,) = answer.choices[0].message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("calc", {"text": "7+8"})
     (trajectory,) = session.trajectories()
     text = load_chat().text(trajectory.tokens)
-    assert '<tool_call>\n{"name": "calc", "arguments": {' + rest in text
+    assert '<tool_call>\n{"name": "calc", "arguments":' + rest in text
     assert load_chat().text(trajectory.tokens[trajectory.sampled]) == rest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_gym.chat import load_chat
+from llm_gym.chat import load_chat, load_tokenizer
 from llm_gym.core import Completion, Ids, Sampling, StopReason
 from llm_gym.policies.scripted import ScriptedPolicy
 from llm_gym.serving.chat import ChatDoor
@@ -30,6 +30,15 @@ def session_of(*replies: Any, limits: ChatLimits = LIMITS) -> ChatSession:
         return await policy.complete(context, sampling, seed=seed)
 
     return ChatSession(None, complete, limits)
+
+
+RUN = {
+    "type": "function",
+    "function": {
+        "name": "run",
+        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+    },
+}
 
 
 def user(text: str) -> dict[str, Any]:
@@ -118,6 +127,22 @@ def renamed(chat: list[Any], time: int) -> list[Any]:
         for before in (f'"call{number:05d}"', f'"id{number}-{time - 1}"'):
             text = text.replace(before, f'"id{number}-{time}"')
     return list(json.loads(text))
+
+
+def test_a_call_is_forced_that_is_a_block_of_code() -> None:
+    """As templates without tools have it, for a tool that runs code: such a call has no name."""
+    tokenizer = load_tokenizer(None, "plain")
+    policy = ScriptedPolicy(["print(7 + 8)\n```"], load_chat(tokenizer))
+
+    async def complete(context: Ids, sampling: Sampling, seed: int) -> Completion:
+        return await policy.complete(context, sampling)
+
+    session = ChatSession(tokenizer, complete, LIMITS)
+    reply = ask(session, [user("7 + 8?")], tools=[RUN], tool_choice="required")
+    (call,) = reply["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"code": "print(7 + 8)"}
+    (trajectory,) = session.trajectories()
+    assert load_chat(tokenizer).text(trajectory.tokens[trajectory.sampled]).startswith("print")
 
 
 def test_ids_that_a_client_makes_anew_each_time_change_nothing() -> None:
