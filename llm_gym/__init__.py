@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_gym.envs import register, register_table
+from llm_gym.envs.installed import register_installed
 from llm_gym.lazy import forward_moved, names
 
 if TYPE_CHECKING:
@@ -61,3 +62,6 @@ __getattr__ = names(__name__, _MODULES)
 def __dir__() -> list[str]:
     """The public names, imported or not."""
     return sorted([*globals(), *__all__])
+
+
+register_installed()  # last: what it imports imports this

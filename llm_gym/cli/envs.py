@@ -25,17 +25,26 @@ def command(env: str | None, env_args: tuple[str, ...], say: str) -> None:
     An ID of your own is `module:id`: the module is imported, and registers it.
     """
     from llm_gym.envs import NAMESPACE, TABLE
+    from llm_gym.envs.adapters.packages import missing
+    from llm_gym.envs.installed import FOUND
 
     given = parse_args(env_args)
     if env is None and given:
         raise SettingError(f"--env-arg: got {env_args[0]!r} without an ID; name the environment it is for.")
     if env is None:
-        width = max(map(len, TABLE))
-        for name, (_, line) in TABLE.items():
+        lines = {name: f"{line}{_needs(missing(name))}" for name, (_, line) in TABLE.items()}
+        lines |= {name: f"of the installed package {package}" for name, package in FOUND.items()}
+        width = max(map(len, lines))
+        for name, line in lines.items():
             click.echo(f"{click.style(f'{name:<{width}}', bold=True)}  {line}")
         click.echo(f"\nShort ids mean {NAMESPACE}/...; `llmgym envs ID` describes one.")
         return
     click.echo("".join(paragraph + "\n\n" for paragraph in describe(env, given, say)), nl=False)
+
+
+def _needs(line: str) -> str:
+    """What is to be installed first, as the end of an environment's line."""
+    return f" ({line})" if line else ""
 
 
 def describe(env_id: str, given: Mapping[str, Any], say: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium
 
+from llm_gym.envs.installed import register_installed
 from llm_gym.envs.parameters import check
 from llm_gym.errors import SettingError, import_of, unknown
 
@@ -69,7 +70,10 @@ def resolve(env_id: str) -> str:
     module, _, bare = env_id.rpartition(":")
     if module:
         import_of("env", module, env_id)
-    for full in (bare, f"{NAMESPACE}/{bare}"):
+    names = (bare, f"{NAMESPACE}/{bare}")
+    if not any(name in gymnasium.registry for name in names):
+        register_installed()  # a package may have been half imported before
+    for full in names:
         if full in gymnasium.registry:
             return full
     if "/" in bare and not module and not bare.startswith(f"{NAMESPACE}/"):

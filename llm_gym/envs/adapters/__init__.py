@@ -1,1 +1,1 @@
-"""Environments of other packages and of other machines, as ones of this package."""
+"""Environments of other suites and of other machines, as ones of this package (docs/adapters.md, docs/services.md)."""
