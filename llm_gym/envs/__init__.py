@@ -21,12 +21,21 @@ TABLE: dict[str, tuple[str, str]] = {
     "Dataset-v0": ("llm_gym.envs.dataset:Dataset", "any data set and a reward function, both by name"),
     "GSM8K-v0": ("llm_gym.envs.gsm8k:GSM8K", "grade-school word problems, exact numeric answers"),
     "GuessNumber-v0": ("llm_gym.envs.guess_number:GuessNumber", "multi-turn game: the reference for your own"),
+    "Gymnasium-v0": (
+        "llm_gym.envs.adapters.gymnasium:GymnasiumWords",
+        "Gymnasium's and MiniGrid's environments with discrete actions, in words",
+    ),
     "MCPTool-v0": (
         "llm_gym.envs.tools.mcp.env:MCPTool",
         "tools of MCP servers; by default a calculator for large sums",
     ),
     "OpenEnv-v0": ("llm_gym.envs.adapters.openenv:OpenEnv", "the environment of an OpenEnv server, ours or any other"),
     "PythonTool-v0": ("llm_gym.envs.tools.python_tool:PythonTool", "questions to compute with a sandboxed interpreter"),
+    "ReasoningGym-v0": (
+        "llm_gym.envs.adapters.reasoning_gym:ReasoningGym",
+        "105 data sets of reasoning-gym, made as needed",
+    ),
+    "TextArena-v0": ("llm_gym.envs.adapters.textarena:TextArena", "games of TextArena, alone or against an opponent"),
 }
 
 
