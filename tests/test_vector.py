@@ -21,6 +21,8 @@ def reward(text, row):
 
 
 ARGS = {
+    "Gymnasium-v0": {"name": "Blackjack-v1"},
+    "TextArena-v0": {"max_turns": 3},
     "GSM8K-v0": {"dataset": "sample"},
     "GuessNumber-v0": {"high": 60, "max_turns": 3},
     "Dataset-v0": {"reward": reward, "prompt": "question"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from llm_gym.envs.adapters.packages import load
 from llm_gym.errors import FAULTS, BadReply, ConfigError, check_counts, described, ended, unknown
 
 INSTRUCTION = "Give the final answer inside <answer></answer>."
+REMEMBERED = 256
+"""Items of a data set that are kept."""
 OWN = ("seed", "size")
 """Settings of a data set that the environment chooses."""
 
@@ -67,14 +70,15 @@ class ReasoningGym(ForeignEnv):
             raise ConfigError(f"config: got {config!r:.80}, want names and plain values.") from error
         self.name, self.threshold, self.instruction = name, threshold, instruction
         with self.globals:
-            self.data = data_set(name, level, settings, STARTS[self.split], size)
-        self.num_tasks = size
+            self.data, self.problem = data_set(name, level, settings, STARTS[self.split], size)
+        self.num_tasks: int = size
 
     def open(self) -> Messages:
         """The problem, and how to answer it."""
-        row = self.draw_seed(self.data.size) - STARTS[self.split]
+        seed = self.draw_seed(self.num_tasks)
         with self.globals:
-            self.entry: Mapping[str, Any] = self.data[row]
+            self.entry: Mapping[str, Any] = deepcopy(self.problem(seed - STARTS[self.split]))
+        self.globals.seed(seed)  # for the scorer, whether the problem was remembered or not
         return [{"role": "user", "content": f"{self.entry['question']}\n\n{self.instruction}".rstrip()}]
 
     def reply(self, text: str) -> Reply:
@@ -93,8 +97,11 @@ class ReasoningGym(ForeignEnv):
 
 
 @lru_cache(maxsize=256)
-def data_set(name: str, level: int | None, settings: str, seed: int, size: int) -> Any:
-    """A data set; one for all environments of the process, as some read files or build tables.
+def data_set(name: str, level: int | None, settings: str, seed: int, size: int) -> tuple[Any, Callable[[int], Any]]:
+    """A data set, and its items by number; one for all environments of the process, as some read files or build tables.
+
+    The newest items are remembered, as all episodes of a group ask for the same, and some take seconds to make. Never
+    change one.
 
     Args:
         name: its name.
@@ -125,7 +132,7 @@ def data_set(name: str, level: int | None, settings: str, seed: int, size: int) 
     except FAULTS as error:
         raise ConfigError(f"name: {name!r} refuses level={level}, config={given}: {ended(described(error))}") from error
     answers.disarm(name, sys.modules[kind.__module__])
-    return made
+    return made, lru_cache(maxsize=REMEMBERED)(made.__getitem__)
 
 
 def _at_level(factory: Any, name: str, level: int, seed: int, size: int) -> Any:

@@ -12,6 +12,7 @@ from llm_gym.envs.adapters.foreign import ForeignEnv
 from llm_gym.envs.adapters.packages import load
 from llm_gym.envs.adapters.textarena_moves import Invalid, random_move, take
 from llm_gym.errors import FAULTS, ConfigError, LLMGymError, check_counts, described, unknown
+from llm_gym.rewards import finite
 
 VARIANTS = ("-raw", "-train")
 """Endings of ids whose games show and read the same in other words; the game itself is `-raw`."""
@@ -88,8 +89,7 @@ class TextArena(ForeignEnv):
             try:
                 over = bool(self._playing.step(text)[0])
             except FAULTS as error:
-                said = f"{self.game} cannot read the reply: {described(error)}"
-                return Reply(reward={"outcome": CRASHED}, done=True, stop_reason=StopReason.BAD_REPLY, error=said)
+                return self._crashed(described(error))
             news, over = self._others(over=over)
         messages = [{"role": "user", "content": news or "Your turn."}]
         return self._ended(messages if news else []) if over else Reply(messages=messages, reward={"outcome": 0.0})
@@ -156,11 +156,19 @@ class TextArena(ForeignEnv):
         lines = [
             text if sender < 0 else f"[{names.get(sender, f'Player {sender}')}] {text}"
             for sender, text, kind in news
-            if not (sender == player and kind is own)
+            if isinstance(kind, type(own)) and not (sender == player and kind is own)  # two games mix the three up
         ]
         return "\n".join(lines).strip()
 
     def _ended(self, messages: Messages) -> Reply:
         """The end of a game, with what this seat gets for it."""
-        rewards = self._playing.state.rewards or {}
-        return Reply(messages=messages, reward={"outcome": float(rewards.get(self.seat, 0.0))}, done=True)
+        given = (self._playing.state.rewards or {}).get(self.seat, 0.0)
+        outcome = finite(given)
+        if outcome is None:  # two games end on an invalid move with its reason in the place of a number
+            return self._crashed(str(given))
+        return Reply(messages=messages, reward={"outcome": outcome}, done=True)
+
+    def _crashed(self, said: str) -> Reply:
+        """The end of a game that could make nothing of the reply."""
+        error = f"{self.game} can make nothing of the reply: {said}"
+        return Reply(reward={"outcome": CRASHED}, done=True, stop_reason=StopReason.BAD_REPLY, error=error)
