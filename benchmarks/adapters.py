@@ -90,6 +90,7 @@ def attempts(suite: str, name: str) -> Iterator[Arguments]:
     yield named
     if suite == "textarena":
         yield {**named, "opponent": "random"}
+        yield {**named, "opponent": "random", "max_context": 32768}
     yield {**named, "max_context": 32768}
 
 

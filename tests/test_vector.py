@@ -21,7 +21,7 @@ def reward(text, row):
 
 
 ARGS = {
-    "Gymnasium-v0": {"name": "Blackjack-v1"},
+    "Gymnasium-v0": {"max_turns": 3},
     "TextArena-v0": {"max_turns": 3},
     "GSM8K-v0": {"dataset": "sample"},
     "GuessNumber-v0": {"high": 60, "max_turns": 3},

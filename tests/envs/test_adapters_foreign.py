@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from llm_gym.envs.adapters.foreign import ROOM, STARTS, GlobalRandom
 from llm_gym.envs.adapters.packages import NEEDS, missing
 from llm_gym.errors import ConfigError
 
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "Gymnasium-v0": {"name": "MiniGrid-Empty-5x5-v0"},
+    "ReasoningGym-v0": {"size": 4321},  # no data set that the process has made before
+    "TextArena-v0": {},
+}
 GENERATORS: tuple[Callable[[], float], ...] = (random.random, np.random.random)
 
 
@@ -80,7 +86,7 @@ def test_a_package_that_is_missing_is_one_sentence_with_the_line_that_brings_it(
     monkeypatch.setitem(sys.modules, module, None)
     line = f"pip install 'llm-gym[{extra}]'"
     with pytest.raises(ConfigError, match="is not installed") as error:
-        make(env, **({"name": "MiniGrid-Empty-5x5-v0"} if env == "Gymnasium-v0" else {}))
+        make(env, **UNUSUAL[env])
     assert line in str(error.value)
     listed = CliRunner().invoke(llmgym, ["envs"]).stdout.splitlines()
     assert [text for text in listed if line in text] == [text for text in listed if text.startswith(env)]
