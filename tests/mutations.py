@@ -163,8 +163,8 @@ MUTANTS = (
     Mutant(
         "tool tokens are trained",
         "trajectories.py::TrajectoryBuilder.add",
-        "        known.append(prompt[len(known.tokens) :])\n        start = len(known.tokens) - self._before(-1)\n",
-        "        start = len(known.tokens) - self._before(-1)\n        known.append(prompt[len(known.tokens) :])\n",
+        "        known.append(prompt[len(known.tokens) :])\n        start = len(known.tokens) - self._before(at)\n",
+        "        start = len(known.tokens) - self._before(at)\n        known.append(prompt[len(known.tokens) :])\n",
         ("harness/test_batching.py::test_tool_tokens_are_never_targets",),
     ),
     Mutant(
@@ -191,9 +191,9 @@ MUTANTS = (
     ),
     Mutant(
         "history that the template rewrote is trained as if it had been the context",
-        "trajectories.py::TrajectoryBuilder.add",
-        "if not self._sequences or not is_prefix(self._sequences[-1].tokens, prompt):",
-        "if not self._sequences:",
+        "trajectories.py::TrajectoryBuilder._continued",
+        "if is_prefix(self._sequences[i].tokens, prompt):",
+        "if True:",
         ("test_core.py::test_rewritten_history_branches_where_it_departs",),
     ),
     Mutant(
@@ -429,15 +429,15 @@ MUTANTS = (
     Mutant(
         "a call that blocks holds up every other episode",
         "rollouts/env_pool.py::EnvPool.take",
-        "self._way = way_of(env)",
-        'self._way = "inline"',
+        "self.way = way_of(env)",
+        'self.way = "inline"',
         ("test_rollout.py::TestBlockingEnvironments::test_calls_are_off_the_loop_each_environment_in_one_thread",),
     ),
     Mutant(
         "a slow reward function holds up every other episode",
         "envs/dataset.py::Dataset._aside",
-        "await self._runner.run(partial(function, text, self._row), None)",
-        "function(text, self._row)",
+        "await self._runner.run(partial(function, text, self.row), None)",
+        "function(text, self.row)",
         ("envs/test_async_rewards.py::TestRewards::test_a_plain_one_stops_no_other_episode[object]",),
     ),
     Mutant(
@@ -456,7 +456,7 @@ MUTANTS = (
     ),
     Mutant(
         "the reset observation is dropped: every context starts empty",
-        "rollouts/driver.py::Driver._turns",
+        "rollouts/driver.py::Driver.play",
         "            prompt = np.array(context, np.int32)\n",
         "            prompt = np.array(context if state.builder.turns else context[:1], np.int32)\n",
         ("test_rollout.py::TestOrder::test_an_episode_is_its_ledger",),
