@@ -1,6 +1,6 @@
 """Which environments of other suites pass the conformance suite; writes docs/adapters/SUITE.md.
 
-    python benchmarks/adapters.py                              # all suites: half an hour on two cores
+    python benchmarks/adapters.py                              # all suites: half an hour on two idle cores
     python benchmarks/adapters.py textarena --only Nim-v0      # one environment; nothing is written
 
 Each environment is checked in a process of its own, under a time limit: the checks of `check_environment`, among them
@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,11 @@ def each(suite: str, jobs: Mapping[str, tuple[Any, ...]], workers: int) -> dict[
     return {name: done[name] for name in sorted(done)}
 
 
+def told(reason: str) -> str:
+    """A reason as a cell of a table, without the folders of this machine."""
+    return re.sub(r"\S*/site-packages/", "", reason)[:220].replace("|", "/")
+
+
 def page(suite: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as a page."""
     passed = {name: result for name, result in results.items() if "reason" not in result}
@@ -214,12 +220,10 @@ def page(suite: str, results: Mapping[str, Mapping[str, Any]]) -> str:
             *(f"{value:g}" if isinstance(value, float) else value for value in map(result.get, extra)),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "Not:", "", f"| {argument} | reason |", "|---|---|"]
-    lines += [
-        f"| {name} | {result['reason'][:220].replace('|', '/')} |"
-        for name, result in results.items()
-        if name not in passed
-    ]
+    failed = {name: told(result["reason"]) for name, result in results.items() if name not in passed}
+    if failed:
+        lines += ["", "Not:", "", f"| {argument} | reason |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, reason in failed.items()]
     return "\n".join(lines) + "\n"
 
 

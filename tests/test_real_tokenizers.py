@@ -154,4 +154,6 @@ def test_every_environment_conforms(name: str, env: str, tmp_path: Path) -> None
         rows = [{"question": f"{i} + {i}?", "prompt": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         kwargs["dataset"] = str(tmp_path / "rows.jsonl")
+    if env == "Gymnasium-v0":
+        kwargs["max_turns"] = 6  # or as many as the context holds
     check_environment(env, **kwargs)
