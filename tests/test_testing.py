@@ -23,9 +23,7 @@ def reward(text, row):
     return {"length": float(len(text)), "even": len(text) % 2 == 0}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in TABLE if name != "OpenEnv-v0"]
-)  # which needs a server: tests/serving
+@pytest.mark.parametrize("name", [name for name, (entry, _) in TABLE.items() if ".adapters." not in entry])
 def test_every_registered_environment_conforms(name, tmp_path):
     (tmp_path / "qa.jsonl").write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(9)))
     args = {

@@ -58,9 +58,7 @@ def drive(venv, chat, mode, steps=8):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "name", [name for name in TABLE if name != "OpenEnv-v0"]
-)  # which needs a server: tests/serving
+@pytest.mark.parametrize("name", [name for name, (entry, _) in TABLE.items() if ".adapters." not in entry])
 def test_ours_equals_gymnasiums_step_for_step(name, mode, args):
     env_id = f"llm_gym/{name}"
 
