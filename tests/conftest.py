@@ -55,7 +55,7 @@ test_gpu_form test_interrupt test_mutations test_vllm_models test_vllm_loops tes
 test_vllm_lora test_examples test_mcp_servers test_grading_workers test_sandbox_moments test_export_chain
 test_vllm_exit test_vllm_adapter test_distill_learns test_packaging test_sandbox_cases test_doctor_vllm
 test_resume test_vllm_proof test_parallel test_random_configurations test_real_tokenizers test_budget
-test_tool_formats test_sandbox_shell test_sandbox_cells test_cli_documented
+test_tool_formats test_sandbox_shell test_sandbox_cells test_cli_documented test_trl
 """.split()
 """Files of 15 CPU seconds and more, their children's included."""
 

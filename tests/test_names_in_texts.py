@@ -12,10 +12,11 @@ import llm_gym
 PACKAGE = Path(llm_gym.__file__).parent
 NAMED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`")
 OTHERS = {
-    "AsyncLLM", "CallToolResult", "SyncVectorEnv", "do_not_compile", "get_json_schema", "gpu_memory_utilization",
-    "make_vec", "max_logprobs", "speculative_config",
+    "AsyncLLM", "CallToolResult", "SyncVectorEnv", "do_not_compile", "environment_factory", "get_json_schema",
+    "gpu_memory_utilization",
+    "make_vec", "max_logprobs", "rollout_func", "speculative_config",
 }  # fmt: skip
-"""Names of Gymnasium, transformers, vLLM and MCP that no line of ours uses."""
+"""Names of Gymnasium, transformers, TRL, vLLM and MCP that no line of ours uses."""
 ELSEWHERE = ("llm_gym.", "gymnasium.", "torch.", "asyncio.", "_multiprocessing.")
 """What stands behind these is not asked for."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -19,7 +19,7 @@ from llm_gym.rollouts.env_pool import Env
 
 
 def trl_dataset(seeds: Iterable[int]) -> Any:
-    """`GRPOTrainer(train_dataset=...)` for `trl_rollout_func`, a `datasets.Dataset` with a row for each reset seed.
+    """`GRPOTrainer(train_dataset=...)` for `trl_rollout_func`, a Dataset with a row for each reset seed.
 
     The seed is the prompt: TRL hands a rollout nothing else of a row.
     """
