@@ -145,7 +145,10 @@ def played(
     return trained(folder, weights, reward_funcs=trl_reward, train_dataset=data, rollout_func=rollouts), episodes
 
 
-@pytest.mark.parametrize(("env", "args"), [("GuessNumber-v0", {"max_turns": 3}), ("PythonTool-v0", {"max_calls": 2})])
+@pytest.mark.parametrize(
+    ("env", "args"),
+    [pytest.param("GuessNumber-v0", {"max_turns": 3}, marks=pytest.mark.soak), ("PythonTool-v0", {"max_calls": 2})],
+)
 def test_the_loss_is_fed_what_was_played(
     env: str, args: dict[str, Any], caller: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -238,6 +241,7 @@ def test_other_prompts_are_refused() -> None:
 # TRL plays: environment_factory
 
 
+@pytest.mark.soak
 def test_trl_plays_an_environment_with_tools(caller: dict[str, torch.Tensor], tmp_path: Path) -> None:
     kind = trl_environment("PythonTool-v0")
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * SEEDS, "seed": list(range(SEEDS))})

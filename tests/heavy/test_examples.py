@@ -12,9 +12,14 @@ import pytest
 pytestmark = pytest.mark.heavy
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("0*.py"))
+SOAK = ("09_same_environment_in_trl",)
+"""Half a minute, and tests/export/test_trl.py has the same in a few steps."""
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.soak] if path.stem in SOAK else []) for path in EXAMPLES],
+)
 def test_it_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
