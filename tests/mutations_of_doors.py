@@ -2,7 +2,7 @@
 
 from planted import Mutant
 
-CHAT, ROLLOUTS = "serving/test_chat.py", "serving/test_rollouts.py"
+CHAT, ROLLOUTS = "serving/test_chat_door.py", "serving/test_rollouts.py"
 
 DOORS = (
     Mutant(

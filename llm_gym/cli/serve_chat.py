@@ -102,6 +102,7 @@ def serve(
     from llm_gym.policies.builtin.policy import TransformersPolicy
     from llm_gym.serving.chat import ChatDoor
     from llm_gym.serving.chat_sessions import ChatSession
+    from llm_gym.serving.visitors import Visitors
 
     with settings():
         policy = make_policy(model, engine=engine, **options)
@@ -123,7 +124,7 @@ def serve(
                 file.write(json.dumps(recorded(session)) + "\n")
 
     try:
-        door = ChatDoor(*address, visitor=visitor, idle=idle, ended=ended)
+        door = ChatDoor(*address, visitors=Visitors(visitor, idle=idle, ended=ended))
     except OSError as error:
         policy.close()
         raise SettingError(f"--port: cannot listen on {address[0]}, port {address[1]}: {error.strerror}.") from error

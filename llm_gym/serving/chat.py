@@ -10,11 +10,9 @@ from it at once, and is forgotten again if it does not arrive.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +23,7 @@ from llm_gym.errors import described
 from llm_gym.serving.chat_replies import chunks, whole
 from llm_gym.serving.chat_requests import Refused, read_request
 from llm_gym.serving.chat_sessions import ChatSession
+from llm_gym.serving.visitors import Visitors
 
 LARGEST = 64 << 20
 """Bytes of a request."""
@@ -65,9 +64,7 @@ class ChatDoor:
     Args:
         host: what it listens on.
         port: 0 takes a free one.
-        visitor: makes the session of a key that none was opened for, or None, which refuses it; None: all are refused.
-        idle: seconds without a request after which a visitor's session ends.
-        ended: is told of a visitor's session that has ended.
+        visitors: sessions of keys that none was opened for; None: they are refused.
 
     >>> door = ChatDoor()
     >>> door.url.startswith("http://127.0.0.1:")
@@ -75,18 +72,9 @@ class ChatDoor:
     >>> door.close()
     """
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        visitor: Callable[[str], ChatSession | None] | None = None,
-        idle: float = 900.0,
-        ended: Callable[[ChatSession], None] = lambda session: None,
-    ) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, visitors: Visitors | None = None) -> None:
         self._sessions: dict[str, ChatSession] = {}
-        self._visitor, self._idle, self._ended = visitor, idle, ended
-        self._ends: dict[str, asyncio.TimerHandle] = {}
+        self._visitors = visitors
         self.loop = Loop("llm_gym-chat", patience=LEAVING)
         try:
             self.port = self.loop.run(self._serve(host, port))
@@ -114,8 +102,8 @@ class ChatDoor:
     def close(self) -> None:
         """Ends the server, and every session."""
         self.loop.stop(self._runner.cleanup)
-        for key in list(self._ends):
-            self._end_visit(key)
+        if self._visitors is not None:
+            self._visitors.close()
 
     async def _serve(self, host: str, port: int) -> int:
         app = web.Application(client_max_size=LARGEST)
@@ -165,22 +153,11 @@ class ChatDoor:
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         key = key.strip()
         session = self._sessions.get(key)
-        if self._visitor is not None and (session is None or key in self._ends):
-            session = session or self._visitor(key if kind.lower() == "bearer" else "")
-            if session is not None:
-                self._sessions[key] = session
-                if before := self._ends.pop(key, None):
-                    before.cancel()
-                self._ends[key] = asyncio.get_running_loop().call_later(self._idle, self._end_visit, key)
+        if session is None and self._visitors is not None:
+            session = self._visitors.session(key if kind.lower() == "bearer" else "")
         if session is None:
             raise Refused("No open session has this API key.", status=401, code="invalid_api_key")
         return session
-
-    def _end_visit(self, key: str) -> None:
-        self._ends.pop(key).cancel()
-        session = self._sessions.pop(key)
-        session.close()
-        self._ended(session)
 
 
 async def _sent(request: web.Request, response: web.Response) -> web.Response:

@@ -127,6 +127,11 @@ class ChatSession:
         self.closed, self._replies = True, list(self._replies)
 
     @property
+    def busy(self) -> bool:
+        """Whether a completion is being sampled."""
+        return self._under_way > 0
+
+    @property
     def turns(self) -> int:
         """Replies so far."""
         return len(self._replies)

@@ -102,7 +102,7 @@ def test_it_runs(line: str, home: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_environments_over_the_wire_are_trained_on(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "services.md").read_text()
-    (train,) = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("llmgym train")]
+    (train,) = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("llmgym train --env OpenEnv")]
     with EnvDoor("PythonTool-v0", port=0) as door:
         words = [word.replace("http://127.0.0.1:8100", door.url) for word in train]
         done = CliRunner().invoke(llmgym, [*words, *MORE["train"], "--out", str(tmp_path / "run")])

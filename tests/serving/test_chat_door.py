@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from llm_gym.policies import make_policy
 from llm_gym.policies.scripted import ScriptedPolicy
 from llm_gym.serving.chat import ChatDoor, Endpoint
 from llm_gym.serving.chat_sessions import ChatLimits, ChatSession
+from llm_gym.serving.visitors import Visitors
 
 LIMITS = ChatLimits(Sampling(max_tokens=24), max_context=2048)
 ROOMY = ChatLimits(Sampling(max_tokens=400), max_context=4096)
@@ -500,3 +502,28 @@ def test_200_sessions_at_once(door: ChatDoor) -> None:
         assert len(session.trajectories()) == 1
         door.leave(endpoint)
     assert door.sessions <= 1  # one of another test's
+
+
+def test_a_visitors_session_ends_when_nothing_is_asked_any_more() -> None:
+    ended: list[ChatSession] = []
+    made: list[ChatSession] = []
+
+    def visitor(key: str) -> ChatSession | None:
+        if key != "mine":
+            return None
+        made.append(session_of(scripted("Answer: 15")))
+        return made[-1]
+
+    door = ChatDoor(visitors=Visitors(visitor, idle=0.05, ended=ended.append))
+    mine = Endpoint(f"{door.url}/v1", "mine")
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            asyncio.run(with_client(Endpoint(f"{door.url}/v1", "yours"), models))
+        asyncio.run(with_client(mine, lambda client: say(client, [user("7 + 8?")])))
+        while not ended:
+            time.sleep(0.01)
+        asyncio.run(with_client(mine, lambda client: say(client, [user("7 + 8?")])))
+    finally:
+        door.close()
+    assert ended == made
+    assert [session.turns for session in made] == [1, 1]
