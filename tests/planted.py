@@ -16,9 +16,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1].resolve()
 COMMITS = 20
 """How far back CI looks for changes where no base is named and no branch `origin/main` is behind this one."""
-OTHERS = 4
+OTHERS = 2
 """Bugs of files that did not change that CI plants with the others, other ones at each commit."""
-MOST = 12
+MOST = 8
 """Bugs of changed files that CI plants at most: where more files changed, a sample, other ones at each commit."""
 
 

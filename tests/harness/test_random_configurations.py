@@ -1,4 +1,4 @@
-"""Ten random configurations of every loop; `make soak` has hundreds (benchmarks/random_runs.py)."""
+"""Six random configurations of every loop; `make soak` has hundreds (benchmarks/random_runs.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from random_configurations import check, draw
 
 FIRST = 2000
-COUNT = 10
+COUNT = 6
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))

@@ -20,7 +20,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     return str(out / "checkpoints" / "step_000040"), rows[-1]["eval/sampled_reward"]
 
 
-@pytest.mark.parametrize("kl", [pytest.param("sampled", marks=pytest.mark.soak), "full"])
+@pytest.mark.soak  # in CI: test_loops_nproc.py, test_vllm_loops.py
+@pytest.mark.parametrize("kl", ["sampled", "full"])
 def test_the_students_reward_rises_towards_the_teachers(tmp_path: Path, teacher: tuple[str, float], kl: str) -> None:
     folder, best = teacher
     sets = [f"distill.teacher={folder}", f"distill.kl={kl}", "steps=10", "optimizer.lr=5e-4", EVAL]

@@ -18,7 +18,10 @@ from gpu_rows.table import ROWS  # noqa: E402
 pytestmark = pytest.mark.heavy
 
 
-SOAK = ("vLLM sync", "vLLM updates", "vLLM rollout", "two ranks", "server", "demo", "learner 4B")
+SOAK = (
+    *("vLLM sync", "vLLM updates", "vLLM rollout", "two ranks", "server", "demo", "learner 4B"),
+    *("checkpointing", "offload", "adamw8bit", "TRL"),
+)
 """Rows whose work other tests of CI do too: engines and their updates, a server, two processes, a whole run."""
 
 

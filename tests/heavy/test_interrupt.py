@@ -62,7 +62,7 @@ def family(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return {member.pid: member for member in (own, *own.children(recursive=True), *session(process.pid))}
 
 
-SOAK = ("episodes of evaluation", "episodes of training", "training on them", "saving")
+SOAK = ("starting the engine", "episodes of evaluation", "episodes of training", "training on them", "saving")
 """Phases beside others that CI interrupts."""
 
 

@@ -62,7 +62,7 @@ def rows(out: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines]
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(8, 32), pytest.param(20, 80, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "steps"), [(4, 16), pytest.param(20, 80, marks=pytest.mark.soak)])
 def test_kills_change_nothing(kills: int, steps: int, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     uninterrupted = start(whole, steps)
