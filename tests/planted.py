@@ -18,7 +18,7 @@ COMMITS = 20
 """How far back CI looks for changes where no base is named and no branch `origin/main` is behind this one."""
 OTHERS = 2
 """Bugs of files that did not change that CI plants with the others, other ones at each commit."""
-MOST = 8
+MOST = 12
 """Bugs of changed files that CI plants at most: where more files changed, a sample, other ones at each commit."""
 
 
