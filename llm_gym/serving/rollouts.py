@@ -12,7 +12,6 @@ GET  /v1/status               what waits, who plays, what was refused
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from llm_gym.access import lacks
 from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.episode_files import decode
@@ -106,9 +106,8 @@ class RolloutDoor:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """The token, and refusals as JSON."""
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         try:
-            if self._token and not hmac.compare_digest(given.encode(), self._token.encode()):
+            if lacks(request.headers.get("Authorization", ""), self._token):
                 raise NotAccepted("The token is missing or wrong.", 401)
             answer: web.StreamResponse = await handler(request)
             return answer
@@ -149,12 +148,12 @@ class RolloutDoor:
         return web.json_response({"accepted": True, "new": new})
 
     async def _completion(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        sampling = dict(body["sampling"])
-        stops = sampling.pop("stop_token_ids")
-        how = Sampling(**sampling, stop_token_ids=None if stops is None else tuple(stops))
         try:
-            done = await self._complete(np.asarray(body["context"], np.int32), how, body.get("seed"))
+            context, how, seed = _question(await request.json())
+        except FAULTS as error:
+            raise NotAccepted(f"The body asks for no completion: {described(error)}.", 400) from error
+        try:
+            done = await self._complete(context, how, seed)
         except FAULTS as error:
             raise NotAccepted(f"The policy failed: {described(error)}", 500) from error
         return web.json_response(
@@ -175,6 +174,14 @@ class RolloutDoor:
 
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response({"version": self.state[0], **self._board.status(time.monotonic())})
+
+
+def _question(body: Any) -> tuple[Ids, Sampling, int | None]:
+    """What a completion is asked for."""
+    sampling = dict(body["sampling"])
+    stops = sampling.pop("stop_token_ids")
+    how = Sampling(**sampling, stop_token_ids=None if stops is None else tuple(stops))
+    return np.asarray(body["context"], np.int32), how, body.get("seed")
 
 
 def _told(lease: Lease, seconds: float) -> dict[str, Any]:

@@ -212,6 +212,24 @@ def test_the_engine_of_the_run_answers(door: tuple[str, Board, RolloutDoor]) -> 
     assert (status, said["tokens"]) == (200, load_chat().encode_reply("50").tolist())
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[1]",
+        b'{"context": [1]}',
+        b'{"context": ["a"], "sampling": {"stop_token_ids": null}}',
+        b'{"context": [1], "sampling": {"stop_token_ids": null, "heat": 1}}',
+    ],
+)
+def test_what_asks_for_no_completion_is_refused(door: tuple[str, Board, RolloutDoor], body: bytes) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{door[0]}/complete", body, timeout=60)
+    assert refused.value.code == 400
+    assert json.loads(refused.value.read())["error"].startswith("The body asks for no completion: ")
+
+
 # A run and its players
 
 SETS = ["steps=3", "prompts_per_step=3", "group_size=2", "eval.episodes=0", "sampling.max_tokens=12", "threads=1"]
@@ -320,7 +338,8 @@ def test_a_player_without_the_token_is_told(door: tuple[str, Board, RolloutDoor]
         monkeypatch.setenv("LLM_GYM_TOKEN", "guess")
         with pytest.raises(SettingError, match="The token is missing or wrong"):
             work(f"http://127.0.0.1:{guarded.port}")
-        assert ask(f"http://127.0.0.1:{guarded.port}/v1/status", method="GET", token="secret")[0] == 200
+        for token, status in (("secret", 200), ("secrets", 401), ("\xff", 401)):
+            assert ask(f"http://127.0.0.1:{guarded.port}/v1/status", method="GET", token=token)[0] == status
     finally:
         guarded.close()
 
