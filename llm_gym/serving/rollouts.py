@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +75,7 @@ class RolloutDoor:
         """The version of the weights now, and a safetensors file of them; None: there is none to be had."""
         self.over = False
         """Whether the run has ended."""
+        self._life = uuid.uuid4().hex  # versions of a run that is resumed begin again at its checkpoint's
         self._token, self._run, self._names, self._vocabulary = token, run, names, vocabulary
         self._complete, self._board, self._newest, self._tell = complete, board, newest, tell
         self._loop = Loop("llm_gym-rollouts-door", patience=1.0)
@@ -128,7 +130,7 @@ class RolloutDoor:
             if time.monotonic() > until:
                 return web.Response(status=204)
             await asyncio.sleep(LOOK)
-        return web.json_response(_told(lease, self._board.seconds))
+        return web.json_response({**_told(lease, self._board.seconds), "life": self._life})
 
     async def _renew(self, request: web.Request) -> web.Response:
         self._board.renew(request.match_info["lease"], now=time.monotonic())

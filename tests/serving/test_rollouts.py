@@ -21,16 +21,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_gym import load_chat
+from llm_gym import embedded, load_chat
 from llm_gym.core import Group, Sampling, Task
 from llm_gym.episode_files import encode
 from llm_gym.errors import ConfigError, SettingError
 from llm_gym.harness import TrainConfig, load
 from llm_gym.harness.loops.trainer import Trainer
-from llm_gym.harness.loops.work import work
+from llm_gym.harness.loops.work import OwnEngine, work
 from llm_gym.harness.runs.run_folder import RunFolder
+from llm_gym.harness.settings import dump
+from llm_gym.policies.http import Remote
 from llm_gym.policies.scripted import ScriptedPolicy
 from llm_gym.rollouts.driver import Driver
+from llm_gym.serving.environments import EnvDoor
 from llm_gym.serving.leases import Board, NotAccepted
 from llm_gym.serving.rollouts import RolloutDoor
 
@@ -230,6 +233,33 @@ def test_what_asks_for_no_completion_is_refused(door: tuple[str, Board, RolloutD
     assert json.loads(refused.value.read())["error"].startswith("The body asks for no completion: ")
 
 
+def test_weights_of_a_trainer_that_died_are_replaced_by_older_ones(door: tuple[str, Board, RolloutDoor]) -> None:
+    """A run that goes on from its checkpoint counts versions from there: those of before are its future."""
+    url, board, made = door
+    made.state = (4, embedded.PATH / "model.safetensors")
+
+    async def main() -> list[int]:
+        remote = Remote(url.removesuffix("/v1"))
+        engine, found = OwnEngine(remote, None, "transformers", {}), []
+        for version, wanted, life in ((4, 4, "one"), (5, 4, "one"), (2, 2, "two")):
+            made.state = (version, made.state[1])
+            await engine.reach(wanted, life)
+            found.append(engine.policy.version)
+        engine.close()
+        await remote.close()
+        return found
+
+    assert asyncio.run(main()) == [4, 4, 2]
+    options: dict[str, Any] = {"names": [ENV], "vocabulary": 10, "complete": asyncio.sleep}
+    again = RolloutDoor("127.0.0.1", 0, token="", run={}, board=board, newest=lambda: 0, **options)
+    lives = []
+    for where in (url, url, f"http://127.0.0.1:{again.port}/v1"):
+        board.offer(Task(0, 5), HOW)
+        lives.append(ask(f"{where}/task?player=one")[1]["life"])
+    again.close()
+    assert lives[0] == lives[1] != lives[2]
+
+
 # A run and its players
 
 SETS = ["steps=3", "prompts_per_step=3", "group_size=2", "eval.episodes=0", "sampling.max_tokens=12", "threads=1"]
@@ -344,8 +374,23 @@ def test_a_player_without_the_token_is_told(door: tuple[str, Board, RolloutDoor]
         guarded.close()
 
 
+def test_a_player_may_have_any_name() -> None:
+    board, name = Board(seconds=1000), "box #1 & co, 50%"
+    board.refused[name] = 3
+    options: dict[str, Any] = {"names": [ENV], "vocabulary": 10, "complete": asyncio.sleep}
+    run = {"config": dump(TrainConfig(env=ENV))}
+    made = RolloutDoor("127.0.0.1", 0, token="", run=run, board=board, newest=lambda: 0, **options)
+    try:
+        with pytest.raises(SettingError, match=f"of player '{name}' were refused"):
+            work(f"http://127.0.0.1:{made.port}", name=name, groups=1)
+    finally:
+        made.close()
+
+
 def test_where_no_run_is_a_player_is_told() -> None:
     with pytest.raises(SettingError, match=r"http://127\.0\.0\.1:9: "):
         work("http://127.0.0.1:9")
     with pytest.raises(SettingError, match="want the address of a run"):
         work("trainer:8900")
+    with EnvDoor(ENV, port=0) as other, pytest.raises(SettingError, match="no run hands out tasks at 'http"):
+        work(other.url)

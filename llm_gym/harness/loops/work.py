@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlencode
 
 import numpy as np
 import yaml
@@ -42,8 +43,8 @@ class Source(Protocol):
         """What completes."""
         ...
 
-    async def reach(self, version: int) -> None:
-        """Returns when it samples with weights of this version, or later ones."""
+    async def reach(self, version: int, life: str) -> None:
+        """Returns when it samples with weights of this version, or later ones, of this life of the trainer."""
         ...
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class TrainersEngine:
         updates = tuple((int(start), int(version)) for start, version in got["updates"])
         return Completion(*arrays, got["finish_reason"], got["version"], updates)
 
-    async def reach(self, version: int) -> None:
+    async def reach(self, version: int, life: str) -> None:
         """It is there already."""
 
     def close(self) -> None:
@@ -84,16 +85,18 @@ class OwnEngine:
         self._remote = remote
         self.policy: Policy = make_policy(model, engine=engine, version=-1, **options)
         self._loading = asyncio.Lock()
+        self._life = ""
 
-    async def reach(self, version: int) -> None:
-        """Downloads the newest weights, if the engine's are older than these."""
+    async def reach(self, version: int, life: str) -> None:
+        """Downloads the newest weights, if the engine's are older than these or of a trainer that is no more."""
         async with self._loading:
-            if self.policy.version >= version:
+            if self._life == life and self.policy.version >= version:
                 return
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "model.safetensors"
                 got = int(await self._remote.download("/v1/weights", file, header=VERSION))
                 self.policy.load(read_tensors(Path(folder)).items(), version=got)
+                self._life = life
 
     def close(self) -> None:
         """Ends the engine."""
@@ -149,8 +152,16 @@ async def _described(remote: Remote) -> Mapping[str, Any]:
     try:
         told: Mapping[str, Any] = await remote.call("GET", "/v1/run", seconds=30)
     except RemoteError as error:
-        raise SettingError(f"url: {ended(error)}") from error
+        raise _refused(remote, error) from error
     return told
+
+
+def _refused(remote: Remote, error: RemoteError) -> SettingError:
+    """What a player that is refused is told."""
+    if error.status == 404:
+        want = "want the address that a run with stream.serve prints, such as http://trainer:8900"
+        return SettingError(f"url: no run hands out tasks at {remote.url!r}; {want}.")
+    return SettingError(f"url: {ended(error)}")
 
 
 class _Player:
@@ -189,12 +200,12 @@ class _Player:
 
     async def _work(self, source: Source, drivers: Drivers, on_group: Callable[[Group], None]) -> None:
         while True:
-            lease = await self._call(f"/v1/task?player={self._name}")
+            lease = await self._call(f"/v1/task?{urlencode({'player': self._name})}")
             if lease is None:
                 continue
             if lease is OVER:
                 return
-            await source.reach(lease["version"])
+            await source.reach(lease["version"], lease["life"])
             renewing = asyncio.ensure_future(self._renew(lease))
             try:
                 group = await drivers.play_group(Task(**lease["task"]), **_how(lease["how"]))
@@ -231,8 +242,8 @@ class _Player:
             except RemoteError as error:
                 if error.status == 410:
                     return OVER
-                if error.status in (401, 403):
-                    raise SettingError(f"url: {ended(error)}") from error
+                if error.status in (401, 403, 404):  # 404: another server has the port now
+                    raise _refused(self._remote, error) from error
                 if not error.passing:
                     self._tell(f"A group was not taken: {error}")
                     return None
