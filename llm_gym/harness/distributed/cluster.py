@@ -88,7 +88,7 @@ def join(config: ClusterConfig, ranks: int) -> bool:
     try:
         with _own_signals():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises this very class where a node does not start in time
         raise SettingError(_refusal(config.address, error)) from error
     have = ray.cluster_resources().get("CPU", 0)
     if have < need:

@@ -118,7 +118,7 @@ class Trainer:
         self.step += 1
         slowest = self.world.reduce_max(times, "a step")
         row = {"step": self.step, **told, **learned, **synced, **slowest}
-        row |= speeds(learned, told["tokens/generated"], slowest)
+        row |= speeds(learned, told["tokens/generated"], slowest, ahead=self.config.stream.max_staleness > 0)
         if self._due(self.config.eval.every):
             with clock(times, "time/eval"):
                 row |= self.evaluate()

@@ -56,10 +56,12 @@ def staleness(episodes: Sequence[Episode], version: int) -> float:
     return float(version - min(seen)) if seen else 0.0
 
 
-def speeds(learned: Mapping[str, float], generated: float, times: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second of the step's two halves."""
+def speeds(
+    learned: Mapping[str, float], generated: float, times: Mapping[str, float], *, ahead: bool = False
+) -> dict[str, float]:
+    """Tokens per second of the step's two halves; where rollouts are `ahead` they go on through the whole step."""
     return {
-        "tokens_per_second/rollout": generated / times["time/rollout"],
+        "tokens_per_second/rollout": generated / times["time/step" if ahead else "time/rollout"],
         "tokens_per_second/train": learned["tokens/trained"] / times["time/train"],
     }
 
