@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class AgentDriver(Driver):
         endpoint = door.open(session)
         try:
             found = await agent.solve(_task(slot, info), endpoint)
-            raise_setting(session)
+            _raise_setting(session)
         except asyncio.CancelledError as error:
             if cancelled():
                 raise
@@ -99,13 +100,13 @@ class AgentDriver(Driver):
             under_way.add(future)
             return await asyncio.wrap_future(future)
 
-        empty = np.zeros(0, np.int32)
+        within = self._sampling(job.sampling, slot.env, np.zeros(0, np.int32))
         limits = ChatLimits(
-            self._sampling(job.sampling, slot.env, empty),
+            replace(within, stop_token_ids=job.sampling.stop_token_ids),  # else those of each request's own chat
             getattr(env, "max_context", 1 << 30),
             getattr(env, "max_turns", None) or MAX_TURNS,
         )
-        return ChatSession(chat.tokenizer, complete, limits, seed=job.request_seed(0))
+        return ChatSession(chat.tokenizer, complete, limits, seed=job.request_seed(0), stop_ids=self.able.stop_ids)
 
     def _gone_wrong(self, error: BaseException, session: ChatSession, slot: EnvSlot, state: EpisodeState) -> None:
         """An agent that raised; re-raises what fails the episode."""
@@ -139,7 +140,7 @@ class AgentDriver(Driver):
         return earned
 
 
-def raise_setting(session: ChatSession) -> None:
+def _raise_setting(session: ChatSession) -> None:
     """A setting that cannot work ends the run, whatever the agent made of the policy's refusal."""
     for error in session.failure:
         if isinstance(error, SettingError):

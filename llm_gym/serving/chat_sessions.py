@@ -212,7 +212,9 @@ class ChatSession:
         if room < 1:
             self._too_long(f"{length} tokens")
         most = min(room, how.max_tokens, request.max_tokens or room)
-        stops = how.stop_token_ids or tuple(sorted({*chat.stop_ids, *self._stop_ids}))
+        stops = how.stop_token_ids
+        if stops is None:  # a reply that calls tools may end otherwise than others
+            stops = tuple(sorted({*chat.stop_ids, *self._stop_ids}))
         return Sampling(how.temperature, most, how.top_k, how.top_p, how.min_p, stops)
 
     def _request_seed(self, chat: bytes, time: int) -> int:

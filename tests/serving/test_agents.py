@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import templates
 
 from llm_gym import load_chat
 from llm_gym.core import Completion, Episode, Ids, Sampling, StopReason
@@ -335,3 +336,30 @@ def test_an_agent_that_is_none_is_found_before_a_model_loads(setting: dict[str, 
 def test_one_agent_plays_and_not_two() -> None:
     with pytest.raises(ConfigError, match="pass one"):
         load(TrainConfig, None, ["agent.function=a:b", "agent.command=c"])
+
+
+def test_a_completion_ends_where_a_call_of_its_own_chat_does(tmp_path: Path) -> None:
+    """GLM ends calls with another token than answers, and an environment without tools does not know it."""
+    glm = templates.tokenizer(templates.source("glm4moe"), "<|endoftext|>")
+    tool = {"type": "function", "function": {"name": "calc", "parameters": {"type": "object", "properties": {}}}}
+    ends: list[set[int]] = []
+
+    class Seeing:
+        stop_ids = (3,)
+
+        async def complete(self, context: Ids, sampling: Sampling, *, seed: int | None = None) -> Completion:
+            ends.append(set(sampling.stop_token_ids or ()))
+            return await ScriptedPolicy(["4"], load_chat(glm)).complete(context, sampling)
+
+    async def solve(task: Any, endpoint: Any) -> float:
+        async with endpoint.client() as client:
+            chat = [{"role": "user", "content": "2 + 2?"}]
+            await client.chat.completions.create(model="m", messages=chat)
+            await client.chat.completions.create(model="m", messages=chat, tools=[tool])
+        return 1.0
+
+    (episode,) = play(solve, row(tmp_path) | {"tokenizer": glm}, Seeing())
+    assert episode.error is None
+    plain, with_tools = ends
+    assert plain == {*load_chat(glm).stop_ids, 3}
+    assert with_tools - plain == {glm.convert_tokens_to_ids("<|observation|>")}
