@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+from collections.abc import Mapping
 
 from llm_gym.errors import ConfigError
 
@@ -63,6 +64,11 @@ def checked_token(host: str, token: str | None, danger: str) -> str:
 def bearing(token: str) -> dict[str, str]:
     """The headers of a request to servers with this token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def from_a_page(headers: Mapping[str, str], token: str) -> bool:
+    """Whether a page in a browser asks a server that has no token: any page that somebody on this machine looks at."""
+    return not token and "Origin" in headers
 
 
 def lacks(authorization: str, token: str) -> str:

@@ -182,6 +182,22 @@ def import_of(argument: str, module: str, given: str) -> Any:
         raise ConfigError(f"{argument}: cannot import {module!r} of {given!r}: {ended(said)}") from error
 
 
+def function_of(argument: str, given: str) -> Any:
+    """The function of a user's own that `package.module:function` names.
+
+    Raises:
+        ConfigError: it is no such name, or names none; names `argument`, and the nearest function there.
+    """
+    module_name, colon, name = given.partition(":")
+    if not colon:
+        raise ConfigError(f"{argument}: got {given!r}, want 'package.module:function'.")
+    module = import_of(argument, module_name, given)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(unknown(argument, name, [n for n in vars(module) if callable(getattr(module, n))]))
+    return function
+
+
 def check_counts(given: Mapping[str, object]) -> None:
     """Checks that each value is a whole number of at least 1, or None.
 

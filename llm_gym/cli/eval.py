@@ -17,6 +17,7 @@ from llm_gym.cli.options import (
     agent_command_option,
     agent_option,
     chat_template_option,
+    engine_options_option,
     env_args_option,
     env_option,
     parse_args,
@@ -84,13 +85,7 @@ class Plan:
     show_default=True,
     help="Engine that samples; `openai` is any such endpoint.",
 )
-@click.option(
-    "--option",
-    "options",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Option of the engine: servers=http://127.0.0.1:8000, base_url=https://api.openai.com/v1; may be repeated.",
-)
+@engine_options_option
 @click.option("--episodes", type=click.IntRange(1), help=f"Problems; default: every row of the data, or {EPISODES}.")
 @click.option("-k", "--k", type=click.IntRange(1), help="Sampled completions of each problem: mean@k and pass@k.")
 @click.option("--greedy/--sampled", "greedy", default=None, help="Likeliest token always (the default), or sampled.")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from llm_gym.access import HOST, TOKEN
 from llm_gym.errors import ConfigError, SettingError, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +37,31 @@ agent_option: Callable[[F], F] = click.option(
 agent_command_option: Callable[[F], F] = click.option(
     "--agent-command", metavar="COMMAND", help="The same as a program: the task on its input, OPENAI_BASE_URL set."
 )
+host_option: Callable[[F], F] = click.option(
+    "--host", default=HOST, show_default=True, help="Address to listen on; 0.0.0.0: all of them."
+)
+token_option: Callable[[F], F] = click.option(
+    "--token",
+    envvar=TOKEN,
+    show_envvar=True,
+    metavar="SECRET",
+    help="What requests must carry; a must where others than this machine reach the server.",
+)
+engine_options_option: Callable[[F], F] = click.option(
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Option of the engine: servers=http://127.0.0.1:8000, base_url=https://api.openai.com/v1; may be repeated.",
+)
+
+
+def port_option(default: int) -> Callable[[F], F]:
+    """Where a server listens."""
+    kind = click.IntRange(0, 65535)
+    return click.option("--port", type=kind, default=default, show_default=True, help="0 takes a free one.")
+
+
 config_option: Callable[[F], F] = click.option("--config", "file", metavar="FILE", help="YAML file of settings.")
 chat_template_option: Callable[[F], F] = click.option(
     "--chat-template",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_gym.cli.options import parse_args
+from llm_gym.cli.options import host_option, parse_args, port_option, token_option
 from llm_gym.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -29,15 +29,9 @@ itself is not sent. Whether an update has arrived is proven by checksums."""
 
 @click.command("serve", short_help="Start a vLLM server that training and eval can use.")
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
-@click.option(
-    "--token",
-    envvar="LLM_GYM_TOKEN",
-    show_envvar=True,
-    metavar="SECRET",
-    help="What requests must carry; a must where others than this machine reach the server.",
-)
+@port_option(8000)
+@host_option
+@token_option
 @click.option(
     "--set",
     "sets",

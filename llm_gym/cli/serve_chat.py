@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import chat_template_option, parse_args, to_write
+from llm_gym.cli.options import (
+    chat_template_option,
+    engine_options_option,
+    host_option,
+    parse_args,
+    port_option,
+    to_write,
+    token_option,
+)
 from llm_gym.cli.serve import named, signals
 from llm_gym.errors import SettingError
 
@@ -24,18 +32,10 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="MODEL", help="Run folder, checkpoint, folder or hub id; default: the embedded model.")
 @chat_template_option
 @click.option("--policy", "engine", default="auto", show_default=True, metavar="ENGINE", help="Engine that samples.")
-@click.option(
-    "--option", "options", metavar="KEY=VALUE", multiple=True, help="Option of the engine, as for `llmgym eval`."
-)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
-@click.option(
-    "--token",
-    envvar="LLM_GYM_TOKEN",
-    show_envvar=True,
-    metavar="SECRET",
-    help="The API key that requests must carry; a must where others than this machine reach it.",
-)
+@engine_options_option
+@port_option(8000)
+@host_option
+@token_option
 @click.option("--record", type=click.Path(path_type=Path), metavar="FILE", help="Append every session as an episode.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of every completion; 0: greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most in a completion.")
@@ -63,16 +63,15 @@ def command(
     was asked for --idle seconds; with --record it is then a line of FILE, an episode with every token and its
     log-probability.
     """
-    from llm_gym.access import loopback
+    from llm_gym.access import checked_token
     from llm_gym.core import Sampling
     from llm_gym.harness.model.loading import config_of
     from llm_gym.harness.runs.lineage import model_path
     from llm_gym.serving.chat_sessions import ChatLimits
     from llm_gym.tokenizer import load_tokenizer
 
-    if not token and not loopback(host):
-        raise SettingError(f"--host: got {host!r}, where others reach it too, without a token; pass --token.")
     with settings():
+        secret = checked_token(host, token, "use the model")
         path = model_path(model)
         if path is not None:
             config_of(path)
@@ -82,7 +81,7 @@ def command(
         if record is not None:
             to_write(record, "--record")
     with signals():
-        serve(path, engine, engine_options, tokenizer, limits, (host, port), token, record, idle)
+        serve(path, engine, engine_options, tokenizer, limits, (host, port), secret, record, idle)
 
 
 def serve(
@@ -92,11 +91,12 @@ def serve(
     tokenizer: Any,
     limits: Any,
     address: tuple[str, int],
-    token: str | None,
+    token: str,
     record: Path | None,
     idle: float,
 ) -> None:
     """Serves until it is interrupted."""
+    from llm_gym.access import lacks, url_of
     from llm_gym.models.loading import set_threads
     from llm_gym.policies import Abilities, TextPolicy, make_policy
     from llm_gym.policies.builtin.policy import TransformersPolicy
@@ -113,7 +113,7 @@ def serve(
     stop_ids = Abilities.of(policy).stop_ids
 
     def visitor(key: str) -> ChatSession | None:
-        if token and key != token:
+        if lacks(f"Bearer {key}", token):
             return None
         ask = policy.complete
         return ChatSession(tokenizer, lambda c, how, seed: ask(c, how, seed=seed), limits, stop_ids=stop_ids)
@@ -132,7 +132,7 @@ def serve(
         Abilities.of(policy).serve_in(door.loop)
         click.echo(f"serving {model or 'the embedded model'}; Ctrl-C ends it")
         key = "the token" if token else "any"
-        click.echo(f"  OPENAI_BASE_URL=http://{named(address[0])}:{door.port}/v1, OPENAI_API_KEY: {key}")
+        click.echo(f"  OPENAI_BASE_URL={url_of(named(address[0]), door.port)}/v1, OPENAI_API_KEY: {key}")
         sys.stdout.flush()
         threading.Event().wait()
     finally:

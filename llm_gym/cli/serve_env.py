@@ -8,22 +8,16 @@ import click
 
 from llm_gym.access import loopback, url_of
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import env_args_option, parse_args
+from llm_gym.cli.options import env_args_option, host_option, parse_args, port_option, token_option
 from llm_gym.cli.serve import named, signals
 
 
 @click.command("serve-env", short_help="Serve an environment over OpenEnv's protocol.")
 @click.argument("env", metavar="ID")
 @env_args_option
-@click.option("--port", type=click.IntRange(0, 65535), default=8100, show_default=True, help="0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
-@click.option(
-    "--token",
-    envvar="LLM_GYM_TOKEN",
-    show_envvar=True,
-    metavar="SECRET",
-    help="What requests must carry; a must where others than this machine reach the server.",
-)
+@port_option(8100)
+@host_option
+@token_option
 @click.option("--max-sessions", type=click.IntRange(1), default=1024, show_default=True, help="Most at once.")
 @click.option(
     "--idle",

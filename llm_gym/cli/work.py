@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llm_gym.cli.group import settings
-from llm_gym.cli.options import parse_args
+from llm_gym.cli.options import engine_options_option, parse_args
 from llm_gym.cli.serve import signals
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 @click.command("work", short_help="Play the episodes of a run on another machine.")
 @click.argument("url")
 @click.option("--policy", "engine", metavar="ENGINE", help="An engine of this machine; default: the run's, over HTTP.")
-@click.option(
-    "--option", "options", metavar="KEY=VALUE", multiple=True, help="Option of that engine, as for `llmgym eval`."
-)
+@engine_options_option
 @click.option("--groups", type=click.IntRange(1), default=8, show_default=True, help="Groups played at once.")
 @click.option("--name", help="What the run calls this player; default: host and process.")
 def command(url: str, engine: str | None, options: tuple[str, ...], groups: int, name: str | None) -> None:

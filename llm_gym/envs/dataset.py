@@ -24,9 +24,8 @@ from llm_gym.errors import (
     LLMGymError,
     RewardError,
     described,
-    import_of,
+    function_of,
     place,
-    unknown,
 )
 
 FORMS = ("Answer: %s", "%s", "\\boxed{%s}", "<answer>%s</answer>", '{"answer": "%s"}', "#### %s")
@@ -298,13 +297,4 @@ def reward_functions(reward: Any) -> dict[str, RewardFunction]:
 
 def _function(reward: Any) -> RewardFunction:
     """A reward function, imported if it is given as `package.module:function`."""
-    if callable(reward):
-        return reward  # type: ignore[no-any-return]
-    module_name, colon, name = str(reward).partition(":")
-    if not colon:
-        raise ConfigError(f"reward: got {reward!r}, want 'package.module:function'.")
-    module = import_of("reward", module_name, reward)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(unknown("reward", name, [n for n in vars(module) if callable(getattr(module, n))]))
-    return function  # type: ignore[no-any-return]
+    return reward if callable(reward) else function_of("reward", str(reward))  # type: ignore[no-any-return]

@@ -14,8 +14,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
+from llm_gym.access import HOST
 from llm_gym.concurrency import Loop, Outcome, Overdue, Runner, is_async, settled, wait, within
-from llm_gym.errors import ConfigError, LLMGymError, import_of, unknown
+from llm_gym.errors import ConfigError, LLMGymError, function_of
 from llm_gym.serving.chat import Endpoint
 
 Task = Mapping[str, Any]
@@ -60,7 +61,7 @@ class FunctionAgent:
     """
 
     def __init__(self, function: str | Callable[[Any, Endpoint], Any]) -> None:
-        self._function = _imported(function) if isinstance(function, str) else function
+        self._function = function_of("agent.function", function) if isinstance(function, str) else function
         self._async = is_async(self._function)
         self._loop = Loop("llm_gym-agents", patience=1.0) if self._async else None
 
@@ -107,7 +108,7 @@ class CommandAgent:
         Raises:
             AgentError: its exit status is not 0.
         """
-        variables = {"OPENAI_BASE_URL": endpoint.base_url, "OPENAI_API_KEY": endpoint.api_key}
+        variables = {"OPENAI_BASE_URL": endpoint.base_url, "OPENAI_API_KEY": endpoint.api_key, **_no_proxy()}
         said, complaint = await _Text.begun(), await _Text.begun()
         try:
             with tempfile.TemporaryFile() as given:
@@ -135,6 +136,11 @@ class CommandAgent:
 
     def close(self) -> None:
         """Nothing is left to end."""
+
+
+def _no_proxy() -> dict[str, str]:
+    """Variables with which clients reach this machine without the proxy that others may name."""
+    return {name: ",".join(filter(None, (os.environ.get(name), HOST))) for name in ("NO_PROXY", "no_proxy")}
 
 
 class _Text:
@@ -173,19 +179,3 @@ class _Text:
     async def _follow(self) -> None:
         while piece := await self._stream.read(1 << 16):
             self._kept += piece[: MOST_OUTPUT - len(self._kept)]
-
-
-def _imported(given: str) -> Callable[[Any, Endpoint], Any]:
-    """The function that `package.module:function` names.
-
-    Raises:
-        ConfigError: it cannot be imported, or is none.
-    """
-    module_name, colon, name = given.partition(":")
-    if not colon:
-        raise ConfigError(f"agent.function: got {given!r}, want 'package.module:function'.")
-    module = import_of("agent.function", module_name, given)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(unknown("agent.function", name, [n for n in vars(module) if callable(getattr(module, n))]))
-    return function  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llm_gym.access import HOST, url_of
 from llm_gym.concurrency import Loop
 from llm_gym.errors import described
 from llm_gym.serving.chat_replies import chunks, whole
@@ -72,7 +73,7 @@ class ChatDoor:
     >>> door.close()
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, visitors: Visitors | None = None) -> None:
+    def __init__(self, host: str = HOST, port: int = 0, *, visitors: Visitors | None = None) -> None:
         self._sessions: dict[str, ChatSession] = {}
         self._visitors = visitors
         self.loop = Loop("llm_gym-chat", patience=LEAVING)
@@ -81,7 +82,7 @@ class ChatDoor:
         except BaseException:
             self.loop.stop()
             raise
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.url = url_of(host, self.port)
 
     def open(self, session: ChatSession) -> Endpoint:
         """Lets an agent in, with a key of its own."""
@@ -153,8 +154,8 @@ class ChatDoor:
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         key = key.strip()
         session = self._sessions.get(key)
-        if session is None and self._visitors is not None:
-            session = self._visitors.session(key if kind.lower() == "bearer" else "")
+        if session is None and self._visitors is not None and kind.lower() == "bearer" and key:
+            session = self._visitors.session(key)  # a page in a browser can send no key unasked
         if session is None:
             raise Refused("No open session has this API key.", status=401, code="invalid_api_key")
         return session

@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 from llm_gym import envs
-from llm_gym.access import HOST, checked_token, lacks, url_of
+from llm_gym.access import HOST, checked_token, from_a_page, lacks, url_of
 from llm_gym.concurrency import Loop
 from llm_gym.errors import (
     FAULTS,
@@ -314,7 +314,7 @@ class EnvDoor:
         if wrong:
             text = f"{wrong}; send it as `Authorization: Bearer TOKEN`"
             return web.json_response({"detail": text}, status=401, headers={"WWW-Authenticate": "Bearer"})
-        if not self._token and "Origin" in request.headers:  # any page that a browser on this machine shows
+        if from_a_page(request.headers, self._token):
             return web.json_response({"detail": "pages in a browser are not answered"}, status=403)
         return await handler(request)
 

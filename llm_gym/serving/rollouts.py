@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from llm_gym.access import lacks
+from llm_gym.access import from_a_page, lacks
 from llm_gym.concurrency import Loop
 from llm_gym.core import Completion, Ids, Sampling
 from llm_gym.episode_files import decode
@@ -111,6 +111,8 @@ class RolloutDoor:
         try:
             if lacks(request.headers.get("Authorization", ""), self._token):
                 raise NotAccepted("The token is missing or wrong.", 401)
+            if from_a_page(request.headers, self._token):
+                raise NotAccepted("Pages in a browser are not answered.", 403)
             answer: web.StreamResponse = await handler(request)
             return answer
         except NotAccepted as error:
@@ -158,15 +160,7 @@ class RolloutDoor:
             done = await self._complete(context, how, seed)
         except FAULTS as error:
             raise NotAccepted(f"The policy failed: {described(error)}", 500) from error
-        return web.json_response(
-            {
-                "tokens": done.tokens.tolist(),
-                "logprobs": [float(x) for x in done.logprobs],
-                "finish_reason": done.finish_reason,
-                "version": done.version,
-                "updates": done.updates,
-            }
-        )
+        return web.json_response(completion_data(done))
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         version, path = self.state
@@ -178,12 +172,32 @@ class RolloutDoor:
         return web.json_response({"version": self.state[0], **self._board.status(time.monotonic())})
 
 
+# What goes over the wire, both ways
+
+
+def read_sampling(data: Mapping[str, Any]) -> Sampling:
+    """The inverse of `asdict`, of what JSON makes of it."""
+    stops = data["stop_token_ids"]
+    return Sampling(**{**data, "stop_token_ids": None if stops is None else tuple(stops)})
+
+
+def completion_data(completion: Completion) -> dict[str, Any]:
+    """A completion, ready for JSON."""
+    arrays = {"tokens": completion.tokens.tolist(), "logprobs": completion.logprobs.astype(float).tolist()}
+    ends = {"finish_reason": completion.finish_reason, "version": completion.version, "updates": completion.updates}
+    return {**arrays, **ends}
+
+
+def read_completion(data: Mapping[str, Any]) -> Completion:
+    """The inverse of `completion_data`, bit for bit."""
+    tokens, logprobs = np.asarray(data["tokens"], np.int32), np.asarray(data["logprobs"], np.float32)
+    updates = tuple((int(start), int(version)) for start, version in data["updates"])
+    return Completion(tokens, logprobs, data["finish_reason"], data["version"], updates)
+
+
 def _question(body: Any) -> tuple[Ids, Sampling, int | None]:
     """What a completion is asked for."""
-    sampling = dict(body["sampling"])
-    stops = sampling.pop("stop_token_ids")
-    how = Sampling(**sampling, stop_token_ids=None if stops is None else tuple(stops))
-    return np.asarray(body["context"], np.int32), how, body.get("seed")
+    return np.asarray(body["context"], np.int32), read_sampling(body["sampling"]), body.get("seed")
 
 
 def _told(lease: Lease, seconds: float) -> dict[str, Any]:

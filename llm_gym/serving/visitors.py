@@ -46,12 +46,22 @@ class Visitors:
         if timer is not None:
             timer.cancel()
         if session is not None:
-            self._sessions[key] = session, asyncio.get_running_loop().call_later(self._idle, self._end, key)
+            self._sessions[key] = session, self._timer(key)
         return session
 
     def close(self) -> None:
         """Ends all of them, once the loop has."""
         for key in list(self._sessions):
+            self._end(key)
+
+    def _timer(self, key: str) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._idle, self._end_idle, key)
+
+    def _end_idle(self, key: str) -> None:
+        session, _ = self._sessions[key]
+        if session.busy:  # a completion may take longer
+            self._sessions[key] = session, self._timer(key)
+        else:
             self._end(key)
 
     def _end(self, key: str) -> None:

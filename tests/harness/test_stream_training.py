@@ -61,6 +61,12 @@ def test_tokens_are_as_old_as_the_bound_and_no_older(run: Path) -> None:
     assert max(row["sampler/logprob_gap_max"] for row in rows if row["stream/staleness_max"] == 0) < 1e-3
 
 
+def test_the_rate_of_rollouts_is_that_of_the_whole_step(run: Path) -> None:
+    """They go on while the learner learns; what a step waits for them says nothing."""
+    for row in RunFolder(run).metrics()[1:]:
+        assert row["tokens_per_second/rollout"] == pytest.approx(row["tokens/generated"] / row["time/step"])
+
+
 def test_its_tasks_are_those_of_a_run_that_waits(run: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", 0, 3)
     for step in range(1, 4):

@@ -246,6 +246,15 @@ def test_a_command_is_scored_on_its_output(tmp_path: Path) -> None:
     assert len(episode.turns) == 1
 
 
+def test_a_command_reaches_the_endpoint_whatever_proxy_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    (episode,) = play(command(tmp_path, SCRIPT), row(tmp_path))
+    assert (episode.stop_reason, episode.error) == (StopReason.ANSWERED, None)
+
+
 def test_a_command_that_fails_says_what_it_wrote_last(tmp_path: Path) -> None:
     (episode,) = play(command(tmp_path, SCRIPT + "sys.exit('no luck')"), row(tmp_path))
     assert episode.stop_reason == StopReason.ENV_ERROR

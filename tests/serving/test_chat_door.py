@@ -6,6 +6,8 @@ import asyncio
 import json
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -527,3 +529,36 @@ def test_a_visitors_session_ends_when_nothing_is_asked_any_more() -> None:
         door.close()
     assert ended == made
     assert [session.turns for session in made] == [1, 1]
+
+
+def test_a_visitor_without_a_key_is_refused() -> None:
+    """What a page in a browser can send on its own."""
+    door = ChatDoor(visitors=Visitors(lambda key: session_of(scripted("Answer: 15")), idle=60, ended=lambda _: None))
+    try:
+        request = urllib.request.Request(f"{door.url}/v1/chat/completions", b'{"messages": []}', {"Origin": "http://x"})
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request)
+    finally:
+        door.close()
+
+
+def test_no_visitor_is_idle_while_a_completion_is_sampled() -> None:
+    policy, ended = Holding(), list[ChatSession]()
+    door = ChatDoor(visitors=Visitors(lambda key: session_of(policy), idle=0.02, ended=ended.append))
+
+    async def agent(client: Any) -> str:
+        asked = asyncio.ensure_future(say(client, [user("7 + 8?")]))
+        await asyncio.wrap_future(door.loop.submit(policy.asked.wait()))
+        await asyncio.sleep(0.1)  # several times as long as a visitor may be idle
+        assert not ended
+        door.loop.run(_set(policy.go))
+        return str((await asked)["content"])
+
+    try:
+        assert asyncio.run(with_client(Endpoint(f"{door.url}/v1", "mine"), agent)) == "Answer: 15"
+    finally:
+        door.close()
+
+
+async def _set(event: asyncio.Event) -> None:
+    event.set()

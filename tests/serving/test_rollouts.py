@@ -260,6 +260,15 @@ def test_weights_of_a_trainer_that_died_are_replaced_by_older_ones(door: tuple[s
     assert lives[0] == lives[1] != lives[2]
 
 
+def test_a_page_in_a_browser_gets_no_task(door: tuple[str, Board, RolloutDoor]) -> None:
+    url, board, _ = door
+    board.offer(Task(0, 5), HOW)
+    request = urllib.request.Request(f"{url}/task?player=page", b"", {"Origin": "http://x"}, method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+    assert board.status(0.0)["waiting"] == 1
+
+
 # A run and its players
 
 SETS = ["steps=3", "prompts_per_step=3", "group_size=2", "eval.episodes=0", "sampling.max_tokens=12", "threads=1"]

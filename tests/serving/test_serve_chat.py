@@ -65,7 +65,7 @@ REFUSED = {
     "train --agent-command no-such-program": "no program is found",
     "eval --agent json:laods": "did you mean 'loads'",
     "eval --agent json:loads --policy openai --model m": "gives text only",
-    "serve-chat --host 0.0.0.0": "pass --token",
+    "serve-chat --host 0.0.0.0": "whoever reaches the server can use the model; give --token",
     "serve-chat --policy transfomers": "did you mean 'transformers'",
     "serve-chat --model /no/such/folder": "/no/such/folder",
     "serve-chat --temperature -1": "sampling.temperature: got -1",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -151,22 +152,32 @@ class Drivers:
             driver.close()
 
 
-def play_each(
-    play_group: Callable[..., Awaitable[Group]],
-    tasks: Sequence[Task],
-    on_episode: OnEpisode | None,
-    how: Mapping[str, Any],
-) -> list[Group]:
-    """A group for every task, in the order of tasks, of players that play one at a time each."""
+class PlayersElsewhere(ABC):
+    """`Drivers` of other processes, each group of which is played on its own."""
 
-    async def one(task: Task) -> Group:
-        made = await play_group(task, **how)
-        if on_episode is not None:
-            for episode in made.episodes:
-                on_episode(episode)
-        return made
+    @abstractmethod
+    async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
+        """A group of one task, beside others that were begun."""
 
-    async def every() -> list[Group]:
-        return await asyncio.gather(*map(one, tasks))
+    def play(
+        self,
+        tasks: Sequence[Task],
+        *,
+        group_size: int,
+        seed: int,
+        sampling: Sampling,
+        on_episode: OnEpisode | None = None,
+    ) -> list[Group]:
+        """A group of `group_size` episodes for every task, in the order of tasks."""
 
-    return run_here(every())
+        async def one(task: Task) -> Group:
+            made = await self.play_group(task, group_size=group_size, seed=seed, sampling=sampling)
+            if on_episode is not None:
+                for episode in made.episodes:
+                    on_episode(episode)
+            return made
+
+        async def every() -> list[Group]:
+            return await asyncio.gather(*map(one, tasks))
+
+        return run_here(every())

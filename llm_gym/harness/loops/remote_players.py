@@ -11,12 +11,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llm_gym.core import Group, Sampling, Task
-from llm_gym.harness.data.mixture import Drivers, EnvSpec, play_each
+from llm_gym.harness.data.mixture import Drivers, EnvSpec, PlayersElsewhere
 from llm_gym.harness.distributed.world import World
 from llm_gym.policies.ray.engines import Engines
 from llm_gym.policies.ray.places import RESTARTS, Places, begun
 from llm_gym.policies.ray.policy import RayPolicy
-from llm_gym.rollouts.driver import OnEpisode
 
 
 class PlayerActor:
@@ -56,7 +55,7 @@ class PlayerActor:
         """Returns when the actor is there; after its death too."""
 
 
-class RemotePlayers:
+class RemotePlayers(PlayersElsewhere):
     """`Drivers` whose environments are in actors. A group whose actor dies is played again, with the same seeds.
 
     Args:
@@ -82,19 +81,6 @@ class RemotePlayers:
 
         names = world.on_rank0(make, "starting the players")
         self._places = Places("player", [ray.get_actor(name) for name in names], first=world.rank)
-
-    def play(
-        self,
-        tasks: Sequence[Task],
-        *,
-        group_size: int,
-        seed: int,
-        sampling: Sampling,
-        on_episode: OnEpisode | None = None,
-    ) -> list[Group]:
-        """A group of `group_size` episodes for every task, in the order of tasks."""
-        how = {"group_size": group_size, "seed": seed, "sampling": sampling}
-        return play_each(self.play_group, tasks, on_episode, how)
 
     async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
         """A group of one task, beside others that were begun."""

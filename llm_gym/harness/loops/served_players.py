@@ -14,19 +14,18 @@ from llm_gym.access import token_of
 from llm_gym.core import Completion, Group, Ids, Sampling, Task
 from llm_gym.errors import ConfigError
 from llm_gym.harness.config import TrainConfig
-from llm_gym.harness.data.mixture import EnvSpec, play_each
+from llm_gym.harness.data.mixture import EnvSpec, PlayersElsewhere
 from llm_gym.harness.learner.learner import Learner
 from llm_gym.harness.loops.observer import Observer
 from llm_gym.harness.model.loading import plain_tensors
 from llm_gym.harness.settings import dump
 from llm_gym.models.plain import as_saved
 from llm_gym.policies import Policy
-from llm_gym.rollouts.driver import OnEpisode
 from llm_gym.serving.leases import Board
 from llm_gym.serving.rollouts import RolloutDoor
 
 
-class ServedPlayers:
+class ServedPlayers(PlayersElsewhere):
     """`Drivers` whose episodes are played elsewhere.
 
     Args:
@@ -91,19 +90,6 @@ class ServedPlayers:
         if before is not None and before != file:
             with suppress(FileNotFoundError):
                 before.unlink()
-
-    def play(
-        self,
-        tasks: Sequence[Task],
-        *,
-        group_size: int,
-        seed: int,
-        sampling: Sampling,
-        on_episode: OnEpisode | None = None,
-    ) -> list[Group]:
-        """A group of `group_size` episodes for every task, in the order of tasks."""
-        how = {"group_size": group_size, "seed": seed, "sampling": sampling}
-        return play_each(self.play_group, tasks, on_episode, how)
 
     async def play_group(self, task: Task, *, group_size: int, seed: int, sampling: Sampling) -> Group:
         """A group of one task, beside others that were begun."""

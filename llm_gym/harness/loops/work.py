@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-import numpy as np
 import yaml
 
 from llm_gym.access import bearing, token_of
@@ -29,7 +28,7 @@ from llm_gym.harness.loops.environments import env_specs
 from llm_gym.harness.settings import from_dict
 from llm_gym.policies import Completer, Policy, make_policy
 from llm_gym.policies.http import Remote, RemoteError
-from llm_gym.serving.rollouts import VERSION
+from llm_gym.serving.rollouts import VERSION, read_completion, read_sampling
 
 PATIENCE = 60.0
 """Seconds that a trainer may not answer before a player gives up."""
@@ -66,10 +65,7 @@ class TrainersEngine:
             RemoteError: no answer, or the engine failed.
         """
         body = {"context": context.tolist(), "sampling": asdict(sampling), "seed": seed}
-        got = await self._remote.call("POST", "/v1/complete", body)
-        arrays = np.asarray(got["tokens"], np.int32), np.asarray(got["logprobs"], np.float32)
-        updates = tuple((int(start), int(version)) for start, version in got["updates"])
-        return Completion(*arrays, got["finish_reason"], got["version"], updates)
+        return read_completion(await self._remote.call("POST", "/v1/complete", body))
 
     async def reach(self, version: int, life: str) -> None:
         """It is there already."""
@@ -208,7 +204,8 @@ class _Player:
             await source.reach(lease["version"], lease["life"])
             renewing = asyncio.ensure_future(self._renew(lease))
             try:
-                group = await drivers.play_group(Task(**lease["task"]), **_how(lease["how"]))
+                how = {**lease["how"], "sampling": read_sampling(lease["how"]["sampling"])}
+                group = await drivers.play_group(Task(**lease["task"]), **how)
             finally:
                 renewing.cancel()
             body = {"episodes": [encode(episode) for episode in group.episodes]}
@@ -256,9 +253,3 @@ class _Player:
 
 OVER = object()
 """The run has ended."""
-
-
-def _how(given: Mapping[str, Any]) -> dict[str, Any]:
-    sampling = dict(given["sampling"])
-    stops = sampling.pop("stop_token_ids")
-    return {**given, "sampling": Sampling(**sampling, stop_token_ids=None if stops is None else tuple(stops))}
