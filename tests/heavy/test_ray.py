@@ -107,7 +107,8 @@ def killed_in(out: Path, *titles: str, sets: Sequence[str], steps: int) -> list[
 
 
 def test_a_killed_engine_and_a_killed_player_change_no_token(address: str, alone: Path, tmp_path: Path) -> None:
-    out, cluster = tmp_path / "run", [f"cluster.address={address}", "cluster.engines=2", "cluster.players=2"]
+    """One of each: what comes next must wait for those that are started again, and is sampled and played by them."""
+    out, cluster = tmp_path / "run", [f"cluster.address={address}", "cluster.engines=1", "cluster.players=1"]
     rows = killed_in(out, "EngineActor", "PlayerActor", sets=cluster, steps=STEPS)
     assert sampled(out) == sampled(alone)
     assert [versions(out, step) for step in range(1, STEPS + 1)] == [{step} for step in range(STEPS)]
